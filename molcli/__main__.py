@@ -1,0 +1,5 @@
+"""`python -m molcli` is the `molcli` command."""
+
+from molcli.cli.main import main
+
+main()

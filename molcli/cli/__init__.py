@@ -1,0 +1,1 @@
+"""Commands: thin, typed, and the only place that joins stages."""

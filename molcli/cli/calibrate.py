@@ -1,0 +1,69 @@
+"""`molcli calibrate`: what the conversion needs to know about the parent's activations."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+import typer
+
+from molcli.cli.bars import bar
+from molcli.cli.options import Data, Out, Overrides, Parent, RecipeName, recipe_for
+from molcli.cli.parents import open_dense
+from molcli.config.sections import Recipe
+
+if TYPE_CHECKING:  # torch comes with it
+    from molcli.io.parent import Parent as DenseParent
+
+
+def calibrate(
+    parent: Parent,
+    out: Out,
+    data: Data = None,
+    recipe: RecipeName = None,
+    overrides: Overrides = None,
+) -> None:
+    """Run text through the parent and keep the statistics that `upcycle` fits to.
+
+    Without --data, the text is sampled from the parent itself.
+    """
+    settings = with_data(recipe_for(recipe, overrides), data)
+    run_calibrate(open_dense(parent), settings, out)
+    typer.echo(f"Calibration in {out}")
+
+
+def with_data(recipe: Recipe, data: str | None) -> Recipe:
+    """The recipe with `--data` in place of its calibrate.data."""
+    return (
+        recipe if data is None else replace(recipe, calibrate=replace(recipe.calibrate, data=data))
+    )
+
+
+def run_calibrate(parent: "DenseParent", recipe: Recipe, out: Path) -> None:
+    """Writes the calibration of `recipe.calibrate`; samples its text first where data is null."""
+    from molcli.stages.calibrate import calibrate as collect
+
+    settings = recipe.calibrate
+    with scratch_beside(out) as scratch:
+        if settings.data is None:
+            from molcli.stages.sample import sample
+
+            text = scratch / "sample.jsonl"
+            wanted = replace(
+                recipe.sample, tokens=settings.tokens + settings.heldout_tokens, seed=settings.seed
+            )
+            with bar("sampling") as progress:
+                sample(parent, wanted, text, progress=progress)
+            settings = replace(settings, data=str(text))
+        with bar("calibrating") as progress:
+            collect(parent, settings, out, progress=progress)
+
+
+@contextmanager
+def scratch_beside(out: Path) -> Iterator[Path]:
+    """A hidden folder on the output's disk, gone afterwards: /tmp is often small or in memory."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".molcli-", dir=out.parent) as folder:
+        yield Path(folder)

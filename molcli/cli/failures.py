@@ -1,0 +1,60 @@
+"""Say what went wrong: the user's input, the machine, or a bug of ours."""
+
+import os
+import traceback
+
+from molcli.errors import MolError
+
+DEBUG = "MOLCLI_DEBUG"
+
+
+def explain(error: BaseException) -> int:
+    """Prints the error to stderr and returns the exit status. `MOLCLI_DEBUG=1` adds the traceback.
+
+    2: the user can mend it (MolError). 130: interrupted. 1: the machine ran out of something, or
+    a bug.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    status, lines = _lines(error)
+    console = Console(stderr=True, highlight=False)
+    for style, label, text in lines:
+        # Text, not markup: messages hold [0, 2] and paths.
+        console.print(Text.assemble((label, style), text), soft_wrap=True)
+    if os.environ.get(DEBUG):
+        console.print(Text("".join(traceback.format_exception(error))), soft_wrap=True)
+    return status
+
+
+def _lines(error: BaseException) -> tuple[int, list[tuple[str, str, str]]]:
+    if isinstance(error, KeyboardInterrupt):
+        return 130, [("bold yellow", "interrupted: ", "no output was left half-written")]
+    if isinstance(error, MolError):
+        lines = [("bold red", "error: ", error.found)]
+        if error.allowed:
+            lines.append(("bold", "allowed: ", error.allowed))
+        if error.hint:
+            lines.append(("bold green", "try: ", error.hint))
+        return 2, lines
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return 1, [
+            ("bold red", "error: ", f"out of memory: {error}".rstrip(": ")),
+            ("bold green", "try: ", "a smaller batch_size or micro_batch_size with --set"),
+        ]
+    if isinstance(error, OSError) and error.errno is not None and error.strerror:
+        where = f": {error.filename}" if error.filename else ""
+        return 1, [("bold red", "error: ", f"{error.strerror}{where}")]
+    return 1, [
+        ("bold red", "bug: ", f"{type(error).__name__}: {error}"),
+        (
+            "",
+            "",
+            "This is a bug in molcli, not in what you typed: a message like this should never",
+        ),
+        (
+            "",
+            "",
+            f"appear. {DEBUG}=1 in front of the command shows the traceback to report with it.",
+        ),
+    ]

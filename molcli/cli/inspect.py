@@ -1,0 +1,34 @@
+"""`molcli inspect`: which tokens each block sees."""
+
+import json
+
+from molcli.cli.bars import bar
+from molcli.cli.options import (
+    Checkpoint,
+    Json,
+    Overrides,
+    RecipeName,
+    RequiredData,
+    recipe_for,
+)
+
+
+def inspect(
+    checkpoint: Checkpoint,
+    data: RequiredData,
+    json_file: Json = None,
+    recipe: RecipeName = None,
+    overrides: Overrides = None,
+) -> None:
+    """Show the routing: load, entropy, dead blocks, weights, and gaps between seen tokens."""
+    settings = recipe_for(recipe, overrides, checkpoint).inspect
+    from rich.console import Console
+
+    from molcli.cli.tables import routing_table
+    from molcli.stages.inspect import inspect_routing
+
+    with bar("inspecting") as progress:
+        report = inspect_routing(checkpoint, data, settings, progress=progress)
+    if json_file is not None:
+        json_file.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
+    Console().print(routing_table(report))

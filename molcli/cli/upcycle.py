@@ -1,0 +1,59 @@
+"""`molcli upcycle`: a dense parent becomes a Mixture of Layers model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from molcli.cli.bars import bar
+from molcli.cli.calibrate import run_calibrate, scratch_beside, with_data
+from molcli.cli.options import Data, Out, Overrides, Parent, RecipeName, recipe_for
+from molcli.cli.parents import open_dense
+from molcli.config.sections import Recipe
+
+Calibration = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        metavar="DIR",
+        help="A folder that `molcli calibrate` wrote; without it, calibration runs first.",
+    ),
+]
+
+
+def upcycle(
+    parent: Parent,
+    out: Out,
+    recipe: RecipeName = None,
+    overrides: Overrides = None,
+    data: Data = None,
+    calibration: Calibration = None,
+) -> None:
+    """Turn a dense model into a Mixture of Layers model.
+
+    --data is the text to calibrate on; without it, the text is sampled from the parent itself.
+    """
+    settings = with_data(recipe_for(recipe, overrides), data)
+    run_upcycle(parent, settings, out, calibration=calibration)
+    typer.echo(f"Mixture of Layers model in {out}")
+
+
+def run_upcycle(parent: str, recipe: Recipe, out: Path, *, calibration: Path | None) -> None:
+    """Writes the model to `out`, after a calibration of its own where none is given.
+
+    An exact copy needs none: without text, its receipt has no held-out figures.
+    """
+    from molcli.io.folder import refuse_taken
+    from molcli.stages.upcycle import upcycle as convert
+    from molcli.stages.upcycle.shape import is_whole, mol_config
+
+    refuse_taken(out)
+    dense = open_dense(parent)
+    # Before the long calibration: a recipe that does not fit the parent is refused here.
+    exact = is_whole(mol_config(dense, recipe.upcycle))
+    with scratch_beside(out) as scratch:
+        if calibration is None and (recipe.calibrate.data is not None or not exact):
+            calibration = scratch / "calibration"
+            run_calibrate(dense, recipe, calibration)
+        with bar("upcycling") as progress:
+            convert(dense, calibration, recipe, out, progress=progress)

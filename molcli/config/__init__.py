@@ -1,0 +1,1 @@
+"""Typed recipes: one frozen section per stage, read from one YAML file."""

@@ -1,0 +1,165 @@
+"""The ranges of a recipe's values, and the rules between them."""
+
+from molcli.config.sections import (
+    CalibrateConfig,
+    EvaluateConfig,
+    InspectConfig,
+    ModelConfig,
+    Recipe,
+    SampleConfig,
+    TrainConfig,
+    UpcycleConfig,
+)
+from molcli.errors import MolError
+
+
+def validate(recipe: Recipe) -> None:
+    """Raises MolError for the first value that no parent and no text could make sense of."""
+    _upcycle(recipe.upcycle)
+    _calibrate(recipe.calibrate)
+    _sample(recipe.sample)
+    _train(recipe.train)
+    _evaluate("evaluate", recipe.evaluate)
+    _evaluate("inspect", recipe.inspect)
+    _between("inspect.dead_share", recipe.inspect.dead_share, 0, 1)
+    _model(recipe.model)
+
+
+def _upcycle(c: UpcycleConfig) -> None:
+    top_k = min(2, c.num_blocks - c.num_shared_blocks) if c.top_k is None else c.top_k
+    _blocks("upcycle", c.num_blocks, c.num_shared_blocks, top_k)
+    if c.d_thin is not None:
+        _at_least("upcycle.d_thin", c.d_thin, 1)
+    if c.d_ff_thin is not None:
+        _at_least("upcycle.d_ff_thin", c.d_ff_thin, 1)
+    if c.layers != "all":
+        _indices("upcycle.layers", c.layers)
+    if not isinstance(c.gated_deltanet, str):
+        _indices("upcycle.gated_deltanet", c.gated_deltanet)
+        if c.layers != "all" and (dense := sorted(set(c.gated_deltanet) - set(c.layers))):
+            raise MolError(
+                f"`upcycle.gated_deltanet` names {dense}, which `upcycle.layers` keeps dense",
+                allowed=f"layers of {c.layers}",
+            )
+    _positive("upcycle.ridge", c.ridge)
+    _between("upcycle.shrinkage", c.shrinkage, 0, 1)
+
+
+def _calibrate(c: CalibrateConfig) -> None:
+    _at_least("calibrate.tokens", c.tokens, 1)
+    _at_least("calibrate.heldout_tokens", c.heldout_tokens, 1)
+    _at_least("calibrate.context_length", c.context_length, 2)
+    _at_least("calibrate.seed", c.seed, 0)
+
+
+def _sample(c: SampleConfig) -> None:
+    _at_least("sample.tokens", c.tokens, 1)
+    _at_least("sample.length", c.length, 2)
+    _at_least("sample.batch_size", c.batch_size, 1)
+    _positive("sample.temperature", c.temperature)
+    _at_least("sample.seed", c.seed, 0)
+
+
+def _train(c: TrainConfig) -> None:
+    _at_least("train.tokens", c.tokens, 1)
+    _at_least("train.context_length", c.context_length, 2)
+    _at_least("train.batch_size", c.batch_size, 1)
+    _at_least("train.micro_batch_size", c.micro_batch_size, 1)
+    if c.batch_size % c.micro_batch_size:
+        raise MolError(
+            f"`train.batch_size` is {c.batch_size}, `train.micro_batch_size` {c.micro_batch_size}",
+            allowed="a batch_size that is a multiple of micro_batch_size",
+            hint=f"train.batch_size={-(-c.batch_size // c.micro_batch_size) * c.micro_batch_size}",
+        )
+    _positive("train.learning_rate", c.learning_rate)
+    _positive("train.new_learning_rate", c.new_learning_rate)
+    _between("train.min_learning_rate_ratio", c.min_learning_rate_ratio, 0, 1)
+    _between("train.warmup_fraction", c.warmup_fraction, 0, 1)
+    for beta in c.betas:
+        _between("train.betas", beta, 0, 0.999_999)
+    _at_least("train.weight_decay", c.weight_decay, 0)
+    _positive("train.clip_norm", c.clip_norm)
+    _at_least("train.kl_weight", c.kl_weight, 0)
+    _at_least("train.ce_weight", c.ce_weight, 0)
+    _at_least("train.balance_weight", c.balance_weight, 0)
+    if c.kl_weight == 0 and c.ce_weight == 0:
+        raise MolError(
+            "`train.kl_weight` and `train.ce_weight` are both 0",
+            allowed="at least one above 0, else nothing is learned",
+            hint="train.ce_weight=1",
+        )
+    _at_least("train.checkpoint_every", c.checkpoint_every, 0)
+    _at_least("train.log_every", c.log_every, 1)
+    _at_least("train.seed", c.seed, 0)
+
+
+def _evaluate(section: str, c: EvaluateConfig | InspectConfig) -> None:
+    _at_least(f"{section}.tokens", c.tokens, 1)
+    _at_least(f"{section}.context_length", c.context_length, 2)
+    _at_least(f"{section}.batch_size", c.batch_size, 1)
+
+
+def _model(c: ModelConfig) -> None:
+    _blocks("model", c.num_blocks, c.num_shared_blocks, c.top_k)
+    _at_least("model.vocab_size", c.vocab_size, 1)
+    _at_least("model.num_hidden_layers", c.num_hidden_layers, 1)
+    _at_least("model.head_dim", c.head_dim, 2)
+    _multiple("model.head_dim", c.head_dim, 2, "RoPE turns pairs")
+    _at_least("model.hidden_size", c.hidden_size, 1)
+    _multiple("model.hidden_size", c.hidden_size, c.head_dim, "model.head_dim")
+    _at_least("model.d_thin", c.d_thin, 1)
+    _multiple("model.d_thin", c.d_thin, c.head_dim, "model.head_dim")
+    _at_least("model.d_ff_thin", c.d_ff_thin, 1)
+    _positive("model.rope_theta", c.rope_theta)
+    _at_least("model.max_position_embeddings", c.max_position_embeddings, 1)
+    _at_least("model.seed", c.seed, 0)
+
+
+def _blocks(section: str, num_blocks: int, num_shared: int, top_k: int) -> None:
+    """N, S and K of one layer: S <= N, and K of the N - S routed blocks."""
+    _at_least(f"{section}.num_blocks", num_blocks, 1)
+    _between(f"{section}.num_shared_blocks", num_shared, 0, num_blocks)
+    routed = num_blocks - num_shared
+    lowest = 1 if routed else 0  # routed blocks that never run would be dead weight
+    if not lowest <= top_k <= routed:
+        raise MolError(
+            f"`{section}.top_k` is {top_k}, with {num_blocks} blocks of which {num_shared} shared",
+            allowed=f"{lowest} to {routed} routed blocks" if routed else "0: no block is routed",
+            hint=f"{section}.top_k={min(max(top_k, lowest), routed)}",
+        )
+
+
+def _at_least(name: str, value: float, lowest: float) -> None:
+    if value < lowest:
+        raise MolError(f"`{name}` is {value}", allowed=f"{lowest} or more")
+
+
+def _positive(name: str, value: float) -> None:
+    if value <= 0:
+        raise MolError(f"`{name}` is {value}", allowed="more than 0")
+
+
+def _between(name: str, value: float, lowest: float, highest: float) -> None:
+    if not lowest <= value <= highest:
+        raise MolError(f"`{name}` is {value}", allowed=f"{lowest} to {highest}")
+
+
+def _multiple(name: str, value: int, unit: int, reason: str) -> None:
+    if value % unit:
+        below = max(value // unit, 1) * unit
+        raise MolError(
+            f"`{name}` is {value}",
+            allowed=f"a multiple of {unit} ({reason})",
+            hint=f"{name}={below}",
+        )
+
+
+def _indices(name: str, layers: list[int]) -> None:
+    if any(layer < 0 for layer in layers):
+        raise MolError(f"`{name}` is {layers}", allowed="layer numbers from 0")
+    if len(set(layers)) < len(layers):
+        raise MolError(
+            f"`{name}` is {layers}",
+            allowed="each layer once",
+            hint=f"{name}={sorted(set(layers))}",
+        )

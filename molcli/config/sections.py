@@ -1,0 +1,163 @@
+"""The sections of a recipe, one frozen dataclass per stage. No section imports torch."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class UpcycleConfig:
+    """How a dense parent becomes a Mixture of Layers.
+
+    num_blocks: thin blocks in a layer, shared ones included (N).
+    num_shared_blocks: blocks that run on every token (S).
+    top_k: routed blocks that run on a token, of the N - S (K); null takes 2, or all where there
+        are fewer.
+    d_thin: width of a thin block; null takes d_model / (S + K), rounded to a multiple of head_dim.
+    d_ff_thin: FFN neurons of a thin block; null takes the parent's share for its width.
+    layers: which parent layers become Mixture of Layers, "all" or a list of indices.
+    gated_deltanet: layers whose routed blocks use Gated DeltaNet instead of softmax attention:
+        "all", "none", a list of layers, or "auto" (those where it fits about as well).
+    ridge: Tikhonov term of the least-squares refits, relative to the mean feature energy.
+    shrinkage: share of every block's refit that sees all tokens, not only its cluster's.
+    """
+
+    num_blocks: int = 9
+    num_shared_blocks: int = 1
+    top_k: int | None = None
+    d_thin: int | None = None
+    d_ff_thin: int | None = None
+    layers: Literal["all"] | list[int] = "all"
+    gated_deltanet: Literal["all", "none", "auto"] | list[int] = "none"
+    ridge: float = 1e-4
+    shrinkage: float = 0.1
+
+
+@dataclass(frozen=True)
+class CalibrateConfig:
+    """Text that the conversion looks at.
+
+    data: a .txt, .jsonl or .parquet file; null samples text from the parent itself.
+    tokens: calibration tokens. heldout_tokens: further tokens, never fitted, for the receipt.
+    context_length: tokens in a calibration sequence.
+    seed: draws the documents, the sampled text and the clusters.
+    """
+
+    data: str | None = None
+    tokens: int = 65_536
+    heldout_tokens: int = 8_192
+    context_length: int = 512
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Text sampled from the parent, for those without a data set.
+
+    tokens: how many to sample. length: tokens in a document. batch_size: documents at a time.
+    temperature: 1.0 samples the parent's own distribution.
+    """
+
+    tokens: int = 100_000
+    length: int = 512
+    batch_size: int = 64
+    temperature: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The recovery run.
+
+    data: a .txt, .jsonl or .parquet file (the command line's --data wins).
+    tokens: training tokens in all. context_length: tokens in a packed row.
+    batch_size: rows in an optimiser step. micro_batch_size: rows in a forward pass.
+    learning_rate: peak, for inherited weights; new_learning_rate for the router and, in Gated
+        DeltaNet, gates and convolutions. Cosine to min_learning_rate_ratio of it.
+    kl_weight: weight of the forward KL to the parent; ce_weight of the next-token loss.
+    balance_weight: weight of the CV^2 load-balance loss (arXiv 2605.09516: 0.05).
+    checkpoint_every: optimiser steps between checkpoints; 0 writes none.
+    precision: "auto" is bf16 on a GPU that has it, fp32 elsewhere.
+    """
+
+    data: str | None = None
+    tokens: int = 1_000_000
+    context_length: int = 512
+    batch_size: int = 16
+    micro_batch_size: int = 4
+    learning_rate: float = 4e-4
+    new_learning_rate: float = 4e-4
+    min_learning_rate_ratio: float = 0.1
+    warmup_fraction: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    kl_weight: float = 1.0
+    ce_weight: float = 0.0
+    balance_weight: float = 0.05
+    checkpoint_every: int = 200
+    log_every: int = 10
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    gradient_checkpointing: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Held-out figures. tokens: at most so many; context_length: tokens in a row."""
+
+    tokens: int = 65_536
+    context_length: int = 512
+    batch_size: int = 8
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Routing statistics. tokens: at most so many; dead_share: a block below this share of the
+    uniform load counts as dead.
+    """
+
+    tokens: int = 65_536
+    context_length: int = 512
+    batch_size: int = 8
+    dead_share: float = 0.01
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """An untrained checkpoint (`molcli init`). Defaults: the paper's 80M-scale 1+3of15.
+
+    layer_kind: the mixer of the routed blocks, in every layer.
+    restrict_attention: false runs every routed block on every token and weights the top_k.
+    """
+
+    vocab_size: int = 32_000
+    hidden_size: int = 1024
+    num_hidden_layers: int = 8
+    head_dim: int = 64
+    layer_kind: Literal["softmax", "gated_deltanet"] = "gated_deltanet"
+    num_blocks: int = 15
+    num_shared_blocks: int = 1
+    top_k: int = 3
+    d_thin: int = 256
+    d_ff_thin: int = 1024
+    mlp_gated: bool = False
+    hidden_act: str = "gelu"
+    attention_bias: bool = True
+    restrict_attention: bool = True
+    rope_theta: float = 10_000.0
+    max_position_embeddings: int = 4096
+    tie_word_embeddings: bool = True
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every section, with defaults that work."""
+
+    upcycle: UpcycleConfig = field(default_factory=UpcycleConfig)
+    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    inspect: InspectConfig = field(default_factory=InspectConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)

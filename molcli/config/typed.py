@@ -1,0 +1,111 @@
+"""Check a value read from YAML against a field's type. Nothing is coerced but int to float."""
+
+import math
+import sys
+from difflib import get_close_matches
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from molcli.errors import MolError
+
+
+def checked(name: str, value: object, hint: Any) -> Any:
+    """The value as the type `hint` holds it.
+
+    name: dotted, as the user writes it ("upcycle.d_thin"). hint: int, float, str, bool, None, a
+    Literal of strings, list[int], tuple[float, float], or a union of them.
+    Raises MolError with the allowed values, and the nearest one for a mistyped word.
+    """
+    for alternative in _alternatives(hint):
+        accepted, result = _match(value, alternative)
+        if accepted:
+            return result
+    words = [word for alternative in _alternatives(hint) for word in _words(alternative)]
+    raise MolError(
+        f"`{name}` is {_shown(value)}",
+        allowed=describe(hint),
+        hint=_suggestion(name, value, hint, words),
+    )
+
+
+def nearest(word: str, candidates: list[str]) -> str:
+    """The candidate closest to the word, or "" if none is close."""
+    matches = get_close_matches(word, candidates, n=1, cutoff=0.5)
+    return matches[0] if matches else ""
+
+
+def describe(hint: Any) -> str:
+    """The type in words: "an integer or null"."""
+    return " or ".join(_describe_one(alternative) for alternative in _alternatives(hint))
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _words(hint: Any) -> tuple[str, ...]:
+    return get_args(hint) if get_origin(hint) is Literal else ()
+
+
+def _match(value: Any, hint: Any) -> tuple[bool, Any]:
+    """(accepted, value as the type holds it)."""
+    if hint is NoneType:
+        return value is None, value
+    if hint is float:
+        fits = _is_finite(value)
+        return fits, float(value) if fits else value
+    if hint is int:
+        return _is_int(value), value
+    if hint in (str, bool):
+        return isinstance(value, hint), value
+    if get_origin(hint) is Literal:
+        return isinstance(value, str) and value in get_args(hint), value
+    if hint == list[int]:
+        return isinstance(value, list) and all(map(_is_int, value)), value
+    if hint == tuple[float, float]:
+        fits = isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_finite, value))
+        return fits, tuple(map(float, value)) if fits else value
+    raise TypeError(f"no check for fields of type {hint}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(value: Any) -> bool:
+    return (_is_int(value) or isinstance(value, float)) and abs(value) <= sys.float_info.max
+
+
+def _describe_one(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return ", ".join(get_args(hint))
+    names: dict[Any, str] = {
+        NoneType: "null",
+        int: "an integer",
+        float: "a finite number",
+        str: "text",
+        bool: "true or false",
+        list[int]: "a list of integers such as [0, 2]",
+        tuple[float, float]: "two numbers such as [0.9, 0.95]",
+    }
+    return names[hint]
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return repr(value)
+
+
+def _suggestion(name: str, value: Any, hint: Any, words: list[str]) -> str:
+    if isinstance(value, str) and (word := nearest(value, words)):
+        return f"{name}={word}"
+    whole = isinstance(value, float) and math.isfinite(value) and value.is_integer()
+    if whole and int in _alternatives(hint):
+        return f"{name}={int(value)}"
+    # YAML 1.1 reads a bare `no` or `off` as false.
+    if value is False and "none" in words:
+        return f"{name}=none"
+    return ""

@@ -1,0 +1,1 @@
+"""Reading parents and text, writing checkpoints."""

@@ -1,0 +1,179 @@
+"""Documents packed into rows of one length, in which no document sees another."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from molcli.errors import MolError
+from molcli.io.text import read_documents, tokenize
+from molcli.progress import Progress, silent
+
+IGNORED = -100  # the label that Hugging Face losses leave out
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed rows as a model takes them, (B, T) int64 each.
+
+    position_ids restart with every document and every row. labels are aligned with input_ids
+    (shift them in the loss); IGNORED where nothing comes before the token or it is padding.
+    attention_mask: 1 for tokens, 0 for padding; None if no row is padded.
+    """
+
+    input_ids: Tensor
+    document_ids: Tensor
+    position_ids: Tensor
+    labels: Tensor
+    attention_mask: Tensor | None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are not padding."""
+        mask = self.attention_mask
+        return self.input_ids.numel() if mask is None else int(mask.sum())
+
+    def inputs(self) -> dict[str, Tensor | None]:
+        """The keyword arguments of a MoL model: all but the labels."""
+        return {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "position_ids": self.position_ids,
+            "document_ids": self.document_ids,
+        }
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device."""
+        mask = self.attention_mask
+        return Batch(
+            self.input_ids.to(device),
+            self.document_ids.to(device),
+            self.position_ids.to(device),
+            self.labels.to(device),
+            None if mask is None else mask.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Every row of a run, in memory: 8 bytes a token.
+
+    input_ids, document_ids: (rows, T) int32; document ids count up within a row, from 0.
+    lengths: (rows,) tokens that are not padding, which is at the right.
+    """
+
+    input_ids: Tensor
+    document_ids: Tensor
+    lengths: Tensor
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all rows, padding left out."""
+        return int(self.lengths.sum())
+
+    def rows(self, index: slice | Tensor) -> "TokenRows":
+        """Some of the rows, by slice or by (n,) indices."""
+        return TokenRows(self.input_ids[index], self.document_ids[index], self.lengths[index])
+
+    def batch(self, index: slice | Tensor) -> Batch:
+        """Some of the rows as a model takes them."""
+        ids, documents = self.input_ids[index].long(), self.document_ids[index].long()
+        steps = torch.arange(ids.shape[1])
+        starts = torch.diff(documents, dim=1, prepend=documents.new_full((len(ids), 1), -1)) != 0
+        positions = steps - torch.where(starts, steps, 0).cummax(dim=1).values
+        real = steps < self.lengths[index, None]
+        labels = torch.where(real & ~starts, ids, IGNORED)
+        return Batch(ids, documents, positions, labels, None if real.all() else real.long())
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """All rows in order."""
+        for first in range(0, len(self), batch_size):
+            yield self.batch(slice(first, first + batch_size))
+
+    def fingerprint(self) -> str:
+        """sha256 over the tokens and the document boundaries."""
+        digest = hashlib.sha256(str(tuple(self.input_ids.shape)).encode())
+        for tensor in (self.input_ids, self.document_ids, self.lengths):
+            digest.update(tensor.contiguous().numpy().data)
+        return digest.hexdigest()
+
+
+class RowOrder:
+    """An endless sequence of rows in which every epoch is a permutation of its own.
+
+    Entry i depends on i and the seed alone: a run that resumes needs only its place.
+    """
+
+    def __init__(self, num_rows: int, seed: int) -> None:
+        self.num_rows, self.seed = num_rows, seed
+        self._epoch, self._rows = -1, torch.empty(0, dtype=torch.int64)
+
+    def take(self, first: int, count: int) -> Tensor:
+        """(count,) int64, entries first to first + count - 1."""
+        return torch.stack([self._entry(i) for i in range(first, first + count)])
+
+    def _entry(self, index: int) -> Tensor:
+        epoch, place = divmod(index, self.num_rows)
+        if epoch != self._epoch:
+            # A generator mixes its seed well, so neighbouring seeds share nothing.
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._epoch, self._rows = epoch, torch.randperm(self.num_rows, generator=generator)
+        return self._rows[place]
+
+
+def pack(
+    documents: list[Tensor], length: int, *, seed: int | None, keep_short: bool = False
+) -> TokenRows:
+    """Lay the documents end to end and cut rows from them.
+
+    documents: (tokens,) int32 each. length: tokens in a row (T). seed: shuffles the documents; None
+    keeps their order. keep_short: pads the last row instead of dropping it.
+    A document longer than what is left of its row goes on, as a new document, in the next one.
+    Raises MolError if not one row comes out.
+    """
+    if seed is not None:
+        shuffle = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))
+        documents = [documents[i] for i in shuffle.tolist()]
+    sizes = torch.tensor([len(document) for document in documents], dtype=torch.int64)
+    total = int(sizes.sum())
+    count = -(-total // length) if keep_short else total // length
+    if count == 0:
+        raise MolError(
+            f"the data has {total} tokens, which is less than one row of {length}",
+            hint="more data, or a shorter context_length",
+        )
+    padding = max(count * length - total, 0)
+    stream = torch.cat([*documents, torch.zeros(padding, dtype=torch.int32)])
+    sizes[-1] += padding  # padding carries the last document's id, and is masked
+    ids = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32), sizes)
+    ids = ids[: count * length].view(count, length)
+    lengths = torch.full((count,), length)
+    lengths[-1] -= padding
+    return TokenRows(stream[: count * length].view(count, length), ids - ids[:, :1], lengths)
+
+
+def load_rows(
+    data: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    vocab_size: int,
+    length: int,
+    limit: int | None = None,
+    seed: int | None = None,
+    keep_short: bool = False,
+    progress: Progress = silent,
+) -> TokenRows:
+    """Read, tokenise and pack a file: read_documents, tokenize and pack in one call.
+
+    limit: only the file's first so many tokens. Raises MolError as those three do.
+    """
+    documents = tokenize(
+        read_documents(data), tokenizer, vocab_size=vocab_size, limit=limit, progress=progress
+    )
+    return pack(documents, length, seed=seed, keep_short=keep_short)

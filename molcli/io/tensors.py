@@ -1,0 +1,198 @@
+"""Safetensors folders: read lazily, written shard by shard."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from molcli.errors import MolError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_SAMPLE_BYTES = 4096  # of each tensor, in a fingerprint
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a shard's header says of a tensor. dtype: in safetensors' words, such as "BF16".
+
+    start: of its data in the shard, in bytes.
+    """
+
+    shard: Path
+    shape: tuple[int, ...]
+    dtype: str
+    start: int
+    num_bytes: int
+
+
+class TensorReader:
+    """The tensors of a folder with `model.safetensors` or shards and their index.
+
+    Opening reads the headers only and raises MolError if there are no safetensors, a shard is
+    missing or truncated, or the index and the shards disagree.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        index = self._read_index()
+        self.shards = sorted({folder / shard for shard in index.values()} or {folder / SINGLE})
+        self.tensors: dict[str, TensorInfo] = {}
+        for shard in self.shards:
+            self.tensors |= _read_header(shard)
+        for name, file in index.items():
+            if name not in self.tensors or self.tensors[name].shard != folder / file:
+                raise MolError(
+                    f"{INDEX} places {name} in {file}, which does not hold it",
+                    allowed="an index that matches its shards",
+                    hint=f"download {folder} again",
+                )
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor as stored, on the CPU."""
+        with safe_open(self.tensors[name].shard, framework="pt") as shard:
+            tensor: torch.Tensor = shard.get_tensor(name)
+            return tensor
+
+    def fingerprint(self) -> str:
+        """sha256 over every tensor's name, dtype, shape and first 4096 bytes.
+
+        Shapes alone would not tell a model from its fine-tune; all of the data would take
+        minutes for a large one. How the tensors are spread over shards does not matter.
+        """
+        digest = hashlib.sha256()
+        for name, info in sorted(self.tensors.items()):
+            digest.update(f"{name} {info.dtype} {info.shape} ".encode())
+            with info.shard.open("rb") as file:
+                file.seek(info.start)
+                digest.update(file.read(min(info.num_bytes, _SAMPLE_BYTES)))
+        return digest.hexdigest()
+
+    def _read_index(self) -> dict[str, str]:
+        """Tensor name -> shard's file name; empty if there is the single file.
+
+        That one wins where both exist, as it does in transformers.
+        """
+        path = self.folder / INDEX
+        if (self.folder / SINGLE).is_file():
+            return {}
+        if not path.is_file():
+            pickles = sorted(file.name for file in self.folder.glob("*.bin"))
+            found = f"only pickled weights ({pickles[0]})" if pickles else "no weights"
+            raise MolError(
+                f"{self.folder} holds {found}",
+                allowed=f"{SINGLE}, or shards with {INDEX}",
+                hint="AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder) "
+                "writes safetensors",
+            )
+        try:
+            weight_map = json.loads(path.read_text())["weight_map"]
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise ValueError("weight_map is empty")
+        except (ValueError, KeyError, TypeError) as error:
+            raise MolError(
+                f"{path} cannot be read ({error})",
+                allowed="JSON with a weight_map from tensor names to shards",
+                hint=f"download {path} again",
+            ) from error
+        return {str(name): str(file) for name, file in weight_map.items()}
+
+
+class ShardedWriter:
+    """Writes tensors into a folder as they come, holding at most one shard in memory.
+
+    max_shard_bytes: a shard is written before it would grow past this; a larger tensor gets a
+    shard of its own. The default is about one layer of an 8B model in bfloat16.
+    """
+
+    def __init__(self, folder: Path, *, max_shard_bytes: int = 512 * 2**20) -> None:
+        self.folder = folder
+        self.max_shard_bytes = max_shard_bytes
+        self.total_bytes = 0
+        self._pending: dict[str, torch.Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[list[str]] = []
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Takes the tensor in its dtype; the caller must not change it until `close`."""
+        assert all(name not in names for names in (self._pending, *self._shards)), name
+        if self._pending and self._pending_bytes + tensor.nbytes > self.max_shard_bytes:
+            self._flush()
+        tensor = tensor.detach().cpu().contiguous()
+        if tensor.untyped_storage().nbytes() > tensor.nbytes:
+            tensor = tensor.clone()  # a view would keep its whole base in memory
+        self._pending[name] = tensor
+        self._pending_bytes += tensor.nbytes
+        self.total_bytes += tensor.nbytes
+
+    def close(self) -> None:
+        """Writes what is pending, gives the shards their final names, and writes the index."""
+        self._flush()
+        count = len(self._shards)
+        if count <= 1:
+            self._part(1).rename(self.folder / SINGLE)
+            return
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(self._shards, start=1):
+            file = f"model-{number:05d}-of-{count:05d}.safetensors"
+            self._part(number).rename(self.folder / file)
+            weight_map |= dict.fromkeys(names, file)
+        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+        (self.folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+    def _part(self, number: int) -> Path:
+        """A shard's name until their count is known."""
+        return self.folder / f"part-{number:05d}.safetensors"
+
+    def _flush(self) -> None:
+        if not self._pending and self._shards:
+            return
+        self._shards.append(list(self._pending))
+        part = self._part(len(self._shards))
+        save_file(self._pending, part, metadata={"format": "pt"})
+        # safetensors makes files private to the user; these are as readable as their folder.
+        part.chmod(self.folder.stat().st_mode & 0o666)
+        self._pending, self._pending_bytes = {}, 0
+
+
+def _read_header(shard: Path) -> dict[str, TensorInfo]:
+    """A shard's header, checked against the file's size."""
+    if not shard.is_file():
+        raise MolError(
+            f"{shard} is missing, though {INDEX} names it",
+            allowed="all shards of the index",
+            hint=f"download {shard.name} again",
+        )
+    size = shard.stat().st_size
+    with shard.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        raw = file.read(length) if 8 + length <= size else b""
+    try:
+        header: dict[str, Any] = json.loads(raw)
+        header.pop("__metadata__", None)
+        tensors = {name: _info(shard, entry, 8 + length) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(shard, f"is not a whole safetensors file ({size} bytes)") from error
+    expected = 8 + length + sum(info.num_bytes for info in tensors.values())
+    if size != expected:
+        raise _damaged(shard, f"has {size} bytes, but its header describes {expected}")
+    return tensors
+
+
+def _info(shard: Path, entry: dict[str, Any], data_start: int) -> TensorInfo:
+    begin, end = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    return TensorInfo(shard, shape, str(entry["dtype"]), data_start + begin, end - begin)
+
+
+def _damaged(shard: Path, what: str) -> MolError:
+    return MolError(
+        f"{shard} {what}",
+        allowed="a complete safetensors file",
+        hint=f"download {shard.name} again (with git: git lfs pull)",
+    )

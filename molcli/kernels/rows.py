@@ -1,0 +1,177 @@
+"""Rows: the tokens of each block, gathered side by side.
+
+A layer with B blocks runs each block on its own tokens. Instead of B small tensors, every
+operation works on one tensor of M rows, sorted by (block, document, time). A *segment* is the
+run of rows of one block and one document: attention, convolution and recurrent state live inside
+it. Shared and dense blocks are the case in which a block's tokens are all tokens.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which token each row holds, and where blocks and segments begin.
+
+    tokens: (M,) int64, index into the flat token stream.
+    slots: (M,) int64, which of its token's `num_slots` rows this is.
+    blocks: (M,) int64, ascending.
+    offsets: (B,) int32, the end of each block's rows, as grouped matmuls take it.
+    segments: (M,) int64, block * num_documents + document.
+    cu_seqlens: (B * num_documents + 1,) int32, where segments begin; empty ones are legal.
+    of_token: (n, num_slots) int64, the rows of each token.
+    max_seqlen: no segment is longer.
+    """
+
+    tokens: Tensor
+    slots: Tensor
+    blocks: Tensor
+    offsets: Tensor
+    segments: Tensor
+    cu_seqlens: Tensor
+    of_token: Tensor
+    max_seqlen: int
+
+    @property
+    def num_slots(self) -> int:
+        return self.of_token.shape[1]
+
+    @property
+    def num_blocks(self) -> int:
+        return self.offsets.shape[0]
+
+    @property
+    def index_in_segment(self) -> Tensor:
+        """(M,) int64, how many rows of its own segment stand before each row."""
+        row = torch.arange(self.tokens.shape[0], device=self.tokens.device)
+        return row - self.cu_seqlens[self.segments]
+
+    def gather(self, x: Tensor) -> Tensor:
+        """x: (n, ...) a value per token -> (M, ...) a value per row."""
+        if self.num_blocks == 1 and self.num_slots == 1:
+            return x
+        return x[self.tokens]
+
+    def combine(self, x: Tensor) -> Tensor:
+        """x: (M, D) a value per row -> (n, D), summed over each token's rows.
+
+        A gather and a sum: no atomics, hence the same bits in every run.
+        """
+        if self.num_slots == 1:
+            return x if self.num_blocks == 1 else x[self.of_token[:, 0]]
+        return x[self.of_token].sum(dim=1)
+
+    def of_blocks(self, first: int, count: int) -> "Rows":
+        """The rows of `count` neighbouring blocks, as a layout of their own.
+
+        A token may have any number of rows there, so `of_token` is empty: use `scatter`.
+        """
+        documents = (self.cu_seqlens.shape[0] - 1) // self.num_blocks
+        cu = self.cu_seqlens[first * documents : (first + count) * documents + 1]
+        begin, end = int(cu[0]), int(cu[-1])
+        return Rows(
+            tokens=self.tokens[begin:end],
+            slots=self.slots[begin:end],
+            blocks=self.blocks[begin:end] - first,
+            offsets=self.offsets[first : first + count] - begin,
+            segments=self.segments[begin:end] - first * documents,
+            cu_seqlens=cu - begin,
+            of_token=self.of_token[:, :0],
+            max_seqlen=self.max_seqlen,
+        )
+
+    def scatter(self, x: Tensor, num_tokens: int) -> Tensor:
+        """x: (M, D) -> (num_tokens, D), summed over rows; for layouts without `of_token`."""
+        return x.new_zeros(num_tokens, x.shape[1]).index_add(0, self.tokens, x)
+
+
+def all_rows(document: Tensor, num_documents: int, num_blocks: int, max_seqlen: int) -> Rows:
+    """Every block sees every token. document: (n,) int64, ascending."""
+    n = document.shape[0]
+    token = torch.arange(n, device=document.device)
+    block = torch.arange(num_blocks, device=document.device)
+    tokens, blocks = token.repeat(num_blocks), block.repeat_interleave(n)
+    return _rows(
+        tokens=tokens,
+        slots=blocks,
+        blocks=blocks,
+        of_token=token[:, None] + n * block,
+        document=document,
+        sizes=(num_blocks, num_documents),
+        max_seqlen=max_seqlen,
+    )
+
+
+def routed_rows(
+    chosen: Tensor, document: Tensor, num_documents: int, num_blocks: int, max_seqlen: int
+) -> Rows:
+    """Each block sees the tokens that chose it, in their order.
+
+    chosen: (n, k) int64, the distinct blocks of each token. document: (n,) int64, ascending.
+    The sort is stable, so time order survives inside a segment.
+    """
+    n, k = chosen.shape
+    blocks, order = torch.sort(chosen.flatten(), stable=True)
+    of_token = torch.empty_like(order)
+    of_token[order] = torch.arange(n * k, device=chosen.device)
+    return _rows(
+        tokens=order // k,
+        slots=order % k,
+        blocks=blocks,
+        of_token=of_token.view(n, k),
+        document=document,
+        sizes=(num_blocks, num_documents),
+        max_seqlen=max_seqlen,
+    )
+
+
+def _rows(
+    *,
+    tokens: Tensor,
+    slots: Tensor,
+    blocks: Tensor,
+    of_token: Tensor,
+    document: Tensor,
+    sizes: tuple[int, int],
+    max_seqlen: int,
+) -> Rows:
+    num_blocks, num_documents = sizes
+    segments = blocks * num_documents + document[tokens]
+    starts = torch.arange(num_blocks * num_documents + 1, device=tokens.device)
+    cu_seqlens = torch.searchsorted(segments, starts).int()
+    return Rows(
+        tokens=tokens,
+        slots=slots,
+        blocks=blocks,
+        offsets=cu_seqlens[num_documents::num_documents].contiguous(),
+        segments=segments,
+        cu_seqlens=cu_seqlens,
+        of_token=of_token,
+        max_seqlen=max_seqlen,
+    )
+
+
+def pad_segments(x: Tensor, cu_seqlens: Tensor, length: int) -> Tensor:
+    """x: (M, ...) rows -> (segments, length, ...), zeros after each segment's end."""
+    segment, index = _row_places(cu_seqlens, x.shape[0])
+    padded = x.new_zeros(cu_seqlens.shape[0] - 1, length, *x.shape[1:])
+    return padded.index_put((segment, index), x)
+
+
+def unpad_segments(x: Tensor, cu_seqlens: Tensor, num_rows: int) -> Tensor:
+    """x: (segments, length, ...) -> (M, ...) rows; the inverse of `pad_segments`."""
+    return x[_row_places(cu_seqlens, num_rows)]
+
+
+def longest_segment(cu_seqlens: Tensor) -> int:
+    """Rows in the longest segment, at least 1. Waits for the device."""
+    return max(1, int(cu_seqlens.diff().max()))
+
+
+def _row_places(cu_seqlens: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    row = torch.arange(num_rows, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    segment = torch.searchsorted(cu_seqlens, row, right=True) - 1
+    return segment, row - cu_seqlens[segment]

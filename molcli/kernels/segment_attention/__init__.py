@@ -1,0 +1,35 @@
+"""Causal softmax attention in which a row sees its own segment alone."""
+
+import inspect
+
+import torch
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+from molcli.kernels.rows import Rows
+from molcli.kernels.segment_attention.reference import segment_attention_reference
+
+__all__ = ["segment_attention", "segment_attention_reference"]
+
+# torch 2.10 says `is_causal=True` where later releases take a window.
+_CAUSAL: dict[str, object] = (
+    {"window_size": (-1, 0)}
+    if "window_size" in inspect.signature(varlen_attn).parameters
+    else {"is_causal": True}
+)
+
+
+def segment_attention(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
+    """q: (M, h, d), k and v: (M, kv, d), scaled by d^-1/2 -> (M, h, d).
+
+    On CUDA in half precision one variable-length FlashAttention call; elsewhere SDPA on padded
+    segments.
+    """
+    if not (q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)):
+        return segment_attention_reference(q, k, v, rows.cu_seqlens)
+    group = q.shape[1] // k.shape[1]
+    if group > 1:
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    length, cu = rows.max_seqlen, rows.cu_seqlens
+    out: Tensor = varlen_attn(q, k, v, cu, cu, length, length, **_CAUSAL)
+    return out

@@ -1,0 +1,17 @@
+"""Causal softmax attention inside segments, by padding them to one length."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from molcli.kernels.rows import longest_segment, pad_segments, unpad_segments
+
+
+def segment_attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """q: (M, h, d), k and v: (M, kv, d) -> (M, h, d).
+
+    Padding stands after a segment's rows, where a causal mask already hides it.
+    """
+    length = longest_segment(cu_seqlens)
+    padded = [pad_segments(x, cu_seqlens, length).transpose(1, 2) for x in (q, k, v)]
+    out = F.scaled_dot_product_attention(*padded, is_causal=True, enable_gqa=True)
+    return unpad_segments(out.transpose(1, 2), cu_seqlens, q.shape[0])

@@ -1,0 +1,99 @@
+"""Parameter counts of a Mixture of Layers model, from the numbers of its configuration."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+CONV_WIDTH = 4  # inputs that Gated DeltaNet's short convolutions see
+
+
+class Architecture(Protocol):
+    """The fields of a MoLConfig that decide how many parameters there are."""
+
+    vocab_size: int
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    mlp_gated: bool
+    attention_bias: bool
+    attention_out_bias: bool
+    qk_norm: bool
+    tie_word_embeddings: bool
+    layer_kinds: list[str]
+    num_blocks: int
+    num_shared_blocks: int
+    num_blocks_per_tok: int
+    d_thin: int
+    d_ff_thin: int
+    thin_num_attention_heads: int
+    thin_num_key_value_heads: int
+    restrict_attention: bool
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """total: all trainable parameters. active: those that the forward pass of a token uses, with
+    the whole embedding. embedding: of both counts, the embedding and an untied LM head.
+    """
+
+    total: int
+    active: int
+    embedding: int
+
+    @property
+    def non_embedding(self) -> int:
+        """Of `total`."""
+        return self.total - self.embedding
+
+
+def count_parameters(config: Architecture) -> ParameterCount:
+    """Counts the model of a configuration. Buffers, such as the router's bias, are left out."""
+    embedding = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    total = active = embedding + config.hidden_size  # and the final norm
+    for kind in config.layer_kinds:
+        if kind == "dense":
+            layer = _dense_layer(config)
+            total, active = total + layer, active + layer
+            continue
+        shared = config.num_shared_blocks * _thin_block(config, "softmax")
+        routed_blocks = config.num_blocks - config.num_shared_blocks
+        router = routed_blocks * config.hidden_size
+        routed = _thin_block(config, kind)
+        run = config.num_blocks_per_tok if config.restrict_attention else routed_blocks
+        total += shared + router + routed_blocks * routed
+        active += shared + router + run * routed
+    return ParameterCount(total, active, embedding)
+
+
+def _dense_layer(config: Architecture) -> int:
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    mixer = _softmax_attention(config, config.hidden_size, heads, kv_heads)
+    return mixer + _mlp_and_norms(config, config.hidden_size, config.intermediate_size)
+
+
+def _thin_block(config: Architecture, mixer: str) -> int:
+    width, heads = config.d_thin, config.thin_num_attention_heads
+    if mixer == "gated_deltanet":
+        inner = _gated_deltanet(width, heads, config.head_dim)
+    else:
+        inner = _softmax_attention(config, width, heads, config.thin_num_key_value_heads)
+    projections = 2 * config.hidden_size * width  # thin_in and thin_out
+    return projections + inner + _mlp_and_norms(config, width, config.d_ff_thin)
+
+
+def _softmax_attention(config: Architecture, width: int, heads: int, kv_heads: int) -> int:
+    q, kv = heads * config.head_dim, kv_heads * config.head_dim
+    weights = 2 * q * width + 2 * kv * width  # q and o, k and v
+    biases = config.attention_bias * (q + 2 * kv) + config.attention_out_bias * width
+    return weights + biases + config.qk_norm * 2 * config.head_dim
+
+
+def _gated_deltanet(width: int, heads: int, head_dim: int) -> int:
+    inner = heads * head_dim
+    projections = 5 * inner * width + 2 * heads * width  # q, k, v, g and o; a and b
+    return projections + 3 * CONV_WIDTH * inner + 2 * heads + head_dim  # A_log, dt_bias; o_norm
+
+
+def _mlp_and_norms(config: Architecture, width: int, neurons: int) -> int:
+    return (3 if config.mlp_gated else 2) * width * neurons + 2 * width

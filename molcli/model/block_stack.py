@@ -1,0 +1,153 @@
+"""B independent pre-norm Transformer blocks with stacked weights, run side by side on rows."""
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from molcli.kernels.grouped_linear import grouped_linear, per_row
+from molcli.kernels.rows import Rows
+from molcli.kernels.segment_attention import segment_attention
+from molcli.model.cache import AttentionState, RecurrentState
+from molcli.model.configuration_mol import BlockSpec, MoLConfig
+from molcli.model.gated_deltanet import StackedGatedDeltaNet
+from molcli.model.tokens import TokenStream
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x: (..., d), weight: broadcastable; the mean square is taken in float32 or higher."""
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))
+    exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)
+    return weight * exact.to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding, halves convention. x: (M, h, d), cos and sin: (M, d)."""
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return x * cos[:, None].to(x.dtype) + turned * sin[:, None].to(x.dtype)
+
+
+class StackedAttention(nn.Module):
+    """Causal softmax attention of every block over its own rows, with rotary positions."""
+
+    def __init__(self, spec: BlockSpec, config: MoLConfig) -> None:
+        super().__init__()
+        self.head_dim, self.eps = spec.head_dim, config.rms_norm_eps
+        b, d = spec.num_blocks, spec.width
+        q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        self.q_proj = nn.Parameter(torch.empty(b, q, d))
+        self.k_proj = nn.Parameter(torch.empty(b, kv, d))
+        self.v_proj = nn.Parameter(torch.empty(b, kv, d))
+        self.o_proj = nn.Parameter(torch.empty(b, d, q))
+        for name, size, wanted in (
+            ("q_bias", q, config.attention_bias),
+            ("k_bias", kv, config.attention_bias),
+            ("v_bias", kv, config.attention_bias),
+            ("o_bias", d, config.attention_out_bias),
+            ("q_norm", spec.head_dim, config.qk_norm),
+            ("k_norm", spec.head_dim, config.qk_norm),
+        ):
+            self.register_parameter(name, nn.Parameter(torch.empty(b, size)) if wanted else None)
+        self.q_bias: nn.Parameter | None
+        self.k_bias: nn.Parameter | None
+        self.v_bias: nn.Parameter | None
+        self.o_bias: nn.Parameter | None
+        self.q_norm: nn.Parameter | None
+        self.k_norm: nn.Parameter | None
+
+    def forward(
+        self,
+        x: Tensor,
+        rows: Rows,
+        rotary: tuple[Tensor, Tensor],
+        stream: TokenStream,
+        state: AttentionState | None,
+    ) -> Tensor:
+        """x: (M, d) normalised rows; rotary: cos and sin, (n, head_dim) -> (M, d)."""
+        out = self.heads(x, rows, rotary, stream, state)
+        return grouped_linear(out.flatten(1), self.o_proj, rows, self.o_bias)
+
+    def heads(
+        self,
+        x: Tensor,
+        rows: Rows,
+        rotary: tuple[Tensor, Tensor],
+        stream: TokenStream,
+        state: AttentionState | None,
+    ) -> Tensor:
+        """What the heads read, before the output projection. x: (M, d) -> (M, h, head_dim)."""
+        q, k, v = (
+            grouped_linear(x, weight, rows, bias).unflatten(1, (-1, self.head_dim))
+            for weight, bias in (
+                (self.q_proj, self.q_bias),
+                (self.k_proj, self.k_bias),
+                (self.v_proj, self.v_bias),
+            )
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q = rms_norm(q, per_row(self.q_norm, rows)[:, None], self.eps)
+            k = rms_norm(k, per_row(self.k_norm, rows)[:, None], self.eps)
+        cos, sin = (rows.gather(x) for x in rotary)
+        q, k, v = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype), v
+        if state is None:
+            return segment_attention(q, k, v, rows)
+        fresh = not state.tensors
+        state.append(k, v, rows, stream)
+        return segment_attention(q, k, v, rows) if fresh else state.attend(q, rows, stream)
+
+
+class StackedMLP(nn.Module):
+    """The feed-forward network of every block: gated (SwiGLU-like) or two matrices."""
+
+    def __init__(self, spec: BlockSpec, config: MoLConfig) -> None:
+        super().__init__()
+        b, d, f = spec.num_blocks, spec.width, spec.d_ff
+        gate = nn.Parameter(torch.empty(b, f, d)) if config.mlp_gated else None
+        self.register_parameter("gate_proj", gate)
+        self.gate_proj: nn.Parameter | None
+        self.up_proj = nn.Parameter(torch.empty(b, f, d))
+        self.down_proj = nn.Parameter(torch.empty(b, d, f))
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor, rows: Rows) -> Tensor:
+        """x: (M, d) -> (M, d)."""
+        return grouped_linear(self.neurons(x, rows), self.down_proj, rows)
+
+    def neurons(self, x: Tensor, rows: Rows) -> Tensor:
+        """The hidden activations. x: (M, d) -> (M, d_ff)."""
+        up = grouped_linear(x, self.up_proj, rows)
+        if self.gate_proj is None:
+            return self.activation(up)
+        return self.activation(grouped_linear(x, self.gate_proj, rows)) * up
+
+
+class BlockStack(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x)), for every block on its own rows."""
+
+    def __init__(self, spec: BlockSpec, config: MoLConfig) -> None:
+        super().__init__()
+        self.eps = config.rms_norm_eps
+        self.input_norm = nn.Parameter(torch.empty(spec.num_blocks, spec.width))
+        self.post_norm = nn.Parameter(torch.empty(spec.num_blocks, spec.width))
+        self.mixer: StackedAttention | StackedGatedDeltaNet
+        if spec.mixer == "gated_deltanet":
+            self.mixer = StackedGatedDeltaNet(spec, config)
+        else:
+            self.mixer = StackedAttention(spec, config)
+        self.mlp = StackedMLP(spec, config)
+
+    def forward(
+        self,
+        x: Tensor,
+        rows: Rows,
+        rotary: tuple[Tensor, Tensor],
+        stream: TokenStream,
+        state: AttentionState | RecurrentState | None,
+    ) -> Tensor:
+        """x: (M, width) residual rows -> (M, width) residual rows."""
+        x = x + self.mixer(self.norm(x, self.input_norm, rows), rows, rotary, stream, state)
+        return x + self.mlp(self.norm(x, self.post_norm, rows), rows)
+
+    def norm(self, x: Tensor, weight: Tensor, rows: Rows) -> Tensor:
+        """RMSNorm with each block's own weight. x: (M, width), weight: (B, width)."""
+        return rms_norm(x, per_row(weight, rows), self.eps)

@@ -1,0 +1,157 @@
+"""What a Mixture of Layers model remembers between calls of `generate`."""
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from molcli.kernels.rows import Rows
+from molcli.model.configuration_mol import BlockSpec, MoLConfig
+from molcli.model.tokens import TokenStream
+
+
+class AttentionState:
+    """Keys and values by (sequence, time, slot): every token fills as many slots as blocks it
+    visits, so the tensors stay dense although the blocks' own histories are ragged.
+
+    keys, values: (B, T, slots, kv, d). blocks: (B, T, slots) int64, -1 where padding stands.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+
+    def append(self, k: Tensor, v: Tensor, rows: Rows, stream: TokenStream) -> None:
+        """k, v: (M, kv, d), the rows of the new tokens."""
+        new = {
+            "keys": _by_slot(k, rows, stream, fill=0),
+            "values": _by_slot(v, rows, stream, fill=0),
+            "blocks": _by_slot(rows.blocks, rows, stream, fill=-1),
+        }
+        old = self.tensors
+        self.tensors = {n: torch.cat([old[n], x], 1) if old else x for n, x in new.items()}
+
+    def attend(self, q: Tensor, rows: Rows, stream: TokenStream) -> Tensor:
+        """q: (M, h, d), rows of the newest tokens -> (M, h, d). A row sees its own block's keys
+        of its own sequence, up to its own time.
+        """
+        keys, values, blocks = (self.tensors[n] for n in ("keys", "values", "blocks"))
+        query = _by_slot(q, rows, stream, fill=0)  # (B, T', slots, h, d)
+        query_block = _by_slot(rows.blocks, rows, stream, fill=-1)
+        total, new = keys.shape[1], query.shape[1]
+        time = torch.arange(total, device=q.device)
+        earlier = time[None, :] <= time[total - new :, None]  # (T', T)
+        same = query_block[:, :, :, None, None] == blocks[:, None, None]  # (B, T', s, T, s)
+        visible = same & earlier[:, None, :, None]
+        out = torch.nn.functional.scaled_dot_product_attention(
+            *(x.flatten(1, 2).transpose(1, 2) for x in (query, keys, values)),
+            attn_mask=visible.flatten(3, 4).flatten(1, 2)[:, None],
+            enable_gqa=True,
+        )
+        out = out.transpose(1, 2).unflatten(1, query.shape[1:3])
+        return out[stream.sequence[rows.tokens], stream.time[rows.tokens], rows.slots]
+
+
+class RecurrentState:
+    """Convolution inputs and delta-rule states of every block of every sequence.
+
+    conv: (B, blocks, C, W - 1), the last inputs that each block saw; recurrent:
+    (B, blocks, H, d_k, d_v), float32. Padding and tokens routed elsewhere leave them alone.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+
+    def read(self, name: str, segments: Tensor, num_sequences: int) -> Tensor:
+        """segments: (s,) int64, block * B + sequence -> (s, ...)."""
+        return self.tensors[name][segments % num_sequences, segments // num_sequences]
+
+    def write(self, name: str, segments: Tensor, num_sequences: int, value: Tensor) -> None:
+        """value: (s, ...), for segments that are all different."""
+        tensor = self.tensors[name]
+        tensor[segments % num_sequences, segments // num_sequences] = value.to(tensor.dtype)
+
+
+class MoLCacheLayer(CacheLayerMixin):
+    """The states of one layer: attention of dense or shared blocks, and of the routed blocks."""
+
+    def __init__(self, spec: BlockSpec | None) -> None:
+        """spec: the layer's routed blocks, None where it has none."""
+        super().__init__()
+        self.always = AttentionState()
+        self.routed: AttentionState | RecurrentState | None = None
+        if spec is not None:
+            self.routed = RecurrentState() if spec.mixer == "gated_deltanet" else AttentionState()
+
+    def states(self) -> list[AttentionState | RecurrentState]:
+        return [self.always] if self.routed is None else [self.always, self.routed]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        for state in self.states():
+            state.tensors = {n: x.repeat_interleave(repeats, 0) for n, x in state.tensors.items()}
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Sequence i becomes what sequence indices[i] was, in every state."""
+        for state in self.states():
+            state.tensors = {n: x[indices.to(x.device)] for n, x in state.tensors.items()}
+
+    def reset(self) -> None:
+        for state in self.states():
+            state.tensors = {}
+
+    def offload(self) -> NoReturn:
+        raise NotImplementedError("a Mixture of Layers cache cannot be offloaded")
+
+    def crop(self, *_: Any) -> NoReturn:
+        raise NotImplementedError(
+            "a Mixture of Layers cache cannot be cropped: a recurrent state does not go back in "
+            "time, so assisted and contrastive decoding are not supported"
+        )
+
+    # What the base class asks of caches that hold one pair of key and value tensors.
+    def lazy_initialization(self, *_: Any) -> None: ...
+
+    def update(self, *_: Any, **__: Any) -> NoReturn:
+        raise NotImplementedError("a Mixture of Layers layer writes its own states")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class MoLCache(Cache):
+    """One `MoLCacheLayer` per layer, and the number of tokens seen, pads counted."""
+
+    def __init__(self, config: MoLConfig) -> None:
+        specs = [
+            None if kind == "dense" or not config.num_routed_blocks else config.routed_spec(i)
+            for i, kind in enumerate(config.layer_kinds)
+        ]
+        super().__init__(layers=[MoLCacheLayer(spec) for spec in specs])
+        self.seen = 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.seen
+
+    def reset(self) -> None:
+        super().reset()
+        self.seen = 0
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+
+def _by_slot(x: Tensor, rows: Rows, stream: TokenStream, fill: int) -> Tensor:
+    """x: (M, ...) -> (batch, length, slots, ...)."""
+    shape = (stream.batch_size, stream.length, rows.num_slots, *x.shape[1:])
+    place = stream.sequence[rows.tokens], stream.time[rows.tokens], rows.slots
+    return x.new_full(shape, fill).index_put(place, x)

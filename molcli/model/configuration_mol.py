@@ -1,0 +1,177 @@
+"""Configuration of a Mixture of Layers language model (arXiv 2605.09516)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+LAYER_KINDS = ("dense", "softmax", "gated_deltanet")
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """The shape of a stack of blocks that share one shape.
+
+    num_blocks: blocks in the stack. width: their residual width. mixer: "softmax" or
+    "gated_deltanet". d_ff: FFN neurons. Heads are head_dim wide at every width.
+    """
+
+    num_blocks: int
+    width: int
+    mixer: str
+    d_ff: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+class MoLConfig(PreTrainedConfig):
+    """A stack of dense and Mixture of Layers (MoL) layers.
+
+    layer_kinds: one of "dense", "softmax", "gated_deltanet" per layer. Dense layers are ordinary
+        pre-norm Transformer layers; the others are MoL layers, named after the mixer of their
+        routed blocks (shared blocks always use softmax attention).
+    num_blocks, num_shared_blocks, num_blocks_per_tok: N thin blocks, S of them on every token, K of the other
+        N - S on each token.
+    d_thin, d_ff_thin, thin_num_attention_heads, thin_num_key_value_heads: shape of a thin block.
+    restrict_attention: false runs every routed block on every token and uses the K outputs.
+    router_aux_loss_coef: weight of the CV^2 balance loss where router logits are asked for.
+    intermediate_size, num_attention_heads, num_key_value_heads: shape of dense layers.
+    Raises ValueError when the numbers contradict each other.
+    """
+
+    model_type = "mol"
+    keys_to_ignore_at_inference = ["past_key_values", "router_logits", "routing"]
+
+    def __init__(
+        self,
+        vocab_size: int = 32_000,
+        hidden_size: int = 1024,
+        num_hidden_layers: int = 8,
+        num_attention_heads: int = 16,
+        num_key_value_heads: int | None = None,
+        head_dim: int = 64,
+        intermediate_size: int = 4096,
+        hidden_act: str = "silu",
+        mlp_gated: bool = True,
+        attention_bias: bool = False,
+        attention_out_bias: bool = False,
+        qk_norm: bool = False,
+        rms_norm_eps: float = 1e-6,
+        rope_parameters: dict[str, Any] | None = None,
+        max_position_embeddings: int = 4096,
+        initializer_range: float = 0.02,
+        layer_kinds: list[str] | None = None,
+        num_blocks: int = 15,
+        num_shared_blocks: int = 1,
+        num_blocks_per_tok: int = 3,
+        d_thin: int = 256,
+        d_ff_thin: int = 1024,
+        thin_num_attention_heads: int | None = None,
+        thin_num_key_value_heads: int | None = None,
+        restrict_attention: bool = True,
+        router_aux_loss_coef: float = 0.05,
+        output_router_logits: bool = False,
+        use_cache: bool = True,
+        tie_word_embeddings: bool = True,
+        pad_token_id: int | None = None,
+        bos_token_id: int | None = None,
+        eos_token_id: int | list[int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads or num_attention_heads
+        self.head_dim = head_dim
+        self.intermediate_size = intermediate_size
+        self.hidden_act = hidden_act
+        self.mlp_gated = mlp_gated
+        self.attention_bias = attention_bias
+        self.attention_out_bias = attention_out_bias
+        self.qk_norm = qk_norm
+        self.rms_norm_eps = rms_norm_eps
+        self.rope_parameters = rope_parameters or {"rope_type": "default", "rope_theta": 10_000.0}
+        self.max_position_embeddings = max_position_embeddings
+        self.initializer_range = initializer_range
+        self.layer_kinds = layer_kinds or ["gated_deltanet"] * num_hidden_layers
+        self.num_blocks = num_blocks
+        self.num_shared_blocks = num_shared_blocks
+        self.num_blocks_per_tok = num_blocks_per_tok
+        self.d_thin = d_thin
+        self.d_ff_thin = d_ff_thin
+        self.thin_num_attention_heads = thin_num_attention_heads or d_thin // head_dim
+        self.thin_num_key_value_heads = thin_num_key_value_heads or self.thin_num_attention_heads
+        self.restrict_attention = restrict_attention
+        self.router_aux_loss_coef = router_aux_loss_coef
+        self.output_router_logits = output_router_logits
+        self.use_cache = use_cache
+        self.tie_word_embeddings = tie_word_embeddings
+        self.pad_token_id = pad_token_id
+        self.bos_token_id = bos_token_id
+        self.eos_token_id = eos_token_id
+        self._check()
+        super().__init__(**kwargs)
+
+    @property
+    def num_routed_blocks(self) -> int:
+        return self.num_blocks - self.num_shared_blocks
+
+    def dense_spec(self) -> BlockSpec:
+        """The one full-width block of a dense layer."""
+        return BlockSpec(
+            num_blocks=1,
+            width=self.hidden_size,
+            mixer="softmax",
+            d_ff=self.intermediate_size,
+            num_heads=self.num_attention_heads,
+            num_kv_heads=self.num_key_value_heads,
+            head_dim=self.head_dim,
+        )
+
+    def shared_spec(self) -> BlockSpec:
+        """The shared thin blocks of a MoL layer."""
+        return self._thin_spec(self.num_shared_blocks, "softmax")
+
+    def routed_spec(self, layer: int) -> BlockSpec:
+        """The routed thin blocks of MoL layer `layer`."""
+        return self._thin_spec(self.num_routed_blocks, self.layer_kinds[layer])
+
+    def _thin_spec(self, num_blocks: int, mixer: str) -> BlockSpec:
+        heads, kv_heads = self.thin_num_attention_heads, self.thin_num_key_value_heads
+        return BlockSpec(
+            num_blocks=num_blocks,
+            width=self.d_thin,
+            mixer=mixer,
+            d_ff=self.d_ff_thin,
+            num_heads=heads,
+            # A linear-attention state belongs to one head: keys and values are not shared.
+            num_kv_heads=kv_heads if mixer == "softmax" else heads,
+            head_dim=self.head_dim,
+        )
+
+    def _check(self) -> None:
+        unknown = sorted(set(self.layer_kinds) - set(LAYER_KINDS))
+        if unknown:
+            raise ValueError(f"layer_kinds has {unknown}; known are {', '.join(LAYER_KINDS)}")
+        if len(self.layer_kinds) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_kinds names {len(self.layer_kinds)} layers, "
+                f"num_hidden_layers is {self.num_hidden_layers}"
+            )
+        if not 0 <= self.num_shared_blocks <= self.num_blocks:
+            raise ValueError(
+                f"num_shared_blocks is {self.num_shared_blocks} of num_blocks {self.num_blocks}"
+            )
+        if not min(1, self.num_routed_blocks) <= self.num_blocks_per_tok <= self.num_routed_blocks:
+            raise ValueError(
+                f"num_blocks_per_tok is {self.num_blocks_per_tok} "
+                f"of {self.num_routed_blocks} routed blocks"
+            )
+        for heads, kv_heads in (
+            (self.num_attention_heads, self.num_key_value_heads),
+            (self.thin_num_attention_heads, self.thin_num_key_value_heads),
+        ):
+            if heads < 1 or heads % kv_heads:
+                raise ValueError(f"{heads} query heads cannot share {kv_heads} key-value heads")

@@ -1,0 +1,54 @@
+"""Packed rows as a flat token stream, for work that goes through a model layer by layer."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from molcli.kernels.rows import Rows, all_rows
+from molcli.model.configuration_mol import MoLConfig
+from molcli.model.layers import DenseLayer, MoLLayer
+from molcli.model.tokens import TokenStream, token_stream
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every layer needs to know about n tokens.
+
+    dense_rows, shared_rows: all tokens once, and in every shared block. rotary: cos and sin, (n, head_dim).
+    """
+
+    stream: TokenStream
+    dense_rows: Rows
+    shared_rows: Rows
+    rotary: tuple[Tensor, Tensor]
+
+    def run(self, layer: DenseLayer | MoLLayer, x: Tensor) -> Tensor:
+        """One layer on the residual x (n, d_model) -> (n, d_model)."""
+        rows = self.dense_rows if isinstance(layer, DenseLayer) else self.shared_rows
+        out: Tensor = layer(x, rows, self.rotary, self.stream)[0]
+        return out
+
+
+def token_context(
+    config: MoLConfig, document_ids: Tensor, position_ids: Tensor, device: torch.device
+) -> Context:
+    """document_ids, position_ids: (rows, T) of unpadded packed rows."""
+    stream = token_stream(
+        (document_ids.shape[0], document_ids.shape[1]),
+        device,
+        past_length=0,
+        attention_mask=None,
+        position_ids=position_ids.to(device),
+        document_ids=document_ids.to(device),
+    )
+    rotary = LlamaRotaryEmbedding(config=config).to(device)
+    cos, sin = rotary(torch.empty(0, device=device), stream.position[None])
+    sizes = stream.document, stream.num_documents
+    return Context(
+        stream=stream,
+        dense_rows=all_rows(*sizes, 1, stream.length),
+        shared_rows=all_rows(*sizes, max(1, config.num_shared_blocks), stream.length),
+        rotary=(cos[0], sin[0]),
+    )

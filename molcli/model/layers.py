@@ -1,0 +1,109 @@
+"""Dense layers, and layers that are a mixture of thin blocks."""
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from molcli.kernels.grouped_linear import grouped_linear
+from molcli.kernels.rows import Rows, all_rows, routed_rows
+from molcli.model.block_stack import BlockStack
+from molcli.model.cache import AttentionState, MoLCacheLayer, RecurrentState
+from molcli.model.configuration_mol import BlockSpec, MoLConfig
+from molcli.model.router import Router, Routing
+from molcli.model.tokens import TokenStream
+
+
+class ThinBlocks(nn.Module):
+    """B thin blocks: x -> thin_out(block(thin_in x) - thin_in x) (arXiv 2605.09516, section 3).
+
+    The subtraction strips the thin residual: a block returns only what it computed.
+    """
+
+    def __init__(self, spec: BlockSpec, config: MoLConfig) -> None:
+        super().__init__()
+        b, d = spec.num_blocks, config.hidden_size
+        self.thin_in = nn.Parameter(torch.empty(b, spec.width, d))
+        self.thin_out = nn.Parameter(torch.empty(b, d, spec.width))
+        self.block = BlockStack(spec, config)
+
+    def forward(
+        self,
+        x: Tensor,
+        rows: Rows,
+        gate: Tensor | None,
+        rotary: tuple[Tensor, Tensor],
+        stream: TokenStream,
+        state: AttentionState | RecurrentState | None,
+    ) -> Tensor:
+        """x: (n, d_model); gate: (M,) a weight per row or None -> (n, d_model), summed.
+
+        The gate is applied at the thin width, where it is cheapest: thin_out is linear.
+        """
+        thin = grouped_linear(rows.gather(x), self.thin_in, rows)
+        delta = self.block(thin, rows, rotary, stream, state) - thin
+        if gate is not None:
+            delta = delta * gate[:, None].to(delta.dtype)
+        return rows.combine(grouped_linear(delta, self.thin_out, rows))
+
+
+class DenseLayer(GradientCheckpointingLayer):
+    """An ordinary pre-norm Transformer layer: a stack of one block at full width."""
+
+    def __init__(self, config: MoLConfig) -> None:
+        super().__init__()
+        self.block = BlockStack(config.dense_spec(), config)
+
+    def forward(
+        self,
+        x: Tensor,
+        rows: Rows,
+        rotary: tuple[Tensor, Tensor],
+        stream: TokenStream,
+        states: MoLCacheLayer | None = None,
+    ) -> tuple[Tensor, Routing | None]:
+        """x: (n, d_model), rows: all tokens once."""
+        return self.block(x, rows, rotary, stream, states and states.always), None
+
+
+class MoLLayer(GradientCheckpointingLayer):
+    """x + shared blocks + 1/K sum of w_i block_i over the K routed blocks of each token."""
+
+    def __init__(self, config: MoLConfig, layer: int) -> None:
+        super().__init__()
+        self.top_k, self.restrict_attention = config.num_blocks_per_tok, config.restrict_attention
+        self.shared = self.routed = self.router = None
+        if config.num_shared_blocks:
+            self.shared = ThinBlocks(config.shared_spec(), config)
+        if config.num_routed_blocks:
+            self.routed = ThinBlocks(config.routed_spec(layer), config)
+            self.router = Router(config.hidden_size, config.num_routed_blocks, self.top_k, layer)
+
+    def forward(
+        self,
+        x: Tensor,
+        rows: Rows,
+        rotary: tuple[Tensor, Tensor],
+        stream: TokenStream,
+        states: MoLCacheLayer | None = None,
+    ) -> tuple[Tensor, Routing | None]:
+        """x: (n, d_model), rows: all tokens in every shared block."""
+        out, routing = x, None
+        if self.shared is not None:
+            out = out + self.shared(x, rows, None, rotary, stream, states and states.always)
+        if self.routed is not None and self.router is not None:
+            routing = self.router(x)
+            routed, gate = self.route(routing, stream)
+            out = out + self.routed(x, routed, gate, rotary, stream, states and states.routed)
+        return out, routing
+
+    def route(self, routing: Routing, stream: TokenStream) -> tuple[Rows, Tensor]:
+        """The rows of the routed blocks, and w / K for each."""
+        count = routing.logits.shape[1]
+        weights = routing.weights / self.top_k
+        sizes = (stream.document, stream.num_documents, count, stream.length)
+        if self.restrict_attention:
+            rows = routed_rows(routing.blocks, *sizes)
+        else:
+            rows = all_rows(*sizes)
+            weights = torch.zeros_like(routing.logits).scatter(1, routing.blocks, weights)
+        return rows, weights[rows.tokens, rows.slots]

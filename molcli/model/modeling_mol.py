@@ -1,0 +1,239 @@
+"""The Mixture of Layers language model, as transformers knows models."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.generation import GenerationMixin
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.utils import ModelOutput
+
+from molcli.kernels.rows import all_rows
+from molcli.maths.balance import cv_squared
+from molcli.model.block_stack import BlockStack, StackedAttention, StackedMLP, rms_norm
+from molcli.model.cache import MoLCache
+from molcli.model.configuration_mol import MoLConfig
+from molcli.model.gated_deltanet import StackedGatedDeltaNet
+from molcli.model.layers import DenseLayer, MoLLayer, ThinBlocks
+from molcli.model.router import Router, Routing
+from molcli.model.tokens import token_stream
+
+
+@dataclass
+class MoLModelOutput(ModelOutput):
+    """last_hidden_state: (B, T, d_model). routing: one per MoL layer that routes.
+    router_logits: those layers' (n, R) float32 logits, where asked for."""
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: MoLCache | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+    routing: tuple[Routing, ...] | None = None
+
+
+@dataclass
+class MoLCausalLMOutput(ModelOutput):
+    """logits: (B, T or logits_to_keep, V). aux_loss: the balance loss, part of loss."""
+
+    loss: Tensor | None = None
+    aux_loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: MoLCache | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+    routing: tuple[Routing, ...] | None = None
+
+
+class FinalNorm(nn.Module):
+    """RMSNorm at full width."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class MoLPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation."""
+
+    config: MoLConfig
+    config_class = MoLConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DenseLayer", "MoLLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    # A recurrent state cannot go back in time: decoding that undoes tokens is refused.
+    _is_stateful = True
+    _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "router"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Normal matrices, unit norms; Gated DeltaNet's decay as in arXiv 2412.06464:
+        A in U(0, 16), dt log-uniform in [1e-3, 0.1]."""
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, Router):
+            init.normal_(module.weight, mean=0.0, std=0.02)
+            init.zeros_(module.correction_bias)
+        elif isinstance(module, ThinBlocks):
+            init.normal_(module.thin_in, mean=0.0, std=std)
+            init.normal_(module.thin_out, mean=0.0, std=std)
+        elif isinstance(module, (BlockStack, FinalNorm)):
+            for parameter in module.parameters(recurse=False):
+                init.ones_(parameter)
+        elif isinstance(module, (StackedAttention, StackedMLP, StackedGatedDeltaNet)):
+            for name, parameter in module.named_parameters(recurse=False):
+                if name.endswith("_norm"):
+                    init.ones_(parameter)
+                elif name.endswith("_bias"):
+                    init.zeros_(parameter)
+                else:
+                    init.normal_(parameter, mean=0.0, std=std)
+        if isinstance(module, StackedGatedDeltaNet):
+            bound = module.q_conv.shape[-1] ** -0.5
+            for conv in (module.q_conv, module.k_conv, module.v_conv):
+                init.uniform_(conv, -bound, bound)
+            init.copy_(module.A_log, torch.empty_like(module.A_log).uniform_(1e-3, 16).log())
+            low, high = torch.tensor([1e-3, 0.1]).log().tolist()
+            dt = torch.empty_like(module.dt_bias).uniform_(low, high).exp()
+            init.copy_(module.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # softplus^-1(dt)
+
+
+class MoLModel(MoLPreTrainedModel):
+    """Embeddings, layers and the final norm."""
+
+    def __init__(self, config: MoLConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DenseLayer(config) if kind == "dense" else MoLLayer(config, i)
+            for i, kind in enumerate(config.layer_kinds)
+        )
+        self.norm = FinalNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: MoLCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+    ) -> MoLModelOutput:
+        """input_ids: (B, T). attention_mask: (B, past + T), 0 where padded. document_ids: (B, T),
+        packed documents as runs of one id: attention, convolution and state stay inside them.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        cache = past_key_values
+        if use_cache and cache is None and not self.training:
+            cache = MoLCache(self.config)
+        stream = token_stream(
+            (embeds.shape[0], embeds.shape[1]),
+            embeds.device,
+            past_length=0 if cache is None else cache.seen,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            document_ids=document_ids,
+        )
+        x = stream.flatten(embeds)
+        cos, sin = self.rotary_emb(x, stream.position[None])
+        rotary = cos[0], sin[0]
+        shape = stream.document, stream.num_documents
+        rows = {
+            count: all_rows(*shape, count, stream.length)
+            for count in {1, self.config.num_shared_blocks} - {0}
+        }
+        routings = []
+        for i, (layer, kind) in enumerate(zip(self.layers, self.config.layer_kinds, strict=True)):
+            always = rows[1 if kind == "dense" else max(1, self.config.num_shared_blocks)]
+            states = None if cache is None else cache.layers[i]
+            x, routing = layer(x, always, rotary, stream, states)
+            if routing is not None:
+                routings.append(routing)
+        if cache is not None:
+            cache.seen += stream.length
+        wanted = self.config.output_router_logits if output_router_logits is None \
+            else output_router_logits
+        return MoLModelOutput(
+            last_hidden_state=stream.unflatten(self.norm(x)),
+            past_key_values=cache,
+            router_logits=tuple(r.logits for r in routings) if wanted else None,
+            routing=tuple(routings),
+        )
+
+
+class MoLForCausalLM(MoLPreTrainedModel, GenerationMixin):
+    """A Mixture of Layers language model with a next-token head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: MoLConfig) -> None:
+        super().__init__(config)
+        self.model = MoLModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: MoLCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> MoLCausalLMOutput:
+        """labels: (B, T), -100 where ignored; the shift by one happens here. With router logits
+        asked for, the loss has the balance loss (CV^2, arXiv 2605.09516) added.
+        """
+        out = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            document_ids=document_ids,
+            use_cache=use_cache,
+            output_router_logits=output_router_logits,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(out.last_hidden_state[:, kept])
+        loss = aux_loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+            if out.router_logits:
+                terms = [cv_squared(r.weights, r.blocks, r.logits.shape[1]) for r in out.routing]
+                aux_loss = torch.stack(terms).mean()
+                loss = loss + self.config.router_aux_loss_coef * aux_loss
+        return MoLCausalLMOutput(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=out.past_key_values,
+            router_logits=out.router_logits,
+            routing=out.routing,
+        )
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """`generate` leaves the cache to the model's first call: blocks have states of their own
+        that its standard caches have no place for."""
+        return False

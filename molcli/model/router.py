@@ -1,0 +1,54 @@
+"""Which routed blocks a token visits, and with what weights."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Routing:
+    """One layer's decisions about n unpadded tokens and R routed blocks.
+
+    logits: (n, R) float32. blocks: (n, k) int64, the chosen blocks. weights: (n, k) float32;
+    they sum to 1 when k > 1.
+    """
+
+    layer: int
+    logits: Tensor
+    blocks: Tensor
+    weights: Tensor
+
+
+class Router(nn.Module):
+    """A linear router in float32.
+
+    The paper's router reads the residual as it is. Here the residual is first brought to unit
+    mean square, without parameters: the order of the logits is the same, but their size no longer
+    grows with the residual, whose norm in a trained parent rises a hundredfold with depth and
+    would saturate the softmax. `correction_bias` takes part in the choice and not in the weights
+    (arXiv 2408.15664); it is zero unless something sets it.
+    """
+
+    def __init__(self, hidden_size: int, num_blocks: int, top_k: int, layer: int) -> None:
+        super().__init__()
+        self.top_k, self.layer = top_k, layer
+        self.weight = nn.Parameter(torch.empty(num_blocks, hidden_size))
+        self.register_buffer("correction_bias", torch.zeros(num_blocks))
+        self.correction_bias: Tensor
+
+    def forward(self, x: Tensor) -> Routing:
+        """x: (n, d_model) residual. Ties go to the block with the lower index."""
+        exact = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(exact)
+            x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+            logits = F.linear(x, self.weight.to(exact))
+        biased = logits.detach() + self.correction_bias
+        blocks = biased.sort(dim=-1, descending=True, stable=True).indices[:, : self.top_k]
+        if self.top_k == 1:  # renormalising would cut the router off from the loss
+            weights = logits.softmax(-1).gather(1, blocks)
+        else:
+            weights = logits.gather(1, blocks).softmax(-1)
+        return Routing(self.layer, logits, blocks, weights)

@@ -1,0 +1,105 @@
+"""Calibrate: run text through the parent, layer by layer, and keep what upcycling fits to.
+
+Writes a folder: `tokens.safetensors` (packed rows to fit on and rows held out), per layer the
+float64 second moments of the residual that attention and FFN read, and `calibration.json`.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from molcli.config.sections import CalibrateConfig
+from molcli.errors import MolError
+from molcli.io.folder import output_folder
+from molcli.io.packing import TokenRows, load_rows
+from molcli.io.parent import Parent
+from molcli.maths.moments import second_moment, unit_rms
+from molcli.model.checkpoint import default_device
+from molcli.model.configuration_mol import MoLConfig
+from molcli.model.context import token_context
+from molcli.model.from_parent import dense_layer
+from molcli.progress import Progress, silent
+
+ROWS_AT_ONCE = 32
+
+
+@torch.no_grad()
+def calibrate(
+    parent: Parent, config: CalibrateConfig, out: Path, progress: Progress = silent
+) -> None:
+    """Fits nothing, only observes. The parent is read one layer at a time.
+
+    Raises MolError if there is no text, or too little for one row to fit on and one held out.
+    """
+    fit, heldout = _rows(parent, config)
+    model = MoLConfig(**parent.mol_config_kwargs())
+    device = default_device()
+    batch = fit.batch(slice(None))
+    chunks = [
+        (
+            token_context(model, b.document_ids, b.position_ids, device),
+            F.embedding(b.input_ids.flatten(), parent.embedding()).to(device, torch.float32),
+        )
+        for b in fit.batches(ROWS_AT_ONCE)
+    ]
+    moments: dict[str, torch.Tensor] = {}
+    for i in range(model.num_hidden_layers):
+        layer = dense_layer(parent, model, i, device)
+        sums = {"attention": 0.0, "mlp": 0.0}
+        for j, (context, x) in enumerate(chunks):
+            rows, block = context.dense_rows, layer.block
+            read = block.norm(x, block.input_norm, rows)
+            middle = x + block.mixer(read, rows, context.rotary, context.stream, None)
+            sums["attention"] = sums["attention"] + second_moment(unit_rms(x))
+            sums["mlp"] = sums["mlp"] + second_moment(unit_rms(middle))
+            out_x = middle + block.mlp(block.norm(middle, block.post_norm, rows), rows)
+            chunks[j] = context, out_x
+        for name, total in sums.items():
+            moments[f"layers.{i}.{name}"] = (total / fit.tokens).cpu()
+        progress(i + 1, model.num_hidden_layers)
+    with output_folder(out) as staging:
+        tokens = {
+            f"{name}.{field}": getattr(rows, field).contiguous()
+            for name, rows in (("fit", fit), ("heldout", heldout))
+            for field in ("input_ids", "document_ids", "lengths")
+        }
+        save_file(tokens, staging / "tokens.safetensors")
+        save_file(moments, staging / "moments.safetensors")
+        about = {
+            "parent": parent.fingerprint(),
+            "data": hashlib.sha256((fit.fingerprint() + heldout.fingerprint()).encode()).hexdigest(),
+            "tokens": batch.input_ids.numel(),
+            "heldout_tokens": heldout.tokens,
+            "config": asdict(config),
+        }
+        (staging / "calibration.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def _rows(parent: Parent, config: CalibrateConfig) -> tuple[TokenRows, TokenRows]:
+    """Rows to fit on and rows held out, from one file and in that order."""
+    if config.data is None:
+        raise MolError("there is no text to calibrate on", allowed="calibrate.data: a text file")
+    rows = load_rows(
+        config.data,
+        parent.tokenizer(),
+        vocab_size=parent.config.vocab_size,
+        length=config.context_length,
+        limit=config.tokens + config.heldout_tokens,
+        seed=config.seed,
+    )
+    wanted = max(1, config.heldout_tokens // config.context_length)
+    # A short text still gives some of itself to the measurement.
+    heldout = min(wanted, max(1, len(rows) // 2))
+    if len(rows) < 2:
+        raise MolError(
+            f"the text in {config.data} fills {len(rows)} row of {config.context_length} tokens",
+            allowed="at least 2 rows: one to fit on, one held out",
+            hint="give more text, or a shorter calibrate.context_length",
+        )
+    fit = slice(0, len(rows) - heldout)
+    return rows.rows(fit), rows.rows(slice(len(rows) - heldout, None))

@@ -1,0 +1,120 @@
+"""What the router of a trained or converted model does, on text."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from molcli.config.sections import InspectConfig
+from molcli.errors import MolError
+from molcli.io.packing import Batch, load_rows
+from molcli.io.tokenizer import open_tokenizer
+from molcli.maths.routing_stats import RoutingCounts, RoutingSummary, count_routing, summarise
+from molcli.model.checkpoint import default_device, open_checkpoint
+from molcli.progress import Progress, silent
+
+
+@dataclass(frozen=True)
+class LayerRouting:
+    """One Mixture of Layers layer. layer: its index in the model. mixer: of its routed blocks."""
+
+    layer: int
+    mixer: str
+    summary: RoutingSummary
+
+
+@dataclass(frozen=True)
+class RoutingReport:
+    """checkpoint, data: as given. num_shared_blocks run on every token; top_k of num_routed_blocks
+    are chosen.
+    """
+
+    checkpoint: str
+    data: str
+    tokens: int
+    num_shared_blocks: int
+    num_routed_blocks: int
+    top_k: int
+    layers: list[LayerRouting]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; each layer's figures lie beside its index and mixer."""
+        layers = [
+            {"layer": layer.layer, "mixer": layer.mixer, **asdict(layer.summary)}
+            for layer in self.layers
+        ]
+        return {**asdict(self), "layers": layers}
+
+
+def inspect_routing(
+    checkpoint: Path, data: str, config: InspectConfig, progress: Progress = silent
+) -> RoutingReport:
+    """Route text through a checkpoint and count.
+
+    Raises MolError for a folder that is no such checkpoint, one that routes nothing, or data that
+    cannot be read.
+    """
+    device = default_device()
+    model = open_checkpoint(checkpoint, device)
+    settings = model.config
+    if settings.num_routed_blocks == 0 or set(settings.layer_kinds) == {"dense"}:
+        raise MolError(
+            f"{checkpoint} routes nothing: "
+            f"{settings.num_shared_blocks} of {settings.num_blocks} blocks are shared",
+            allowed="a model with routed blocks",
+        )
+    rows = load_rows(
+        data,
+        open_tokenizer(checkpoint),
+        vocab_size=settings.vocab_size,
+        length=config.context_length,
+        limit=config.tokens,
+        keep_short=True,
+    )
+    counts: dict[int, RoutingCounts] = {}
+    done = 0
+    for batch in rows.batches(config.batch_size):
+        batch = batch.to(device)
+        with torch.no_grad():
+            out = model.model(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                position_ids=batch.position_ids,
+                document_ids=batch.document_ids,
+                use_cache=False,
+            )
+        documents = flat_documents(batch)
+        for routing in out.routing:
+            new = count_routing(
+                routing.blocks, routing.weights, documents, settings.num_routed_blocks
+            )
+            old = counts.get(routing.layer)
+            counts[routing.layer] = new if old is None else old + new
+        done += len(documents)
+        progress(done, rows.tokens)
+    return RoutingReport(
+        checkpoint=str(checkpoint),
+        data=data,
+        tokens=done,
+        num_shared_blocks=settings.num_shared_blocks,
+        num_routed_blocks=settings.num_routed_blocks,
+        top_k=settings.num_blocks_per_tok,
+        layers=[
+            LayerRouting(
+                layer,
+                settings.layer_kinds[layer],
+                summarise(count, dead_share=config.dead_share),
+            )
+            for layer, count in sorted(counts.items())
+        ],
+    )
+
+
+def flat_documents(batch: Batch) -> Tensor:
+    """(n,) ids of the unpadded tokens' documents, in batch-major order, distinct across rows."""
+    ids = batch.document_ids
+    row = torch.arange(len(ids), device=ids.device)[:, None]
+    unique = row * (int(ids.max()) + 1) + ids
+    return unique.flatten() if batch.attention_mask is None else unique[batch.attention_mask.bool()]

@@ -1,0 +1,103 @@
+"""Text sampled from the parent: the data set of those who have none."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
+
+from molcli.config.sections import SampleConfig
+from molcli.errors import MolError
+from molcli.io.parent import Parent
+from molcli.model.checkpoint import default_device
+from molcli.model.precision import fast_dtype
+from molcli.progress import Progress, silent
+
+
+def sample(parent: Parent, config: SampleConfig, out: Path, progress: Progress = silent) -> None:
+    """Writes documents drawn from the parent's own distribution as JSON lines.
+
+    Each starts with the parent's BOS (its EOS, or token 0, if it has none) and ends with an EOS or
+    after config.length tokens; there are as many as make config.tokens. A line holds `input_ids`,
+    and `text` without special tokens if the parent has a tokenizer. The same seed gives the same
+    file on the same machine. Raises MolError if `out` exists; a killed run leaves nothing there.
+    """
+    if out.exists():
+        raise MolError(f"{out} exists", hint="another path, or remove it first")
+    device = default_device()
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        parent.folder, dtype=fast_dtype(device)
+    )
+    model.to(device).eval()  # type: ignore[arg-type]
+    tokenizer = parent.tokenizer()
+    generator = torch.Generator(device).manual_seed(config.seed)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.partial")
+    done = 0
+    with partial.open("w", encoding="utf-8") as file:
+        while done < config.tokens:
+            count = min(config.batch_size, -(-(config.tokens - done) // config.length))
+
+            def report(new: int, before: int = done) -> None:
+                progress(min(before + new, config.tokens), config.tokens)
+
+            for ids in _documents(model, count, config, generator, report):
+                row: dict[str, object] = {"input_ids": ids}
+                if tokenizer is not None:
+                    row["text"] = tokenizer.decode(ids, skip_special_tokens=True)
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                done += len(ids)
+    partial.replace(out)
+
+
+@torch.inference_mode()
+def _documents(
+    model: PreTrainedModel,
+    count: int,
+    config: SampleConfig,
+    generator: torch.Generator,
+    report: Callable[[int], None],
+) -> list[list[int]]:
+    """`count` documents at a time. Those that end leave the batch, so that no step works for them.
+
+    report: told the tokens drawn so far.
+    """
+    start, ends = _start_token(model.config), _end_tokens(model)
+    ids = torch.full((count, config.length), start, device=model.device)
+    lengths = torch.full((count,), config.length, device=model.device)
+    running = torch.arange(count, device=model.device)
+    cache = DynamicCache(config=model.config)
+    drawn = count
+    for step in range(1, config.length):
+        out = model(input_ids=ids[running, step - 1 : step], past_key_values=cache, use_cache=True)
+        odds = (out.logits[:, -1].float() / config.temperature).softmax(-1)
+        new = torch.multinomial(odds, 1, generator=generator)[:, 0]
+        ids[running, step] = new
+        drawn += len(running)
+        ended = torch.isin(new, ends.to(new.device))
+        if ended.any():
+            lengths[running[ended]] = step + 1
+            running = running[~ended]
+            if not len(running):
+                break
+            cache.batch_select_indices((~ended).nonzero()[:, 0])
+        report(drawn)
+    return [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
+
+
+def _start_token(config: PreTrainedConfig) -> int:
+    eos = config.eos_token_id
+    for token in (config.bos_token_id, eos[0] if isinstance(eos, list) else eos):
+        if token is not None:
+            return int(token)
+    return 0
+
+
+def _end_tokens(model: PreTrainedModel) -> Tensor:
+    """(tokens,) int64: those that generation would stop at, too."""
+    found: set[int] = set()
+    for eos in (model.config.eos_token_id, model.generation_config.eos_token_id):
+        found.update(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    return torch.tensor(sorted(found), dtype=torch.int64)

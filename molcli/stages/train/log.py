@@ -1,0 +1,76 @@
+"""What a run tells: one JSON line per window of steps, and a few words for the progress bar."""
+
+import json
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from molcli.stages.train.state import TrainState
+
+LOG = "log.jsonl"
+
+
+class TrainLog:
+    """Means over the steps since the last line.
+
+    A line has: step, tokens, seconds, loss (what is minimised), ce and kl (nats a token; kl null
+    without a parent), balance (CV^2, mean of layers), learning_rate (inherited weights'),
+    gradient_norm (before clipping, of the last step), tokens_per_second, skipped (in all).
+    """
+
+    def __init__(self, out: Path, accelerator: Accelerator, state: TrainState) -> None:
+        self.path, self.accelerator = out / LOG, accelerator
+        self.note = ""
+        self._sums = torch.zeros(4, device=accelerator.device)
+        self._steps, self._tokens, self._seconds = 0, state.tokens, state.seconds
+        if accelerator.is_main_process:
+            self._drop_lines_after(state.step)
+
+    def add(self, means: Tensor) -> None:
+        """means: (4,) this rank's part of a step's mean loss, ce, kl and balance."""
+        self._sums = self._sums + means
+        self._steps += 1
+
+    def write(self, state: TrainState, norm: Tensor, learning_rate: float, *, kl: bool) -> None:
+        """Ends a window; every rank calls it, the main one writes."""
+        sums = self.accelerator.reduce(self._sums, "sum")
+        values = [total / self._steps if self._steps else None for total in sums.tolist()]
+        line = dict(zip(("loss", "ce", "kl", "balance"), values, strict=True))
+        if not kl:
+            line["kl"] = None
+        rate = (state.tokens - self._tokens) / max(state.seconds - self._seconds, 1e-9)
+        state.loss = line["loss"] if line["loss"] is not None else state.loss
+        if self.accelerator.is_main_process:
+            line = {"step": state.step, "tokens": state.tokens, "seconds": state.seconds, **line}
+            line |= {
+                "learning_rate": learning_rate,
+                "gradient_norm": float(norm) if torch.isfinite(norm) else None,
+                "tokens_per_second": rate,
+                "skipped": state.skipped,
+            }
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        self.note = _note(line, rate, state.skipped)
+        self._sums = torch.zeros_like(self._sums)
+        self._steps, self._tokens, self._seconds = 0, state.tokens, state.seconds
+
+    def _drop_lines_after(self, step: int) -> None:
+        """What came after the checkpoint is written again; a kill may have cut the last line."""
+        if self.path.is_file():
+            lines = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            self.path.write_text("".join(line + "\n" for line in kept))
+
+
+def _note(line: dict[str, float | None], rate: float, skipped: int) -> str:
+    words = [
+        f"{name} {line[name]:.3f}"
+        for name in ("loss", "ce", "kl", "balance")
+        if line[name] is not None
+    ]
+    words.append(f"{rate:,.0f} tokens/s")
+    if skipped:
+        words.append(f"{skipped} steps skipped")
+    return ", ".join(words)

@@ -1,0 +1,83 @@
+"""The loss of a batch, and its gradient."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from molcli.io.packing import IGNORED, Batch, TokenRows
+from molcli.maths.balance import cv_squared
+from molcli.maths.losses import Head, token_losses
+from molcli.model import MoLForCausalLM
+
+
+class Student(nn.Module):
+    """The model and its losses in one module, whose forward is all that DDP has to watch.
+
+    dtype: of its matrix products, float32 or bfloat16; the weights stay as they are.
+    """
+
+    def __init__(self, model: MoLForCausalLM, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.dtype = model, dtype
+
+    def forward(self, batch: Batch, parent: Head | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Cross-entropy and KL, summed over predicted tokens in nats, and CV^2, mean of layers."""
+        device, low = batch.input_ids.device.type, self.dtype != torch.float32
+        with torch.autocast(device, self.dtype if low else None, enabled=low):
+            out = self.model.model(**batch.inputs(), use_cache=False)
+            head = Head(out.last_hidden_state, self.model.lm_head.weight)
+            losses = token_losses(head, batch.labels, parent)
+        terms = [cv_squared(r.weights, r.blocks, r.logits.shape[1]) for r in out.routing]
+        balance = torch.stack(terms).mean() if terms else losses.kl.new_zeros(())
+        return losses.cross_entropy, losses.kl, balance
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised. student: a Student, wrapped by accelerate where there are more ranks.
+
+    parent: the dense model whose predictions are learned, in evaluation mode, or None.
+    """
+
+    student: nn.Module
+    parent: MoLForCausalLM | None
+    ce_weight: float
+    kl_weight: float
+    balance_weight: float
+
+    def backward(
+        self, rows: TokenRows, index: Tensor, micro_batch_size: int, accelerator: Accelerator
+    ) -> Tensor:
+        """Adds the gradient of the rows `index`, (batch_size,), of which each rank takes a share.
+
+        Returns (4,) this rank's part of the mean loss, cross-entropy, KL and balance. The first
+        three are means over the batch's predicted tokens, the balance over its micro-batches.
+        """
+        ranks = accelerator.num_processes
+        # Every rank holds all rows, so none has to ask the others for their counts.
+        count = int((rows.batch(index).labels[:, 1:] != IGNORED).sum())
+        mine = index.view(ranks, -1)[accelerator.process_index].split(micro_batch_size)
+        parts = torch.zeros(4, device=accelerator.device)
+        for number, part in enumerate(mine, start=1):
+            batch = rows.batch(part).to(accelerator.device)
+            parent = self._parent_head(batch)
+            # Gradients are exchanged once, with the last micro-batch.
+            with nullcontext() if number == len(mine) else accelerator.no_sync(self.student):
+                cross_entropy, kl, balance = self.student(batch, parent)
+                cross_entropy, kl = cross_entropy / count, kl / count
+                balance = balance / (len(mine) * ranks)
+                loss = self.ce_weight * cross_entropy + self.kl_weight * kl
+                loss = loss + self.balance_weight * balance
+                accelerator.backward(loss * ranks)  # DDP averages over ranks; this is a sum
+            parts += torch.stack([loss, cross_entropy, kl, balance]).detach()
+        return parts
+
+    @torch.no_grad()
+    def _parent_head(self, batch: Batch) -> Head | None:
+        if self.parent is None:
+            return None
+        out = self.parent.model(**batch.inputs(), use_cache=False)
+        return Head(out.last_hidden_state, self.parent.lm_head.weight)

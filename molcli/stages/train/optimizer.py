@@ -1,0 +1,71 @@
+"""Which learning rate and decay each parameter gets, and when."""
+
+import math
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import nn
+
+from molcli.config.sections import TrainConfig
+
+# Last parts of parameter names. Norms, biases and the decay's parameters are not matrices that
+# act on the residual: weight decay would pull them towards a value that means something.
+_NO_DECAY = ("_norm", "_bias", "A_log", "dt_bias")
+# Gated DeltaNet's own parts: no dense parent has them, so they start from an initialisation.
+_NEW_MIXER = (
+    *("a_proj", "b_proj", "g_proj", "A_log", "dt_bias"),
+    *("q_conv", "k_conv", "v_conv", "o_norm"),
+)
+
+
+def is_new(name: str) -> bool:
+    """Whether the parameter has no counterpart in a dense parent: router, DeltaNet's own parts."""
+    parts = name.split(".")
+    return "router" in parts or parts[-1] in _NEW_MIXER
+
+
+def has_decay(name: str) -> bool:
+    """Whether AdamW's weight decay applies: to matrices, convolutions and embeddings."""
+    return not name.endswith(_NO_DECAY) and name != "model.norm.weight"
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW with up to four groups, new or inherited, decayed or not; `peak` is a group's lr.
+
+    Every parameter that takes a gradient is in exactly one of them.
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    for name, parameter in trainable.items():
+        groups[is_new(name), has_decay(name)].append(parameter)
+    grouped = [id(parameter) for group in groups.values() for parameter in group]
+    assert sorted(grouped) == sorted(map(id, trainable.values()))
+    options: list[dict[str, Any]] = [
+        {
+            "params": parameters,
+            "weight_decay": config.weight_decay if decay else 0.0,
+            "peak": config.new_learning_rate if new else config.learning_rate,
+        }
+        for (new, decay), parameters in groups.items()
+    ]
+    on_gpu = all(parameter.is_cuda for parameter in trainable.values())
+    return torch.optim.AdamW(options, lr=config.learning_rate, betas=config.betas, fused=on_gpu)
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, ratio: float) -> None:
+    """Sets each group's lr to `ratio` of its peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * ratio
+
+
+def learning_rate_ratio(step: int, steps: int, config: TrainConfig) -> float:
+    """Of the peak, at `step` of 0 to steps - 1: linear warm-up from above 0, then a cosine that
+    reaches min_learning_rate_ratio in the last step.
+    """
+    warmup = math.ceil(config.warmup_fraction * steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup + 1) / max(steps - warmup, 1)
+    low = config.min_learning_rate_ratio
+    return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,140 @@
+"""One dense layer becomes one Mixture of Layers layer."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from molcli.config.sections import UpcycleConfig
+from molcli.maths.clusters import cosine_kmeans
+from molcli.maths.moments import unit_rms
+from molcli.maths.partition import Part
+from molcli.model.configuration_mol import BlockSpec, MoLConfig
+from molcli.model.context import Context
+from molcli.model.layers import DenseLayer, MoLLayer, ThinBlocks
+from molcli.model.router import Router
+from molcli.stages.upcycle.fit import Task, fit_blocks
+from molcli.stages.upcycle.teacher import Teacher
+
+# Logits of a token's own cluster, where the centroid equals the token.
+ROUTER_SCALE = 10.0
+# Lets a family with fewer clones win ties, so that a token whose cluster has no clone there still
+# visits every family.
+TIE_BREAK = 1e-3
+
+
+@dataclass(frozen=True)
+class FittedLayer:
+    """A converted layer. retained: reading energy that each family's thin_in retains, the shared
+    blocks first."""
+
+    layer: MoLLayer
+    retained: list[float]
+
+
+@torch.no_grad()
+def copy_layer(config: MoLConfig, index: int, parent: DenseLayer) -> FittedLayer:
+    """The parent's layer as the one full-width block of a Mixture of Layers layer: exact."""
+    device = parent.block.input_norm.device
+    layer = MoLLayer(config, index).to(device)
+    assert layer.shared is not None
+    eye = torch.eye(config.hidden_size, device=device)
+    layer.shared.thin_in.copy_(eye)
+    layer.shared.thin_out.copy_(eye)
+    layer.shared.block.load_state_dict(parent.block.state_dict())
+    return FittedLayer(layer, [1.0])
+
+
+@torch.no_grad()
+def fit_layer(
+    config: MoLConfig,
+    index: int,
+    parts: list[Part],
+    teacher: Teacher,
+    x: Tensor,
+    moment: Tensor,
+    context: Context,
+    options: UpcycleConfig,
+    generator: torch.Generator,
+) -> FittedLayer:
+    """Fits a layer so that the student's residual becomes the parent's, past errors included.
+
+    x: (n, d_model), the student's residual before the layer. Blocks are fitted one family after
+    another, each to what the families before it leave.
+    """
+    device = x.device
+    layer = MoLLayer(config, index).to(device)
+    every_token = context.dense_rows
+    task = Task(
+        teacher=teacher,
+        context=context,
+        x=x,
+        target=teacher.output - x,
+        moment=moment,
+        # What counts in the end passes a norm: an error matters relative to its residual's size.
+        importance=teacher.output.square().mean(-1).rsqrt(),
+        rows=every_token,
+        gate=torch.ones(x.shape[0], device=device),
+        penalty=options.ridge,
+        shrinkage=0.0,
+    )
+    shared, families = parts[: config.num_shared_blocks], parts[config.num_shared_blocks :]
+    retained = []
+    if layer.shared is not None:
+        spec = replace(config.shared_spec(), num_blocks=1)
+        for i, part in enumerate(shared):
+            task, kept = _fit_family(layer.shared, i, spec, config, part, task)
+            retained.append(kept)
+    if layer.routed is not None and layer.router is not None:
+        clones = _clones(config.num_routed_blocks, config.num_blocks_per_tok)
+        _set_router(layer.router, clones, x, generator)
+        rows, gate = layer.route(layer.router(x), context.stream)
+        first = 0
+        for count, part in zip(clones, families, strict=True):
+            own = (rows.blocks >= first) & (rows.blocks < first + count)
+            spec = replace(config.routed_spec(index), num_blocks=count)
+            task = replace(
+                task,
+                rows=rows.of_blocks(first, count),
+                gate=gate[own],
+                shrinkage=options.shrinkage,
+            )
+            task, kept = _fit_family(layer.routed, first, spec, config, part, task)
+            retained.append(kept)
+            first += count
+    return FittedLayer(layer, retained)
+
+
+def _fit_family(
+    stack: ThinBlocks, first: int, spec: BlockSpec, config: MoLConfig, part: Part, task: Task
+) -> tuple[Task, float]:
+    """Fits spec.num_blocks blocks of a stack; returns the task that is left, and the energy."""
+    family = ThinBlocks(spec, config).to(task.x.device)
+    added, retained = fit_blocks(family, part, task)
+    fitted = dict(family.named_parameters())
+    for name, parameter in stack.named_parameters():
+        parameter[first : first + spec.num_blocks] = fitted[name]
+    return replace(task, target=task.target - added), retained
+
+
+def _clones(routed: int, top_k: int) -> list[int]:
+    """Blocks in each of top_k families; the first ones get the blocks that are left over."""
+    return [routed // top_k + (i < routed % top_k) for i in range(top_k)]
+
+
+def _set_router(
+    router: Router, clones: list[int], x: Tensor, generator: torch.Generator
+) -> None:
+    """Every cluster of tokens gets one clone of each family.
+
+    The clones of a cluster share their router row, hence their logits: the top_k of a token are
+    its cluster's clones, with equal weights, until training tells them apart.
+    """
+    centroids = cosine_kmeans(unit_rms(x), max(clones), generator)
+    scale = ROUTER_SCALE / x.shape[1] ** 0.5
+    router.weight.copy_(torch.cat([centroids[:count] for count in clones]) * scale)
+    scarce = [count < max(clones) for count in clones]
+    bias = [TIE_BREAK * few for few, count in zip(scarce, clones, strict=True) for _ in range(count)]
+    router.correction_bias.copy_(torch.tensor(bias))
+
+

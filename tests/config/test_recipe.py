@@ -1,0 +1,282 @@
+"""Recipes: what is read, what is refused and in which words, and that saving loses nothing."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from molcli.config.find import bundled_recipes, find_recipe
+from molcli.config.ranges import validate
+from molcli.config.recipe import RECIPE_FILE, load_recipe, recipe_keys, save_recipe
+from molcli.config.sections import Recipe, TrainConfig, UpcycleConfig
+from molcli.errors import MolError
+
+
+def refusal(*overrides: str) -> MolError:
+    with pytest.raises(MolError) as caught:
+        load_recipe(None, overrides)
+    return caught.value
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "r.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_no_recipe_gives_the_defaults() -> None:
+    assert load_recipe(None) == Recipe()
+
+
+def test_a_file_changes_only_what_it_names(tmp_path: Path) -> None:
+    path = write(tmp_path, "upcycle:\n  d_thin: 192\n  layers: [0, 2]\ntrain:\n")
+    assert load_recipe(path) == Recipe(upcycle=UpcycleConfig(d_thin=192, layers=[0, 2]))
+
+
+def test_an_empty_file_gives_the_defaults(tmp_path: Path) -> None:
+    assert load_recipe(write(tmp_path, "")) == Recipe()
+
+
+def test_set_wins_over_the_file_and_the_last_set_wins(tmp_path: Path) -> None:
+    path = write(tmp_path, "upcycle: {d_thin: 192}")
+    recipe = load_recipe(path, ["upcycle.d_thin=64", "upcycle.d_thin=128"])
+    assert recipe.upcycle.d_thin == 128
+
+
+@pytest.mark.parametrize(
+    "override, section, key, expected",
+    [
+        ("upcycle.d_thin=null", "upcycle", "d_thin", None),
+        ("upcycle.layers=all", "upcycle", "layers", "all"),
+        ("upcycle.layers=[]", "upcycle", "layers", []),
+        ("upcycle.gated_deltanet=[1, 3]", "upcycle", "gated_deltanet", [1, 3]),
+        ("train.learning_rate=1e-4", "train", "learning_rate", 1e-4),
+        ("train.learning_rate=1", "train", "learning_rate", 1.0),
+        ("train.betas=[0, .5]", "train", "betas", (0.0, 0.5)),
+        ("train.gradient_checkpointing=true", "train", "gradient_checkpointing", True),
+        ("calibrate.data=a=b.txt", "calibrate", "data", "a=b.txt"),
+        ("calibrate.tokens=1_000", "calibrate", "tokens", 1000),
+    ],
+)
+def test_values_are_yaml(override: str, section: str, key: str, expected: object) -> None:
+    value = getattr(getattr(load_recipe(None, [override]), section), key)
+    assert value == expected
+    assert type(value) is type(expected)
+
+
+@pytest.mark.parametrize(
+    "override, found, hint",
+    [
+        ("upcyle.d_thin=1", "no section `upcyle`", "upcycle"),
+        ("upcycle.d_thinn=1", "`upcycle` has no key `d_thinn`", "upcycle.d_thin"),
+        ("d_thin=1", "sets nothing", "--set upcycle.d_thin=192"),
+        ("upcycle.d_thin", "sets nothing", "--set upcycle.d_thin=192"),
+        ("upcycle.gated_deltanet=al", "'al'", "upcycle.gated_deltanet=all"),
+        ("upcycle.gated_deltanet=no", "is false", "upcycle.gated_deltanet=none"),
+        ("train.tokens=1e6", "1000000.0", "train.tokens=1000000"),
+    ],
+)
+def test_a_slip_is_answered_with_the_nearest_valid_name(
+    override: str, found: str, hint: str
+) -> None:
+    error = refusal(override)
+    assert found in error.found
+    assert error.hint == hint
+    assert error.allowed
+
+
+@pytest.mark.parametrize(
+    "override, allowed",
+    [
+        ("upcycle.num_blocks=true", "an integer"),
+        ("upcycle.num_blocks=2.5", "an integer"),
+        ("upcycle.num_blocks='9'", "an integer"),
+        ("upcycle.num_blocks=", "an integer"),
+        ("upcycle.d_thin=wide", "an integer or null"),
+        ("upcycle.layers=[0, true]", "all or a list of integers such as [0, 2]"),
+        ("upcycle.layers=3", "all or a list of integers such as [0, 2]"),
+        ("calibrate.data=7", "text or null"),
+        ("train.learning_rate=true", "a finite number"),
+        ("train.learning_rate=.inf", "a finite number"),
+        ("train.learning_rate=.nan", "a finite number"),
+        ("train.learning_rate='0.1'", "a finite number"),
+        ("train.betas=[0.9]", "two numbers such as [0.9, 0.95]"),
+        ("train.gradient_checkpointing=1", "true or false"),
+        ("train.precision=fp16", "auto, bf16, fp32"),
+    ],
+)
+def test_an_ill_typed_value_is_refused(override: str, allowed: str) -> None:
+    error = refusal(override)
+    assert error.allowed == allowed
+    assert f"`{override.partition('=')[0]}`" in error.found
+
+
+@pytest.mark.parametrize(
+    "override, allowed",
+    [
+        ("upcycle.num_blocks=0", "1 or more"),
+        ("upcycle.num_shared_blocks=10", "0 to 9"),
+        ("upcycle.num_shared_blocks=-1", "0 to 9"),
+        ("upcycle.top_k=9", "1 to 8 routed blocks"),
+        ("upcycle.top_k=0", "1 to 8 routed blocks"),
+        ("upcycle.top_k=-1", "1 to 8 routed blocks"),
+        ("upcycle.d_thin=0", "1 or more"),
+        ("upcycle.layers=[0, -1]", "layer numbers from 0"),
+        ("upcycle.layers=[2, 2]", "each layer once"),
+        ("upcycle.gated_deltanet=[1, 1]", "each layer once"),
+        ("upcycle.ridge=0", "more than 0"),
+        ("upcycle.shrinkage=1.5", "0 to 1"),
+        ("calibrate.tokens=0", "1 or more"),
+        ("calibrate.seed=-1", "0 or more"),
+        ("sample.temperature=0", "more than 0"),
+        ("train.micro_batch_size=3", "a batch_size that is a multiple of micro_batch_size"),
+        ("train.betas=[0.9, 1.0]", "0 to 0.999999"),
+        ("train.kl_weight=0", "at least one above 0, else nothing is learned"),
+        ("inspect.dead_share=2", "0 to 1"),
+        ("model.d_thin=100", "a multiple of 64 (model.head_dim)"),
+        ("model.top_k=15", "1 to 14 routed blocks"),
+    ],
+)
+def test_a_value_out_of_range_is_refused(override: str, allowed: str) -> None:
+    assert refusal(override).allowed == allowed
+
+
+def test_nothing_can_be_routed_where_all_blocks_are_shared() -> None:
+    error = refusal("upcycle.num_shared_blocks=9", "upcycle.top_k=2")
+    assert error.allowed == "0: no block is routed"
+    assert error.hint == "upcycle.top_k=0"
+
+
+def test_gated_deltanet_may_not_name_a_dense_layer() -> None:
+    error = refusal("upcycle.layers=[0, 2]", "upcycle.gated_deltanet=[2, 3]")
+    assert "[3]" in error.found
+
+
+def test_one_shared_block_is_a_recipe() -> None:
+    one = ["upcycle.num_blocks=1", "upcycle.num_shared_blocks=1", "upcycle.top_k=0"]
+    assert load_recipe(None, one).upcycle.top_k == 0
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("upcycle: 3", "section `upcycle` is 3"),
+        ("- upcycle", "holds no sections"),
+        ("upcycle: {d_thin: 1", "is not YAML, line 1"),
+        ("upcycle:\n  d_thin: 64\n  d_thin: 128", "key `d_thin` comes twice (line 3)"),
+        ("upcycle: {[a]: 1}", "a key is not a word"),
+        ("1: {a: 2}", "no section `1`"),
+        ("upcycle: {when: 2020-01-01}", "`upcycle` has no key `when`"),
+        ("upcycle: !!python/object:os.system {}", "is not YAML"),
+    ],
+)
+def test_a_broken_file_is_refused(tmp_path: Path, text: str, found: str) -> None:
+    with pytest.raises(MolError) as caught:
+        load_recipe(write(tmp_path, text))
+    assert found in caught.value.found
+
+
+def test_a_binary_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(MolError, match="is not text"):
+        load_recipe(path)
+
+
+# Text that YAML could take for something else is the risk: numbers, booleans, dates, nulls.
+texts = st.text(st.characters(codec="utf-8"), max_size=20) | st.sampled_from(
+    [
+        "1e5",
+        "1.5",
+        "no",
+        "null",
+        "~",
+        "2020-01-01",
+        "1:30",
+        "",
+        " a: b #",
+        "'",
+        "0x1f",
+        "<<",
+        "\x85",
+    ]
+)
+positive = st.floats(min_value=1e-12, max_value=1e12)
+layers = st.just("all") | st.lists(st.integers(0, 99), unique=True, max_size=4)
+
+
+@st.composite
+def recipes(draw: st.DrawFn) -> Recipe:
+    num_blocks = draw(st.integers(1, 20))
+    shared = draw(st.integers(0, num_blocks))
+    routed = num_blocks - shared
+    upcycle = UpcycleConfig(
+        num_blocks=num_blocks,
+        num_shared_blocks=shared,
+        top_k=draw(st.integers(1, routed)) if routed else 0,
+        d_thin=draw(st.none() | st.integers(1, 4096)),
+        layers=draw(layers),
+        gated_deltanet=draw(st.sampled_from(["all", "none", "auto"])),
+        ridge=draw(positive),
+    )
+    train = TrainConfig(
+        data=draw(st.none() | texts),
+        learning_rate=draw(positive),
+        betas=(draw(st.floats(0, 0.99)), draw(st.floats(0, 0.99))),
+        gradient_checkpointing=draw(st.booleans()),
+    )
+    return replace(Recipe(), upcycle=upcycle, train=train)
+
+
+@given(recipe=recipes())
+def test_saving_and_loading_gives_the_same_recipe(
+    tmp_path_factory: pytest.TempPathFactory, recipe: Recipe
+) -> None:
+    path = tmp_path_factory.mktemp("recipe") / RECIPE_FILE
+    save_recipe(recipe, path)
+    assert load_recipe(path) == recipe
+
+
+def test_every_field_can_be_set_and_is_saved(tmp_path: Path) -> None:
+    save_recipe(Recipe(), tmp_path / RECIPE_FILE)
+    saved = (tmp_path / RECIPE_FILE).read_text()
+    for name in recipe_keys():
+        section, key = name.split(".")
+        assert f"\n  {key}:" in saved, name
+        default: Any = getattr(getattr(Recipe(), section), key)
+        shown = (
+            "null"
+            if default is None
+            else str(list(default) if isinstance(default, tuple) else default)
+        )
+        assert load_recipe(None, [f"{name}={shown}"]) == Recipe(), name
+    assert len(recipe_keys()) == sum(len(fields(getattr(Recipe(), f.name))) for f in fields(Recipe))
+
+
+def test_a_bundled_recipe_is_found_by_name_and_as_written_in_the_readme() -> None:
+    names = bundled_recipes()
+    assert "demo" in names
+    for spelling in ("demo", "demo.yaml", "recipes/demo.yaml"):
+        # In a source checkout the third is a file of its own, with the same content.
+        assert find_recipe(spelling).read_bytes() == names["demo"].read_bytes()
+
+
+def test_an_unknown_recipe_names_the_nearest_and_all() -> None:
+    with pytest.raises(MolError) as caught:
+        find_recipe("smolm2-135m")
+    assert caught.value.hint == "--recipe smollm2-135m"
+    assert "demo" in caught.value.allowed
+
+
+@pytest.mark.parametrize("name", ["/nowhere/demo.yaml", "."])
+def test_a_path_elsewhere_is_not_taken_for_a_bundled_name(name: str) -> None:
+    with pytest.raises(MolError):
+        find_recipe(name)
+
+
+@pytest.mark.parametrize("name", list(bundled_recipes()))
+def test_every_bundled_recipe_is_valid(name: str) -> None:
+    validate(load_recipe(name))

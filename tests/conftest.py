@@ -1,0 +1,124 @@
+"""Fixtures that several areas share: tiny random parents with a tiny tokenizer."""
+
+import itertools
+from pathlib import Path
+from typing import Any, Protocol
+
+import hypothesis
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+torch.set_num_threads(1)  # tiny models gain nothing from more, and xdist's workers share the cores
+
+# A busy machine makes no test wrong.
+hypothesis.settings.register_profile("molcli", hypothesis.settings(), deadline=None)
+hypothesis.settings.load_profile("molcli")
+
+TINY_CONFIG: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 96,
+    "vocab_size": 128,
+    "max_position_embeddings": 256,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
+# What makes each family take the path that its tests are about.
+FAMILY_CONFIG: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {"head_dim": 32},  # wider heads than hidden_size / num_attention_heads
+}
+TOKENIZER_TEXT = (
+    "the quick brown fox jumps over the lazy dog while the slow brown bear sleeps",
+    "a layer of thin blocks sees what the router sends, and nothing else 0123456789.",
+)
+
+
+class MakeParent(Protocol):
+    def __call__(
+        self,
+        family: str,
+        *,
+        sharded: bool = False,
+        tokenizer: bool = True,
+        dtype: torch.dtype = torch.float32,
+        **config: Any,
+    ) -> Path: ...
+
+
+def tiny_tokenizer(vocab_size: int = 120) -> PreTrainedTokenizerFast:
+    """A byte-pair tokenizer of at most `vocab_size` tokens; ids 0 to 2 are <unk>, <s>, </s>."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False
+    )
+    tokenizer.train_from_iterator(TOKENIZER_TEXT, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+    )
+
+
+def randomize(model: torch.nn.Module, seed: int = 0) -> None:
+    """Gives every parameter, norms and biases too, values that a mix-up would show."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            base = 1.0 if "norm" in name else 0.0
+            parameter.copy_(base + noise * (0.2 if parameter.ndim == 1 else 0.08))
+
+
+@pytest.fixture
+def tiny_parent(tmp_path: Path) -> MakeParent:
+    """Makes a random parent of a family in a fresh folder, as save_pretrained writes it.
+
+    Hidden width 64, 2 layers, 4 query heads on 2 KV heads, vocabulary 128. Keywords other than
+    the named ones override its config.
+    """
+    numbers = itertools.count()
+
+    def make(
+        family: str,
+        *,
+        sharded: bool = False,
+        tokenizer: bool = True,
+        dtype: torch.dtype = torch.float32,
+        **config: Any,
+    ) -> Path:
+        folder = tmp_path / f"{family}-{next(numbers)}"
+        settings = TINY_CONFIG | FAMILY_CONFIG[family] | config
+        if family == "qwen2":
+            del settings["head_dim"]  # no such field: Qwen2 implies the width
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings))
+        randomize(model)
+        model.to(dtype).save_pretrained(folder, max_shard_size="60KB" if sharded else "1GB")
+        if tokenizer:
+            tiny_tokenizer().save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips tests marked `gpu` where there is no CUDA device."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

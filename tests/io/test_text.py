@@ -1,0 +1,105 @@
+"""Reading and tokenising documents."""
+
+import json
+import lzma
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from molcli.errors import MolError
+from molcli.io.text import read_documents, tokenize
+
+
+class Letters:
+    """A tokenizer: BOS 1, one id a letter, no EOS of its own."""
+
+    eos_token_id: int | None = 2
+
+    def __call__(self, texts: list[str], verbose: bool) -> dict[str, Any]:
+        return {"input_ids": [[1, *(ord(c) - ord("a") + 3 for c in text)] for text in texts]}
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_bytes(lzma.compress(text.encode()) if path.suffix == ".xz" else text.encode())
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.xz"])
+def test_jsonl_gives_one_document_a_row(tmp_path: Path, name: str) -> None:
+    data = write_jsonl(tmp_path / name, [{"text": "one\n\nstill one", "n": 1}, {"text": "two"}])
+    assert list(read_documents(data)) == ["one\n\nstill one", "two"]
+
+
+def test_token_ids_win_over_text(tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"text": "abc", "input_ids": [5, 6]}])
+    assert list(read_documents(data)) == [[5, 6]]
+
+
+def test_parquet_gives_one_document_a_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"input_ids": [[5, 6], [7]], "id": ["x", "y"]}), path)
+    assert list(read_documents(str(path))) == [[5, 6], [7]]
+
+
+def test_blank_lines_end_a_text_document(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.txt"
+    path.write_text("one\nstill one\n\n\n\ntwo\n\n")
+    assert list(read_documents(str(path))) == ["one\nstill one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "found"),
+    [
+        ("gone.txt", None, "does not exist"),
+        ("weights.bin", "x", "not a kind of file"),
+        ("corpus", "x", "not a kind of file"),
+        ("empty.txt", "", "holds no text"),
+        ("blank.txt", "\n\n \n", "holds no text"),
+        ("empty.jsonl", "", "holds no text"),
+        ("other.jsonl", '{"body": "x"}\n', "its fields are `body`"),
+        ("number.jsonl", '{"text": 3}\n', "its fields are `text`"),
+        ("broken.jsonl", '{"text": "x"\n', "cannot be read"),
+        ("broken.parquet", "PAR0", "cannot be read"),
+    ],
+)
+def test_unusable_data_is_refused(
+    tmp_path: Path, name: str, content: str | None, found: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(MolError, match=found):
+        list(read_documents(str(tmp_path / name)))
+
+
+def test_text_ends_in_eos_and_token_lists_stay_as_they_are() -> None:
+    tokens = tokenize(["ab", [7, 7], "c"], Letters(), vocab_size=30)  # type: ignore[arg-type]
+    assert [row.tolist() for row in tokens] == [[1, 3, 4, 2], [7, 7], [1, 5, 2]]
+    assert {row.dtype for row in tokens} == {torch.int32}
+
+
+def test_limit_cuts_the_last_document_and_progress_reaches_it() -> None:
+    seen: list[tuple[int, int | None]] = []
+
+    def progress(done: int, total: int | None, note: str = "") -> None:
+        seen.append((done, total))
+
+    documents = iter([[3, 4, 5], [6, 7], [8]])
+    tokens = tokenize(documents, None, vocab_size=30, limit=4, progress=progress)
+    assert [row.tolist() for row in tokens] == [[3, 4, 5], [6]]
+    assert seen[-1] == (4, 4)
+
+
+@pytest.mark.parametrize("document", [[3, 10], [3, -1]])
+def test_ids_outside_the_vocabulary_are_refused(document: list[int]) -> None:
+    with pytest.raises(MolError, match=f"token id {document[1]}, .* 10 entries"):
+        tokenize([document], None, vocab_size=10)
+
+
+def test_text_without_a_tokenizer_is_refused() -> None:
+    with pytest.raises(MolError, match="no tokenizer"):
+        tokenize(["text"], None, vocab_size=10)

@@ -1,0 +1,255 @@
+"""What must be equal, whatever the weights."""
+
+import pytest
+import torch
+
+from molcli.kernels.rows import routed_rows
+from molcli.model.layers import MoLLayer
+from molcli.model.tokens import token_stream
+
+KINDS = ["softmax", "gated_deltanet"]
+
+
+def batch(model, rows=3, length=20):
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 97, (rows, length), generator=generator).to(model.device)
+    mask = torch.ones_like(ids)
+    mask[1:2, :7] = 0
+    mask[2:3, :3] = 0
+    return ids, mask
+
+
+@torch.no_grad()
+def stepwise(model, ids, mask, cuts):
+    """Logits from calls on consecutive pieces, with a cache."""
+    cache, pieces = None, []
+    for a, b in zip(cuts[:-1], cuts[1:], strict=True):
+        out = model(ids[:, a:b], attention_mask=mask[:, :b], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        pieces.append(out.logits)
+    return torch.cat(pieces, dim=1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cuts", [[0, *range(5, 21)], [0, 4, 5, 12, 20]], ids=["steps", "pieces"])
+@torch.no_grad()
+def test_decoding_with_a_cache_equals_one_forward_pass_padding_included(make_model, kind, cuts):
+    model = make_model(layer_kinds=[kind, "dense", kind])
+    ids, mask = batch(model)
+    full = model(ids, attention_mask=mask, use_cache=False).logits
+    found = stepwise(model, ids, mask, cuts)
+    real = mask.bool()
+    torch.testing.assert_close(found[real], full[real], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_padding_changes_nothing(make_model):
+    model = make_model()
+    ids, mask = batch(model)
+    padded = model(ids, attention_mask=mask, use_cache=False).logits
+    for i in range(3):
+        first = int((mask[i] == 0).sum())
+        alone = model(ids[i : i + 1, first:], use_cache=False).logits[0]
+        torch.testing.assert_close(padded[i, first:], alone, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_packed_documents_do_not_see_each_other(make_model):
+    model = make_model(dtype=torch.float64)
+    ids, _ = batch(model, rows=2)
+    documents = torch.tensor([[0] * 8 + [1] * 12, [4] * 20])
+    positions = torch.tensor([[*range(8), *range(12)], [*range(20)]])
+    packed = model(ids, document_ids=documents, position_ids=positions, use_cache=False).logits
+    for row, a, b in ((0, 0, 8), (0, 8, 20), (1, 0, 20)):
+        alone = model(ids[row : row + 1, a:b], use_cache=False).logits[0]
+        torch.testing.assert_close(packed[row, a:b], alone)
+
+
+@torch.no_grad()
+def test_nothing_looks_ahead(make_model):
+    model = make_model(dtype=torch.float64)
+    ids, _ = batch(model)
+    before = model(ids, use_cache=False).logits
+    ids[:, 15:] = 3
+    torch.testing.assert_close(model(ids, use_cache=False).logits[:, :15], before[:, :15])
+
+
+def dense_restricted(layer: MoLLayer, x, rows, rotary, stream):
+    """The layer with every block on every token and a mask on its keys, one block at a time."""
+    out = x + layer.shared(x, rows, None, rotary, stream, None)
+    routing = layer.router(x)
+    for block in range(routing.logits.shape[1]):
+        chose = (routing.blocks == block).any(1)
+        kept = chose.nonzero()[:, 0]
+        if not len(kept):
+            continue
+        # Restricted attention and state: the block's own tokens, as if there were no others.
+        own = routed_rows(
+            torch.full((len(kept), 1), block), stream.document[kept],
+            stream.num_documents, routing.logits.shape[1], stream.length,
+        )
+        part = layer.routed(x[kept], own, None, [r[kept] for r in rotary], stream, None)
+        weight = (routing.weights * (routing.blocks == block)).sum(1)[kept] / layer.top_k
+        out = out.index_add(0, kept, part * weight[:, None])
+    return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_sparse_dispatch_equals_dense_restricted(make_model, kind):
+    model = make_model(layer_kinds=[kind] * 3)
+    ids, _ = batch(model)
+    stream = token_stream(ids.shape, ids.device, past_length=0, attention_mask=None,
+                          position_ids=None, document_ids=None)
+    x = stream.flatten(model.model.embed_tokens(ids))
+    cos, sin = model.model.rotary_emb(x, stream.position[None])
+    from molcli.kernels.rows import all_rows
+
+    rows = all_rows(stream.document, stream.num_documents, 2, stream.length)
+    layer = model.model.layers[1]
+    found, routing = layer(x, rows, (cos[0], sin[0]), stream)
+    assert routing.blocks.unique().numel() > 2, "the router must use several blocks"
+    expected = dense_restricted(layer, x, rows, (cos[0], sin[0]), stream)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_restricted_softmax_equals_a_mask_on_all_keys(make_model):
+    """The same once more with an explicit attention mask, independent of any row layout."""
+    model = make_model(dtype=torch.float64, layer_kinds=["softmax"] * 3, num_shared_blocks=0)
+    ids, _ = batch(model, rows=1)
+    stream = token_stream(ids.shape, ids.device, past_length=0, attention_mask=None,
+                          position_ids=None, document_ids=None)
+    x = stream.flatten(model.model.embed_tokens(ids))
+    rotary = [r[0] for r in model.model.rotary_emb(x, stream.position[None])]
+    layer, n = model.model.layers[0], len(x)
+    routing = layer.router(x)
+    out = x
+    stack, block = layer.routed, layer.routed.block
+    for i in range(stack.thin_in.shape[0]):
+        thin = x @ stack.thin_in[i].T
+
+        def norm(z, w):
+            return z * torch.rsqrt(z.square().mean(-1, keepdim=True) + block.eps) * w[i]
+
+        def heads(name):
+            return (norm(thin, block.input_norm) @ getattr(block.mixer, name)[i].T).view(n, 2, 16)
+
+        def turn(z):
+            a, b = z.chunk(2, -1)
+            return z * rotary[0][:, None] + torch.cat([-b, a], -1) * rotary[1][:, None]
+
+        q, k, v = turn(heads("q_proj")), turn(heads("k_proj")), heads("v_proj")
+        chose = (routing.blocks == i).any(1)
+        seen = (chose[None] | torch.eye(n, dtype=torch.bool)).tril()
+        scores = torch.einsum("ihd,jhd->hij", q, k) / 4
+        read = torch.einsum("hij,jhd->ihd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+        y = thin + read.reshape(n, 32) @ block.mixer.o_proj[i].T
+        z = norm(y, block.post_norm)
+        mlp = torch.nn.functional.silu(z @ block.mlp.gate_proj[i].T) * (z @ block.mlp.up_proj[i].T)
+        delta = (y + mlp @ block.mlp.down_proj[i].T - thin) @ stack.thin_out[i].T
+        weight = (routing.weights * (routing.blocks == i)).sum(1) / 2
+        out = out + delta * (weight * chose)[:, None]
+    from molcli.kernels.rows import all_rows
+
+    rows = all_rows(stream.document, 1, 1, stream.length)
+    torch.testing.assert_close(layer(x, rows, tuple(rotary), stream)[0], out)
+
+
+@torch.no_grad()
+def test_dense_top_k_with_all_blocks_chosen_equals_sparse(make_model):
+    """With K = N - S restriction is no restriction."""
+    sparse = make_model(num_blocks_per_tok=5)
+    dense = make_model(num_blocks_per_tok=5, restrict_attention=False)
+    dense.load_state_dict(sparse.state_dict())
+    ids, mask = batch(sparse)
+    a, b = (m(ids, attention_mask=mask, use_cache=False).logits for m in (sparse, dense))
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_dense_top_k_attends_to_every_token(make_model):
+    sparse, dense = make_model(), make_model(restrict_attention=False)
+    ids, _ = batch(sparse)
+    a, b = (m(ids, use_cache=False).logits for m in (sparse, dense))
+    assert not torch.allclose(a, b, atol=1e-3)
+    model = dense
+    full = model(ids, use_cache=False).logits
+    torch.testing.assert_close(
+        stepwise(model, ids, torch.ones_like(ids), [0, 6, 7, 20]), full, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(make_model):
+    model = make_model(dtype=torch.float64).train()
+    ids, mask = batch(model)
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        out = model(ids, attention_mask=mask, labels=ids, output_router_logits=True)
+        out.loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(g.abs().sum() > 0 for g in gradients[0])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_identities_hold_on_a_gpu_as_far_as_bf16_goes(make_model, kind):
+    """Layer by layer with the exact routing: near-ties may flip between shapes of a product.
+
+    The tolerance is what rounding the weights' products to bf16 does to the same layer.
+    """
+    model = make_model(layer_kinds=[kind] * 3, head_dim=64, device="cuda", num_attention_heads=1,
+                       num_key_value_heads=1, d_thin=64, initializer_range=0.1)
+    exact = make_model(layer_kinds=[kind] * 3, head_dim=64, num_attention_heads=1,
+                       num_key_value_heads=1, d_thin=64, initializer_range=0.1,
+                       dtype=torch.float64)
+    half = make_model(layer_kinds=[kind] * 3, head_dim=64, num_attention_heads=1,
+                      num_key_value_heads=1, d_thin=64, initializer_range=0.1,
+                      device="cuda", dtype=torch.bfloat16)
+    ids, mask = batch(half, rows=4, length=300)
+    del model
+    exact.load_state_dict({k: v.double().cpu() for k, v in half.state_dict().items()})
+    eager = make_model(layer_kinds=[kind] * 3, head_dim=64, num_attention_heads=1,
+                       num_key_value_heads=1, d_thin=64, initializer_range=0.1,
+                       dtype=torch.bfloat16)
+    eager.load_state_dict(half.state_dict())
+
+    def layer_outputs(m, x):
+        stream = token_stream(ids.shape, x.device, past_length=0,
+                              attention_mask=mask.to(x.device), position_ids=None,
+                              document_ids=None)
+        from molcli.kernels.rows import all_rows
+
+        flat = stream.flatten(x)
+        cos, sin = m.model.rotary_emb(flat, stream.position[None])
+        rows = all_rows(stream.document, stream.num_documents, 2, stream.length)
+        return m.model.layers[1](flat, rows, (cos[0], sin[0]), stream)
+
+    x = half.model.embed_tokens(ids)
+    fast, routing = layer_outputs(half, x)
+    slow, routing_eager = layer_outputs(eager, x.cpu())
+    best, routing_exact = layer_outputs(exact, x.double().cpu())
+    same = (routing.blocks.cpu() == routing_exact.blocks).all(1)
+    same &= (routing_eager.blocks == routing_exact.blocks).all(1)
+    assert same.float().mean() > 0.99, "the float32 router must decide alike everywhere"
+    size = best[same].norm()
+    error = (fast.cpu().double() - best)[same].norm() / size
+    allowed = (slow.double() - best)[same].norm() / size
+    print(f"{kind}: layer error {error:.5f} (eager bf16 {allowed:.5f})")
+    assert error <= 2 * allowed
+    steps = stepwise(half, ids[:, :40], mask[:, :40], [0, 30, *range(31, 41)])
+    full = half(ids[:, :40], attention_mask=mask[:, :40], use_cache=False).logits
+    real = mask[:, :40].bool()
+    a, b = steps[real].double(), full[real].double()
+    truth = exact(ids[:, :40].cpu(), attention_mask=mask[:, :40].cpu(), use_cache=False)
+    truth = truth.logits[real.cpu()].to(a)
+    # The middle of the distribution: tokens whose routing flipped are outliers, not errors.
+    gap, noise = ((u - truth).norm(dim=1).median() for u in (a, b))
+    print(f"{kind}: stepwise error {gap:.4f}, prefill error {noise:.4f}")
+    assert gap <= 2 * noise

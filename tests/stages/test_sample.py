@@ -1,0 +1,108 @@
+"""Sampling text from a tiny parent."""
+
+import json
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer, DynamicCache, GenerationConfig, PreTrainedConfig
+
+from molcli.config.sections import SampleConfig
+from molcli.errors import MolError
+from molcli.io.packing import load_rows
+from molcli.io.parent import open_parent
+from molcli.stages.sample import _documents, sample
+
+CONFIG = SampleConfig(tokens=600, length=48, batch_size=5, seed=3)
+
+
+def test_documents_fill_the_budget_and_stop_at_eos(
+    tiny_parent: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tiny_parent("llama")
+    seen: list[int] = []
+
+    def progress(done: int, total: int | None, note: str = "") -> None:
+        assert total == CONFIG.tokens
+        seen.append(done)
+
+    sample(open_parent(folder), CONFIG, tmp_path / "a.jsonl", progress=progress)
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    documents = [row["input_ids"] for row in rows]
+    assert 600 <= sum(map(len, documents)) < 600 + 5 * 48
+    assert seen == sorted(seen)
+    assert seen[-1] == 600
+    assert {ids[0] for ids in documents} == {1}
+    assert all(2 not in ids[:-1] for ids in documents)
+    assert all(ids[-1] == 2 for ids in documents if len(ids) < 48)
+    assert any(len(ids) < 48 for ids in documents)
+    assert any(len(ids) == 48 for ids in documents)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert [row["text"] for row in rows] == [
+        tokenizer.decode(ids, skip_special_tokens=True) for ids in documents
+    ]
+    assert [path.name for path in tmp_path.glob("*.jsonl")] == ["a.jsonl"]
+
+
+def test_the_seed_decides(tiny_parent: Callable[..., Path], tmp_path: Path) -> None:
+    parent = open_parent(tiny_parent("llama", tokenizer=False))
+    files = [tmp_path / f"{i}.jsonl" for i in range(3)]
+    for file, seed in zip(files, (0, 0, 1), strict=True):
+        sample(parent, SampleConfig(tokens=100, length=20, batch_size=3, seed=seed), file)
+    assert files[0].read_bytes() == files[1].read_bytes() != files[2].read_bytes()
+
+
+def test_a_parent_without_tokenizer_gives_data_that_packs(
+    tiny_parent: Callable[..., Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "a.jsonl"
+    config = SampleConfig(tokens=100, length=20, batch_size=3)
+    sample(open_parent(tiny_parent("qwen3", tokenizer=False)), config, out)
+    assert set(json.loads(out.read_text().splitlines()[0])) == {"input_ids"}
+    assert load_rows(str(out), None, vocab_size=128, length=16).tokens >= 80
+
+
+class Chained:
+    """A model whose first token is free and whose next one follows from all tokens so far, which
+    it knows from its cache alone."""
+
+    device = torch.device("cpu")
+    config = PreTrainedConfig(bos_token_id=1, eos_token_id=0, num_hidden_layers=1)
+    generation_config = GenerationConfig()
+    vocab_size = 13
+
+    @classmethod
+    def follows(cls, tokens: list[int]) -> int:
+        return zlib.crc32(bytes(tokens)) % cls.vocab_size
+
+    def __call__(
+        self, input_ids: torch.Tensor, past_key_values: DynamicCache, use_cache: bool
+    ) -> SimpleNamespace:
+        new = input_ids[:, None, :, None].float()
+        seen = past_key_values.update(new, new, 0)[0][:, 0, :, 0].long()
+        logits = torch.zeros(len(seen), 1, self.vocab_size)
+        if seen.shape[1] > 1:
+            for row, tokens in enumerate(seen.tolist()):
+                logits[row, 0, self.follows(tokens)] = 1e4
+        return SimpleNamespace(logits=logits)
+
+
+def test_documents_that_leave_the_batch_do_not_disturb_the_others() -> None:
+    generator = torch.Generator().manual_seed(0)
+    model: Any = Chained()
+    documents = _documents(model, 40, SampleConfig(length=9), generator, lambda drawn: None)
+    assert len({len(ids) for ids in documents}) > 3
+    for ids in documents:
+        assert all(ids[i] == Chained.follows(ids[:i]) for i in range(2, len(ids)))
+        assert 0 not in ids[:-1]
+        assert len(ids) == 9 or ids[-1] == 0
+
+
+def test_an_existing_file_is_refused(tiny_parent: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").touch()
+    with pytest.raises(MolError, match="exists"):
+        sample(open_parent(tiny_parent("llama")), CONFIG, tmp_path / "a.jsonl")

@@ -1,0 +1,254 @@
+"""Training tiny models: it learns, and it survives being stopped."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from molcli.config.recipe import load_recipe
+from molcli.config.sections import EvaluateConfig, Recipe, TrainConfig
+from molcli.errors import MolError
+from molcli.io.parent import open_parent
+from molcli.stages.evaluate import evaluate
+from molcli.stages.train import train
+from molcli.stages.train.objective import Objective
+
+Make = Callable[..., Path]
+Corpus = Callable[..., str]
+TINY_PARENT = dict(num_hidden_layers=1, hidden_size=32, intermediate_size=32)
+
+
+def recipe(**settings: Any) -> Recipe:
+    """Eight steps of four rows of 32, checkpoints every third."""
+    tiny: dict[str, Any] = {
+        "tokens": 8 * 4 * 32,
+        "context_length": 32,
+        "batch_size": 4,
+        "micro_batch_size": 2,
+        "learning_rate": 1e-2,
+        "new_learning_rate": 1e-2,
+        "checkpoint_every": 3,
+        "log_every": 2,
+    }
+    return replace(Recipe(), train=TrainConfig(**(tiny | settings)))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def log_lines(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+class Stopped(Exception):
+    """Stands in for a kill: nothing in the run catches it."""
+
+
+def stop_after(tokens: int) -> Callable[..., None]:
+    def progress(done: int, total: int | None, note: str = "") -> None:
+        if note != "" and done >= tokens:
+            raise Stopped
+
+    return progress
+
+
+def test_text_is_learned(tiny_mol: Make, corpus: Corpus, tmp_path: Path) -> None:
+    checkpoint, data, out = tiny_mol(), corpus(), tmp_path / "out"
+    (checkpoint / "receipt.json").write_text('{"from": "upcycle"}')
+    settings = recipe(tokens=60 * 4 * 32, checkpoint_every=0)
+    result = train(checkpoint, out, data, settings)
+
+    lines = log_lines(out)
+    assert [line["step"] for line in lines] == list(range(2, 61, 2))
+    assert lines[-1]["ce"] < 0.5 * lines[0]["ce"]
+    assert lines[-1]["loss"] == result.loss
+    assert lines[-1]["kl"] is None
+    assert result.tokens == lines[-1]["tokens"] == 60 * 4 * 32
+    assert result.steps == 60
+    assert result.skipped == 0
+    assert result.tokens_per_second > 0
+    heldout = corpus("heldout.jsonl", documents=7)
+    before, after = (
+        evaluate(folder, None, heldout, EvaluateConfig(context_length=32)).ce
+        for folder in (checkpoint, out)
+    )
+    assert after < 0.5 * before
+
+    saved = replace(settings, train=replace(settings.train, data=data))
+    assert load_recipe(out / "recipe.yaml") == saved
+    assert (out / "receipt.json").read_text() == '{"from": "upcycle"}'
+    assert not (out / "checkpoints").exists()
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.generate(torch.tensor([[1, 5, 6]]), max_new_tokens=4).shape[1] > 3
+
+
+def test_the_parents_predictions_are_learned(
+    tiny_mol: Make, tiny_parent: Make, corpus: Corpus, tmp_path: Path
+) -> None:
+    checkpoint, data = tiny_mol(), corpus()
+    parent = open_parent(tiny_parent("llama", **TINY_PARENT))
+    train(checkpoint, tmp_path / "out", data, recipe(tokens=40 * 4 * 32), parent)
+    before, after = (
+        evaluate(folder, parent, data, EvaluateConfig(context_length=32))
+        for folder in (checkpoint, tmp_path / "out")
+    )
+    assert before.kl is not None
+    assert after.kl is not None
+    assert after.kl < 0.7 * before.kl
+    first, last = log_lines(tmp_path / "out")[0], log_lines(tmp_path / "out")[-1]
+    assert last["kl"] < first["kl"] == pytest.approx(before.kl, rel=0.3)
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4, 7])
+def test_a_stopped_run_ends_as_an_unstopped_one(
+    tiny_mol: Make, corpus: Corpus, tmp_path: Path, stop: int
+) -> None:
+    checkpoint, data = tiny_mol(), corpus()
+    train(checkpoint, tmp_path / "whole", data, recipe(log_every=1))
+
+    out = tmp_path / "stopped"
+    with pytest.raises(Stopped):
+        train(checkpoint, out, data, recipe(log_every=1), progress=stop_after(stop * 4 * 32))
+    assert not (out / "config.json").exists()
+    (out / "checkpoints").mkdir(exist_ok=True)
+    (out / "checkpoints" / ".step-00000006.partial").mkdir()  # of a kill while writing
+    with (out / "log.jsonl").open("a") as log:
+        log.write('{"step": 9')
+    result = train(checkpoint, out, data, recipe(log_every=1), resume=True)
+
+    assert result.steps == 8
+    whole, resumed = weights(tmp_path / "whole"), weights(out)
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    for ours, theirs in zip(log_lines(out), log_lines(tmp_path / "whole"), strict=True):
+        for name in ("step", "tokens", "loss", "balance", "learning_rate", "gradient_norm"):
+            assert ours[name] == theirs[name]
+    kept = [folder.name for folder in sorted((out / "checkpoints").glob("step-*"))]
+    assert kept == ["step-00000003", "step-00000006"]
+
+
+def test_only_the_newest_two_checkpoints_stay(
+    tiny_mol: Make, corpus: Corpus, tmp_path: Path
+) -> None:
+    train(tiny_mol(), tmp_path / "out", corpus(), recipe(checkpoint_every=1))
+    kept = sorted(folder.name for folder in (tmp_path / "out" / "checkpoints").iterdir())
+    assert kept == ["step-00000007", "step-00000008"]
+
+
+def test_another_run_is_not_resumed(tiny_mol: Make, corpus: Corpus, tmp_path: Path) -> None:
+    checkpoint, data, out = tiny_mol(), corpus(), tmp_path / "out"
+    with pytest.raises(Stopped):
+        train(checkpoint, out, data, recipe(), progress=stop_after(5 * 4 * 32))
+    for change, arguments in {
+        "`train.learning_rate` was 0.01 and is 0.02": (
+            checkpoint,
+            data,
+            recipe(learning_rate=2e-2),
+        ),
+        "the data was another one": (checkpoint, corpus("b.jsonl", documents=41), recipe()),
+        "the checkpoint was another one": (tiny_mol("b", d_ff_thin=16), data, recipe()),
+    }.items():
+        folder, text, settings = arguments
+        with pytest.raises(MolError, match=change):
+            train(folder, out, text, settings, resume=True)
+    moved = Path(data).rename(tmp_path / "moved.jsonl")
+    assert train(checkpoint, out, str(moved), recipe(log_every=1), resume=True).steps == 8
+
+
+def test_output_folders_that_would_be_mixed_are_refused(
+    tiny_mol: Make, corpus: Corpus, tmp_path: Path
+) -> None:
+    checkpoint, data, out = tiny_mol(), corpus(), tmp_path / "out"
+    with pytest.raises(MolError, match="no run to resume"):
+        train(checkpoint, out, data, recipe(), resume=True)
+    out.mkdir()
+    (out / "notes.txt").touch()
+    with pytest.raises(MolError, match="not empty"):
+        train(checkpoint, out, data, recipe())
+    (out / "config.json").touch()
+    with pytest.raises(MolError, match="finished model"):
+        train(checkpoint, out, data, recipe(), resume=True)
+
+
+def test_a_step_without_a_finite_gradient_is_left_out(
+    tiny_mol: Make, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = Objective.backward, []
+
+    def poisoned(self: Objective, *args: Any) -> torch.Tensor:
+        means = real(self, *args)
+        calls.append(means)
+        if len(calls) == 3:
+            next(p for p in self.student.parameters() if p.grad is not None).grad[0] = math.inf
+            return means * math.nan
+        return means
+
+    monkeypatch.setattr(Objective, "backward", poisoned)
+    result = train(tiny_mol(), tmp_path / "out", corpus(), recipe(log_every=1))
+    assert (result.steps, result.skipped) == (8, 1)
+    assert math.isfinite(result.loss)
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "out").values())
+    skipped = log_lines(tmp_path / "out")[2]
+    assert (skipped["loss"], skipped["gradient_norm"], skipped["skipped"]) == (None, None, 1)
+
+
+def test_micro_batches_add_up(tiny_mol: Make, corpus: Corpus, tmp_path: Path) -> None:
+    """Without the balance loss, which is taken by micro-batch, their number changes nothing."""
+    checkpoint, data = tiny_mol(), corpus()
+    for size in (1, 4):
+        settings = recipe(tokens=2 * 4 * 32, micro_batch_size=size, balance_weight=0.0)
+        train(checkpoint, tmp_path / f"out{size}", data, settings)
+    losses = [log_lines(tmp_path / f"out{size}")[-1] for size in (1, 4)]
+    assert losses[0]["ce"] == pytest.approx(losses[1]["ce"], rel=1e-5)
+    assert losses[0]["gradient_norm"] == pytest.approx(losses[1]["gradient_norm"], rel=1e-4)
+
+
+def test_the_balance_loss_balances(tiny_mol: Make, corpus: Corpus, tmp_path: Path) -> None:
+    ends = []
+    for weight in (0.0, 1.0):
+        out = tmp_path / f"out{weight}"
+        train(tiny_mol(), out, corpus(), recipe(tokens=30 * 4 * 32, balance_weight=weight))
+        ends.append(log_lines(out)[-1]["balance"])
+    assert ends[1] < 0.5 * ends[0]
+
+
+def test_bf16_trains_fp32_weights_and_writes_the_stored_dtype(
+    tiny_mol: Make, corpus: Corpus, tmp_path: Path
+) -> None:
+    checkpoint = tiny_mol(dtype=torch.bfloat16)
+    stored = {name: tensor.dtype for name, tensor in weights(checkpoint).items()}
+    settings = recipe(precision="bf16", learning_rate=1e-5, new_learning_rate=1e-5)
+    train(checkpoint, tmp_path / "out", corpus(), settings)
+    assert {name: tensor.dtype for name, tensor in weights(tmp_path / "out").items()} == stored
+    folder = tmp_path / "out" / "checkpoints" / "step-00000006"
+    state = torch.load(folder / "state.pt", weights_only=True)["model"]
+    name = "model.layers.1.shared.thin_in"
+    assert state[name].dtype == torch.float32
+    assert not torch.equal(state[name], state[name].bfloat16().float())
+
+
+def test_gradient_checkpointing_changes_nothing(
+    tiny_mol: Make, corpus: Corpus, tmp_path: Path
+) -> None:
+    checkpoint, data = tiny_mol(), corpus()
+    for flag in (False, True):
+        settings = recipe(gradient_checkpointing=flag, tokens=2 * 4 * 32)
+        train(checkpoint, tmp_path / str(flag), data, settings)
+    kept, recomputed = weights(tmp_path / "False"), weights(tmp_path / "True")
+    assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
+
+
+def test_a_batch_that_does_not_divide_is_refused(
+    tiny_mol: Make, corpus: Corpus, tmp_path: Path
+) -> None:
+    with pytest.raises(MolError, match=r"batch_size. is 4, for 1 processes"):
+        train(tiny_mol(), tmp_path / "out", corpus(), recipe(micro_batch_size=3))
+    assert not (tmp_path / "out").exists()
