@@ -28,7 +28,7 @@ class UpcycleConfig:
     d_ff_thin: int | None = None
     layers: Literal["all"] | list[int] = "all"
     gated_deltanet: Literal["all", "none", "auto"] | list[int] = "none"
-    ridge: float = 1e-4
+    ridge: float = 1e-2
     shrinkage: float = 0.1
 
 

@@ -49,7 +49,10 @@ def factor_left(product: Tensor, right: Tensor) -> Tensor:
 
 
 def least_squares_left(left: Tensor, product: Tensor) -> Tensor:
-    """argmin over X of |left X - product|. left: (..., q, r), product: (..., q, p) -> (..., r, p)."""
+    """argmin over X of |left X - product|.
+
+    left: (..., q, r), product: (..., q, p) -> (..., r, p).
+    """
     return torch.cholesky_solve(left.mT @ product, _factor(left.mT @ left, 1e-10))
 
 

@@ -3,6 +3,7 @@
 from typing import Any, NoReturn
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -43,11 +44,9 @@ class AttentionState:
         earlier = time[None, :] <= time[total - new :, None]  # (T', T)
         same = query_block[:, :, :, None, None] == blocks[:, None, None]  # (B, T', s, T, s)
         visible = same & earlier[:, None, :, None]
-        out = torch.nn.functional.scaled_dot_product_attention(
-            *(x.flatten(1, 2).transpose(1, 2) for x in (query, keys, values)),
-            attn_mask=visible.flatten(3, 4).flatten(1, 2)[:, None],
-            enable_gqa=True,
-        )
+        q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (query, keys, values))
+        mask = visible.flatten(3, 4).flatten(1, 2)[:, None]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
         out = out.transpose(1, 2).unflatten(1, query.shape[1:3])
         return out[stream.sequence[rows.tokens], stream.time[rows.tokens], rows.slots]
 

@@ -31,8 +31,8 @@ class MoLConfig(PreTrainedConfig):
     layer_kinds: one of "dense", "softmax", "gated_deltanet" per layer. Dense layers are ordinary
         pre-norm Transformer layers; the others are MoL layers, named after the mixer of their
         routed blocks (shared blocks always use softmax attention).
-    num_blocks, num_shared_blocks, num_blocks_per_tok: N thin blocks, S of them on every token, K of the other
-        N - S on each token.
+    num_blocks, num_shared_blocks, num_blocks_per_tok: N thin blocks, S of them on every token, K of
+        the other N - S on each token.
     d_thin, d_ff_thin, thin_num_attention_heads, thin_num_key_value_heads: shape of a thin block.
     restrict_attention: false runs every routed block on every token and uses the K outputs.
     router_aux_loss_coef: weight of the CV^2 balance loss where router logits are asked for.

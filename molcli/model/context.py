@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from molcli.kernels.rows import Rows, all_rows
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.layers import DenseLayer, MoLLayer
+from molcli.model.rotary import rotary_embedding
 from molcli.model.tokens import TokenStream, token_stream
 
 
@@ -16,7 +16,8 @@ from molcli.model.tokens import TokenStream, token_stream
 class Context:
     """What every layer needs to know about n tokens.
 
-    dense_rows, shared_rows: all tokens once, and in every shared block. rotary: cos and sin, (n, head_dim).
+    dense_rows, shared_rows: all tokens once, and in every shared block. rotary: cos and sin,
+    (n, head_dim).
     """
 
     stream: TokenStream
@@ -43,8 +44,9 @@ def token_context(
         position_ids=position_ids.to(device),
         document_ids=document_ids.to(device),
     )
-    rotary = LlamaRotaryEmbedding(config=config).to(device)
-    cos, sin = rotary(torch.empty(0, device=device), stream.position[None])
+    cos, sin = rotary_embedding(config).to(device)(
+        torch.empty(0, device=device), stream.position[None]
+    )
     sizes = stream.document, stream.num_documents
     return Context(
         stream=stream,

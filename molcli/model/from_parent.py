@@ -6,6 +6,7 @@ from molcli.io.parent import Parent
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.layers import DenseLayer
 from molcli.model.modeling_mol import MoLForCausalLM
+from molcli.model.rotary import rotary_embedding
 
 
 def dense_layer(parent: Parent, config: MoLConfig, index: int, device: torch.device) -> DenseLayer:
@@ -33,6 +34,6 @@ def load_dense(parent: Parent, dtype: torch.dtype, device: torch.device) -> MoLF
         tensors |= {f"model.layers.{i}.{name}": x for name, x in layer.items()}
     tensors = {name: x.to(device, dtype) for name, x in tensors.items()}
     model.load_state_dict(tensors, strict=True, assign=True)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
+    model.model.rotary_emb = rotary_embedding(config).to(device)
     model.tie_weights()
     return model.requires_grad_(False).eval()

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import ModelOutput
 
 from molcli.kernels.rows import all_rows
@@ -18,6 +17,7 @@ from molcli.model.cache import MoLCache
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.gated_deltanet import StackedGatedDeltaNet
 from molcli.model.layers import DenseLayer, MoLLayer, ThinBlocks
+from molcli.model.rotary import rotary_embedding
 from molcli.model.router import Router, Routing
 from molcli.model.tokens import token_stream
 
@@ -114,7 +114,7 @@ class MoLModel(MoLPreTrainedModel):
             for i, kind in enumerate(config.layer_kinds)
         )
         self.norm = FinalNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.rotary_emb = rotary_embedding(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -164,8 +164,11 @@ class MoLModel(MoLPreTrainedModel):
                 routings.append(routing)
         if cache is not None:
             cache.seen += stream.length
-        wanted = self.config.output_router_logits if output_router_logits is None \
+        wanted = (
+            self.config.output_router_logits
+            if output_router_logits is None
             else output_router_logits
+        )
         return MoLModelOutput(
             last_hidden_state=stream.unflatten(self.norm(x)),
             past_key_values=cache,

@@ -50,7 +50,8 @@ def calibrate(
     moments: dict[str, torch.Tensor] = {}
     for i in range(model.num_hidden_layers):
         layer = dense_layer(parent, model, i, device)
-        sums = {"attention": 0.0, "mlp": 0.0}
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        sums = {"attention": zero, "mlp": zero}
         for j, (context, x) in enumerate(chunks):
             rows, block = context.dense_rows, layer.block
             read = block.norm(x, block.input_norm, rows)
@@ -72,7 +73,9 @@ def calibrate(
         save_file(moments, staging / "moments.safetensors")
         about = {
             "parent": parent.fingerprint(),
-            "data": hashlib.sha256((fit.fingerprint() + heldout.fingerprint()).encode()).hexdigest(),
+            "data": hashlib.sha256(
+                (fit.fingerprint() + heldout.fingerprint()).encode()
+            ).hexdigest(),
             "tokens": batch.input_ids.numel(),
             "heldout_tokens": heldout.tokens,
             "config": asdict(config),

@@ -1,3 +1,5 @@
+import itertools
+
 import torch
 import torch.nn.functional as F
 
@@ -15,7 +17,7 @@ def test_ragged_convolution_equals_one_convolution_per_segment():
     index = torch.arange(12) - cu[segment]
     found = short_conv(x, weights[segment], segment, index, state)
     last = short_conv_state(x, cu, state)
-    for i, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for i, (a, b) in enumerate(itertools.pairwise(bounds)):
         history = torch.cat([state[i], x[a:b].T], dim=1)
         assert torch.equal(last[i], history[:, -(width - 1) :])
         if b > a:

@@ -8,9 +8,19 @@ from molcli.model.from_parent import load_dense
 CASES = [
     ("llama", {}),
     ("llama", {"attention_bias": True, "tie_word_embeddings": False}),
-    ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0,
-                                   "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                                   "original_max_position_embeddings": 32}}),
+    (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 5e5,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ),
     ("mistral", {}),
     ("qwen2", {}),
     ("qwen3", {}),

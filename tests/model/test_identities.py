@@ -1,5 +1,7 @@
 """What must be equal, whatever the weights."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -23,7 +25,7 @@ def batch(model, rows=3, length=20):
 def stepwise(model, ids, mask, cuts):
     """Logits from calls on consecutive pieces, with a cache."""
     cache, pieces = None, []
-    for a, b in zip(cuts[:-1], cuts[1:], strict=True):
+    for a, b in itertools.pairwise(cuts):
         out = model(ids[:, a:b], attention_mask=mask[:, :b], past_key_values=cache, use_cache=True)
         cache = out.past_key_values
         pieces.append(out.logits)
@@ -85,8 +87,11 @@ def dense_restricted(layer: MoLLayer, x, rows, rotary, stream):
             continue
         # Restricted attention and state: the block's own tokens, as if there were no others.
         own = routed_rows(
-            torch.full((len(kept), 1), block), stream.document[kept],
-            stream.num_documents, routing.logits.shape[1], stream.length,
+            torch.full((len(kept), 1), block),
+            stream.document[kept],
+            stream.num_documents,
+            routing.logits.shape[1],
+            stream.length,
         )
         part = layer.routed(x[kept], own, None, [r[kept] for r in rotary], stream, None)
         weight = (routing.weights * (routing.blocks == block)).sum(1)[kept] / layer.top_k
@@ -99,8 +104,14 @@ def dense_restricted(layer: MoLLayer, x, rows, rotary, stream):
 def test_sparse_dispatch_equals_dense_restricted(make_model, kind):
     model = make_model(layer_kinds=[kind] * 3)
     ids, _ = batch(model)
-    stream = token_stream(ids.shape, ids.device, past_length=0, attention_mask=None,
-                          position_ids=None, document_ids=None)
+    stream = token_stream(
+        ids.shape,
+        ids.device,
+        past_length=0,
+        attention_mask=None,
+        position_ids=None,
+        document_ids=None,
+    )
     x = stream.flatten(model.model.embed_tokens(ids))
     cos, sin = model.model.rotary_emb(x, stream.position[None])
     from molcli.kernels.rows import all_rows
@@ -118,34 +129,42 @@ def test_restricted_softmax_equals_a_mask_on_all_keys(make_model):
     """The same once more with an explicit attention mask, independent of any row layout."""
     model = make_model(dtype=torch.float64, layer_kinds=["softmax"] * 3, num_shared_blocks=0)
     ids, _ = batch(model, rows=1)
-    stream = token_stream(ids.shape, ids.device, past_length=0, attention_mask=None,
-                          position_ids=None, document_ids=None)
+    stream = token_stream(
+        ids.shape,
+        ids.device,
+        past_length=0,
+        attention_mask=None,
+        position_ids=None,
+        document_ids=None,
+    )
     x = stream.flatten(model.model.embed_tokens(ids))
     rotary = [r[0] for r in model.model.rotary_emb(x, stream.position[None])]
     layer, n = model.model.layers[0], len(x)
     routing = layer.router(x)
     out = x
     stack, block = layer.routed, layer.routed.block
+
+    def norm(z, weight):
+        return z * torch.rsqrt(z.square().mean(-1, keepdim=True) + block.eps) * weight
+
+    def turn(z):
+        a, b = z.chunk(2, -1)
+        return z * rotary[0][:, None] + torch.cat([-b, a], -1) * rotary[1][:, None]
+
     for i in range(stack.thin_in.shape[0]):
         thin = x @ stack.thin_in[i].T
-
-        def norm(z, w):
-            return z * torch.rsqrt(z.square().mean(-1, keepdim=True) + block.eps) * w[i]
-
-        def heads(name):
-            return (norm(thin, block.input_norm) @ getattr(block.mixer, name)[i].T).view(n, 2, 16)
-
-        def turn(z):
-            a, b = z.chunk(2, -1)
-            return z * rotary[0][:, None] + torch.cat([-b, a], -1) * rotary[1][:, None]
-
-        q, k, v = turn(heads("q_proj")), turn(heads("k_proj")), heads("v_proj")
+        read = norm(thin, block.input_norm[i])
+        projections = (getattr(block.mixer, f"{name}_proj")[i] for name in "qkv")
+        q, k, v = ((read @ weight.T).view(n, 2, 16) for weight in projections)
+        q, k = turn(q), turn(k)
         chose = (routing.blocks == i).any(1)
         seen = (chose[None] | torch.eye(n, dtype=torch.bool)).tril()
         scores = torch.einsum("ihd,jhd->hij", q, k) / 4
-        read = torch.einsum("hij,jhd->ihd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
-        y = thin + read.reshape(n, 32) @ block.mixer.o_proj[i].T
-        z = norm(y, block.post_norm)
+        out_heads = torch.einsum(
+            "hij,jhd->ihd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v
+        )
+        y = thin + out_heads.reshape(n, 32) @ block.mixer.o_proj[i].T
+        z = norm(y, block.post_norm[i])
         mlp = torch.nn.functional.silu(z @ block.mlp.gate_proj[i].T) * (z @ block.mlp.up_proj[i].T)
         delta = (y + mlp @ block.mlp.down_proj[i].T - thin) @ stack.thin_out[i].T
         weight = (routing.weights * (routing.blocks == i)).sum(1) / 2
@@ -204,26 +223,57 @@ def test_identities_hold_on_a_gpu_as_far_as_bf16_goes(make_model, kind):
 
     The tolerance is what rounding the weights' products to bf16 does to the same layer.
     """
-    model = make_model(layer_kinds=[kind] * 3, head_dim=64, device="cuda", num_attention_heads=1,
-                       num_key_value_heads=1, d_thin=64, initializer_range=0.1)
-    exact = make_model(layer_kinds=[kind] * 3, head_dim=64, num_attention_heads=1,
-                       num_key_value_heads=1, d_thin=64, initializer_range=0.1,
-                       dtype=torch.float64)
-    half = make_model(layer_kinds=[kind] * 3, head_dim=64, num_attention_heads=1,
-                      num_key_value_heads=1, d_thin=64, initializer_range=0.1,
-                      device="cuda", dtype=torch.bfloat16)
+    model = make_model(
+        layer_kinds=[kind] * 3,
+        head_dim=64,
+        device="cuda",
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        d_thin=64,
+        initializer_range=0.1,
+    )
+    exact = make_model(
+        layer_kinds=[kind] * 3,
+        head_dim=64,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        d_thin=64,
+        initializer_range=0.1,
+        dtype=torch.float64,
+    )
+    half = make_model(
+        layer_kinds=[kind] * 3,
+        head_dim=64,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        d_thin=64,
+        initializer_range=0.1,
+        device="cuda",
+        dtype=torch.bfloat16,
+    )
     ids, mask = batch(half, rows=4, length=300)
     del model
     exact.load_state_dict({k: v.double().cpu() for k, v in half.state_dict().items()})
-    eager = make_model(layer_kinds=[kind] * 3, head_dim=64, num_attention_heads=1,
-                       num_key_value_heads=1, d_thin=64, initializer_range=0.1,
-                       dtype=torch.bfloat16)
+    eager = make_model(
+        layer_kinds=[kind] * 3,
+        head_dim=64,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        d_thin=64,
+        initializer_range=0.1,
+        dtype=torch.bfloat16,
+    )
     eager.load_state_dict(half.state_dict())
 
     def layer_outputs(m, x):
-        stream = token_stream(ids.shape, x.device, past_length=0,
-                              attention_mask=mask.to(x.device), position_ids=None,
-                              document_ids=None)
+        stream = token_stream(
+            ids.shape,
+            x.device,
+            past_length=0,
+            attention_mask=mask.to(x.device),
+            position_ids=None,
+            document_ids=None,
+        )
         from molcli.kernels.rows import all_rows
 
         flat = stream.flatten(x)

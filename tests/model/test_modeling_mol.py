@@ -24,7 +24,9 @@ def test_half_precision_keeps_router_and_decay_in_float32(make_model, tmp_path):
     make_model().save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     exact = {n.split(".")[-1] for n, p in loaded.named_parameters() if p.dtype == torch.float32}
-    routers = {n for n, p in loaded.named_parameters() if "router" in n and p.dtype != torch.float32}
+    routers = {
+        n for n, p in loaded.named_parameters() if "router" in n and p.dtype != torch.float32
+    }
     assert {"A_log", "dt_bias"} <= exact and not routers
     assert loaded.model.layers[0].routed.thin_in.dtype == torch.bfloat16
     assert loaded(torch.randint(0, 97, (1, 5))).logits.isfinite().all()
@@ -59,8 +61,9 @@ def test_the_cache_moves_every_state_with_the_batch(make_model):
                 nonempty += 1
     assert nonempty == 3 * 3 + 3 + 2  # attention of 3 layers, routed softmax, one recurrent state
     cache.batch_repeat_interleave(2)
-    assert all(x.shape[0] == 8 for lay in cache.layers for s in lay.states()
-               for x in s.tensors.values())
+    assert all(
+        x.shape[0] == 8 for lay in cache.layers for s in lay.states() for x in s.tensors.values()
+    )
     with pytest.raises(NotImplementedError, match="cropped"):
         cache.crop(3)
 

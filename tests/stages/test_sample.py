@@ -15,7 +15,7 @@ from molcli.config.sections import SampleConfig
 from molcli.errors import MolError
 from molcli.io.packing import load_rows
 from molcli.io.parent import open_parent
-from molcli.stages.sample import _documents, sample
+from molcli.stages.sample import _documents, _draw, sample
 
 CONFIG = SampleConfig(tokens=600, length=48, batch_size=5, seed=3)
 
@@ -106,3 +106,12 @@ def test_an_existing_file_is_refused(tiny_parent: Callable[..., Path], tmp_path:
     (tmp_path / "a.jsonl").touch()
     with pytest.raises(MolError, match="exists"):
         sample(open_parent(tiny_parent("llama")), CONFIG, tmp_path / "a.jsonl")
+
+
+def test_draws_follow_the_odds() -> None:
+    odds = torch.tensor([0.0, 0.2, 0.0, 0.5, 0.3, 0.0])
+    drawn = _draw(odds.expand(20_000, -1), torch.Generator().manual_seed(0))
+    shares = drawn.bincount(minlength=6) / 20_000
+    assert shares[[0, 2, 5]].sum() == 0
+    deviation = (odds * (1 - odds) / 20_000).sqrt()
+    assert ((shares - odds).abs() <= 4 * deviation).all()

@@ -39,9 +39,12 @@ def gated_delta_rule_reference(
     length = longest_segment(cu_seqlens)
     chunk = min(CHUNK, length)
     length = -(-length // chunk) * chunk
-    padded = [pad_segments(x.to(exact), cu_seqlens, length) for x in (q, k, v, g, beta)]
-    out, state = _chunked(*padded, state.to(exact), chunk)
-    return unpad_segments(out, cu_seqlens, q.shape[0]).to(v.dtype), state
+    rows = q.shape[0]
+    q, k, padded_v, g, beta = (
+        pad_segments(x.to(exact), cu_seqlens, length) for x in (q, k, v, g, beta)
+    )
+    out, state = _chunked(q, k, padded_v, g, beta, state.to(exact), chunk)
+    return unpad_segments(out, cu_seqlens, rows).to(v.dtype), state
 
 
 def _chunked(

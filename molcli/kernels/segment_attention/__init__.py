@@ -1,6 +1,7 @@
 """Causal softmax attention in which a row sees its own segment alone."""
 
 import inspect
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from molcli.kernels.segment_attention.reference import segment_attention_referen
 __all__ = ["segment_attention", "segment_attention_reference"]
 
 # torch 2.10 says `is_causal=True` where later releases take a window.
-_CAUSAL: dict[str, object] = (
+_CAUSAL: dict[str, Any] = (
     {"window_size": (-1, 0)}
     if "window_size" in inspect.signature(varlen_attn).parameters
     else {"is_causal": True}
@@ -31,5 +32,6 @@ def segment_attention(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
     if group > 1:
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     length, cu = rows.max_seqlen, rows.cu_seqlens
-    out: Tensor = varlen_attn(q, k, v, cu, cu, length, length, **_CAUSAL)
+    out = varlen_attn(q, k, v, cu, cu, length, length, **_CAUSAL)
+    assert isinstance(out, Tensor)  # a pair only where auxiliary outputs are asked for
     return out

@@ -12,6 +12,6 @@ def segment_attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Ten
     Padding stands after a segment's rows, where a causal mask already hides it.
     """
     length = longest_segment(cu_seqlens)
-    padded = [pad_segments(x, cu_seqlens, length).transpose(1, 2) for x in (q, k, v)]
-    out = F.scaled_dot_product_attention(*padded, is_causal=True, enable_gqa=True)
+    query, key, value = (pad_segments(x, cu_seqlens, length).transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     return unpad_segments(out.transpose(1, 2), cu_seqlens, q.shape[0])

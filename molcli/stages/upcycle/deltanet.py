@@ -1,5 +1,6 @@
 """Gated DeltaNet that starts from softmax attention's projections."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -37,8 +38,8 @@ def set_gated_deltanet(
     for weight in (mixer.a_proj, mixer.b_proj, mixer.A_log):
         weight.zero_()
     heads = mixer.A_log.shape[1]
-    half_lives = torch.logspace(*torch.tensor([SHORTEST, LONGEST]).log2().tolist(), heads, base=2.0)
-    rate = (torch.log(torch.tensor(2.0)) / half_lives).to(mixer.dt_bias)
+    half_lives = torch.logspace(math.log2(SHORTEST), math.log2(LONGEST), heads, base=2.0)
+    rate = (math.log(2.0) / half_lives).to(mixer.dt_bias)
     mixer.dt_bias.copy_(torch.log(torch.expm1(rate)).expand_as(mixer.dt_bias))
     mixer.g_proj.copy_(regress(read, read.new_full((read.shape[0], mixer.g_proj.shape[1]), GATE)))
     mixer.o_norm.fill_(1.0)

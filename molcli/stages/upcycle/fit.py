@@ -28,16 +28,16 @@ class Task:
     """What a family of blocks, which share one part of the parent, should learn.
 
     x: (n, d_model), the student's residual. target: (n, d_model), what the blocks should add.
-    moment: (d_model, d_model) float64, of the unit-rms residual. importance: (n,), weight of each
-    token's error. rows: the tokens of each block; gate: (M,), the weight of each row's output.
-    penalty, shrinkage: of the regressions (`ridge`, `grouped_cross_moment`).
+    moment_roots: `square_roots` of the unit-rms residual's second moment. importance: (n,), weight
+    of each token's error. rows: the tokens of each block; gate: (M,), the weight of each row's
+    output. penalty, shrinkage: of the regressions (`ridge`, `grouped_cross_moment`).
     """
 
     teacher: Teacher
     context: Context
     x: Tensor
     target: Tensor
-    moment: Tensor
+    moment_roots: tuple[Tensor, Tensor]
     importance: Tensor
     rows: Rows
     gate: Tensor
@@ -66,7 +66,7 @@ def fit_blocks(blocks: ThinBlocks, part: Part, task: Task) -> tuple[Tensor, floa
     """
     rows, block = task.rows, blocks.block
     basis, retained = reading_basis(
-        task.teacher.reading_gram(part), task.moment, blocks.thin_in.shape[1]
+        task.teacher.reading_gram(part), *task.moment_roots, blocks.thin_in.shape[1]
     )
     blocks.thin_in.copy_(basis)
     block.input_norm.fill_(1.0)
@@ -135,9 +135,7 @@ def _fit_heads(blocks: ThinBlocks, part: Part, task: Task, thin: Tensor) -> Tens
     return out.flatten(1)
 
 
-def _fit_neurons(
-    blocks: ThinBlocks, part: Part, task: Task, thin: Tensor, heads: Tensor
-) -> Tensor:
+def _fit_neurons(blocks: ThinBlocks, part: Part, task: Task, thin: Tensor, heads: Tensor) -> Tensor:
     """Fits gate and up to the parent's, on what the block's FFN reads. Returns (M, d_ff)."""
     block, rows = blocks.block, task.rows
     middle = thin + grouped_linear(heads, block.mixer.o_proj, rows)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from molcli.config.sections import UpcycleConfig
+from molcli.maths.bases import square_roots
 from molcli.maths.clusters import cosine_kmeans
 from molcli.maths.moments import unit_rms
 from molcli.maths.partition import Part
@@ -70,7 +71,7 @@ def fit_layer(
         context=context,
         x=x,
         target=teacher.output - x,
-        moment=moment,
+        moment_roots=square_roots(moment),
         # What counts in the end passes a norm: an error matters relative to its residual's size.
         importance=teacher.output.square().mean(-1).rsqrt(),
         rows=every_token,
@@ -122,9 +123,7 @@ def _clones(routed: int, top_k: int) -> list[int]:
     return [routed // top_k + (i < routed % top_k) for i in range(top_k)]
 
 
-def _set_router(
-    router: Router, clones: list[int], x: Tensor, generator: torch.Generator
-) -> None:
+def _set_router(router: Router, clones: list[int], x: Tensor, generator: torch.Generator) -> None:
     """Every cluster of tokens gets one clone of each family.
 
     The clones of a cluster share their router row, hence their logits: the top_k of a token are
@@ -134,7 +133,7 @@ def _set_router(
     scale = ROUTER_SCALE / x.shape[1] ** 0.5
     router.weight.copy_(torch.cat([centroids[:count] for count in clones]) * scale)
     scarce = [count < max(clones) for count in clones]
-    bias = [TIE_BREAK * few for few, count in zip(scarce, clones, strict=True) for _ in range(count)]
+    bias = [
+        TIE_BREAK * few for few, count in zip(scarce, clones, strict=True) for _ in range(count)
+    ]
     router.correction_bias.copy_(torch.tensor(bias))
-
-

@@ -95,9 +95,13 @@ def _convert(
     embedding = parent.embedding()
     dtype = embedding.dtype
     writer.add("model.embed_tokens.weight", embedding)
-    streams = None if text is None else (
-        open_streams(text.fit, config, embedding, device),
-        open_streams(text.heldout, config, embedding, device),
+    streams = (
+        None
+        if text is None
+        else (
+            open_streams(text.fit, config, embedding, device),
+            open_streams(text.heldout, config, embedding, device),
+        )
     )
     generator = torch.Generator().manual_seed(recipe.calibrate.seed)
     report = []
@@ -156,8 +160,15 @@ def _layer(
         config.layer_kinds[index] = kind
         generator.set_state(state)  # both mixers get the same clusters
         return fit_layer(
-            config, index, parts(config), teacher, fit.student, moment, fit.context,
-            recipe.upcycle, generator,
+            config,
+            index,
+            parts(config),
+            teacher,
+            fit.student,
+            moment,
+            fit.context,
+            recipe.upcycle,
+            generator,
         )
 
     softmax = fitted(config.layer_kinds[index])
