@@ -12,6 +12,7 @@ import typer
 from molcli.cli.bars import bar
 from molcli.cli.options import Data, Out, Overrides, Parent, RecipeName, recipe_for
 from molcli.cli.parents import open_dense
+from molcli.cli.sample import run_sample
 from molcli.config.sections import Recipe
 
 if TYPE_CHECKING:  # torch comes with it
@@ -48,14 +49,11 @@ def run_calibrate(parent: "DenseParent", recipe: Recipe, out: Path) -> None:
     settings = recipe.calibrate
     with scratch_beside(out) as scratch:
         if settings.data is None:
-            from molcli.stages.sample import sample
-
             text = scratch / "sample.jsonl"
             wanted = replace(
                 recipe.sample, tokens=settings.tokens + settings.heldout_tokens, seed=settings.seed
             )
-            with bar("sampling") as progress:
-                sample(parent, wanted, text, progress=progress)
+            run_sample(parent, wanted, text)
             settings = replace(settings, data=str(text))
         with bar("calibrating") as progress:
             collect(parent, settings, out, progress=progress)

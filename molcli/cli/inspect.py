@@ -1,6 +1,8 @@
 """`molcli inspect`: which tokens each block sees."""
 
 import json
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from molcli.cli.bars import bar
 from molcli.cli.options import (
@@ -11,6 +13,10 @@ from molcli.cli.options import (
     RequiredData,
     recipe_for,
 )
+from molcli.config.sections import InspectConfig
+
+if TYPE_CHECKING:  # torch comes with it
+    from molcli.stages.inspect import RoutingReport
 
 
 def inspect(
@@ -25,10 +31,18 @@ def inspect(
     from rich.console import Console
 
     from molcli.cli.tables import routing_table
+
+    Console().print(routing_table(run_inspect(checkpoint, data, settings, json_file)))
+
+
+def run_inspect(
+    checkpoint: Path, data: str, settings: InspectConfig, json_file: Path | None
+) -> "RoutingReport":
+    """Counts under a bar; the report goes to `json_file`, too, if there is one."""
     from molcli.stages.inspect import inspect_routing
 
     with bar("inspecting") as progress:
         report = inspect_routing(checkpoint, data, settings, progress=progress)
     if json_file is not None:
         json_file.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
-    Console().print(routing_table(report))
+    return report

@@ -1,6 +1,7 @@
 """`molcli train`: recover what the conversion lost, or train from scratch."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,7 +16,11 @@ from molcli.cli.options import (
     recipe_for,
 )
 from molcli.cli.parents import open_dense
+from molcli.config.sections import Recipe
 from molcli.errors import MolError
+
+if TYPE_CHECKING:  # torch comes with it
+    from molcli.io.parent import Parent as DenseParent
 
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on from the last checkpoint of a stopped run in OUT.")
@@ -44,9 +49,22 @@ def train(
             allowed="--data FILE, or train.data in the recipe",
             hint="molcli sample PARENT text.jsonl draws text from the parent",
         )
+    dense = None if parent is None else open_dense(parent)
+    run_train(checkpoint, out, text, settings, dense, resume=resume)
+    typer.echo(f"Trained model in {out}")
+
+
+def run_train(
+    checkpoint: Path,
+    out: Path,
+    data: str,
+    recipe: Recipe,
+    parent: "DenseParent | None",
+    *,
+    resume: bool = False,
+) -> None:
+    """Trains under a bar; towards the parent's predictions if there is one."""
     from molcli.stages.train import train as run
 
-    dense = None if parent is None else open_dense(parent)
     with bar("training") as progress:
-        run(checkpoint, out, text, settings, dense, resume, progress=progress)
-    typer.echo(f"Trained model in {out}")
+        run(checkpoint, out, data, recipe, parent, resume, progress=progress)

@@ -1,7 +1,7 @@
 """`molcli upcycle`: a dense parent becomes a Mixture of Layers model."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,6 +10,9 @@ from molcli.cli.calibrate import run_calibrate, scratch_beside, with_data
 from molcli.cli.options import Data, Out, Overrides, Parent, RecipeName, recipe_for
 from molcli.cli.parents import open_dense
 from molcli.config.sections import Recipe
+
+if TYPE_CHECKING:  # torch comes with it
+    from molcli.io.parent import Parent as DenseParent
 
 Calibration = Annotated[
     Path | None,
@@ -34,26 +37,28 @@ def upcycle(
     --data is the text to calibrate on; without it, the text is sampled from the parent itself.
     """
     settings = with_data(recipe_for(recipe, overrides), data)
-    run_upcycle(parent, settings, out, calibration=calibration)
+    from molcli.io.folder import refuse_taken
+
+    refuse_taken(out)
+    run_upcycle(open_dense(parent), settings, out, calibration=calibration)
     typer.echo(f"Mixture of Layers model in {out}")
 
 
-def run_upcycle(parent: str, recipe: Recipe, out: Path, *, calibration: Path | None) -> None:
+def run_upcycle(
+    parent: "DenseParent", recipe: Recipe, out: Path, *, calibration: Path | None = None
+) -> None:
     """Writes the model to `out`, after a calibration of its own where none is given.
 
     An exact copy needs none: without text, its receipt has no held-out figures.
     """
-    from molcli.io.folder import refuse_taken
     from molcli.stages.upcycle import upcycle as convert
     from molcli.stages.upcycle.shape import is_whole, mol_config
 
-    refuse_taken(out)
-    dense = open_dense(parent)
     # Before the long calibration: a recipe that does not fit the parent is refused here.
-    exact = is_whole(mol_config(dense, recipe.upcycle))
+    exact = is_whole(mol_config(parent, recipe.upcycle))
     with scratch_beside(out) as scratch:
         if calibration is None and (recipe.calibrate.data is not None or not exact):
             calibration = scratch / "calibration"
-            run_calibrate(dense, recipe, calibration)
+            run_calibrate(parent, recipe, calibration)
         with bar("upcycling") as progress:
-            convert(dense, calibration, recipe, out, progress=progress)
+            convert(parent, calibration, recipe, out, progress=progress)

@@ -15,7 +15,7 @@ _FOLDERS = (
 def bundled_recipes() -> dict[str, Path]:
     """Name -> file of every recipe that ships with the package, sorted by name."""
     for folder in _FOLDERS:
-        if files := sorted(folder.glob("*.yaml")):
+        if files := sorted(folder.glob("*.yaml"), key=lambda file: file.stem):
             return {file.stem: file for file in files}
     return {}
 

@@ -75,8 +75,10 @@ class TrainConfig:
         DeltaNet, gates and convolutions. Cosine to min_learning_rate_ratio of it.
     kl_weight: weight of the forward KL to the parent; ce_weight of the next-token loss.
     balance_weight: weight of the CV^2 load-balance loss (arXiv 2605.09516: 0.05).
+    trainable: "mol" trains the Mixture of Layers layers alone and keeps the rest as inherited; on a
+        model with dense layers below them, the backward pass ends early.
     checkpoint_every: optimiser steps between checkpoints; 0 writes none.
-    precision: "auto" is bf16 on a GPU that has it, fp32 elsewhere.
+    precision: "auto" is bf16 where the device multiplies matrices in it natively, else fp32.
     """
 
     data: str | None = None
@@ -94,6 +96,7 @@ class TrainConfig:
     kl_weight: float = 1.0
     ce_weight: float = 0.0
     balance_weight: float = 0.05
+    trainable: Literal["all", "mol"] = "all"
     checkpoint_every: int = 200
     log_every: int = 10
     precision: Literal["auto", "bf16", "fp32"] = "auto"

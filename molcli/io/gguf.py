@@ -7,7 +7,6 @@ here it reads the tokenizer only.
 import contextlib
 import hashlib
 import io
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from molcli import __version__
 from molcli.errors import MolError
+from molcli.io.cache import cache_folder
 from molcli.io.families import EMBEDDING, FAMILIES, FINAL_NORM, LM_HEAD
 from molcli.io.folder import output_folder
 from molcli.io.tensors import ShardedWriter
@@ -92,8 +92,7 @@ def _cache_folder(path: Path) -> Path:
     stat = path.stat()
     state = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {__version__}"
     key = hashlib.sha256(state.encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "molcli" / f"{path.stem}-{key}"
+    return cache_folder() / f"{path.stem}-{key}"
 
 
 def _open(path: Path) -> "GGUFReader":

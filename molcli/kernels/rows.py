@@ -7,9 +7,12 @@ it. Shared and dense blocks are the case in which a block's tokens are all token
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 
 @dataclass(frozen=True)
@@ -53,16 +56,22 @@ class Rows:
         """x: (n, ...) a value per token -> (M, ...) a value per row."""
         if self.num_blocks == 1 and self.num_slots == 1:
             return x
-        return x[self.tokens]
+        return _Gather.apply(x, self)
+
+    def gather_slots(self, x: Tensor) -> Tensor:
+        """x: (n, num_slots) a value per token and slot -> (M,) a value per row."""
+        return _GatherSlots.apply(x, self)
 
     def combine(self, x: Tensor) -> Tensor:
         """x: (M, D) a value per row -> (n, D), summed over each token's rows.
 
         A gather and a sum: no atomics, hence the same bits in every run.
         """
-        if self.num_slots == 1:
-            return x if self.num_blocks == 1 else x[self.of_token[:, 0]]
-        return x[self.of_token].sum(dim=1)
+        return _Combine.apply(x, self)
+
+    def per_row(self, values: Tensor) -> Tensor:
+        """values: (B, ...) one per block -> (M, ...) one per row, or (1, ...) where B is 1."""
+        return values if values.shape[0] == 1 else _PerRow.apply(values, self)
 
     def of_blocks(self, first: int, count: int) -> "Rows":
         """The rows of `count` neighbouring blocks, as a layout of their own.
@@ -86,6 +95,61 @@ class Rows:
     def scatter(self, x: Tensor, num_tokens: int) -> Tensor:
         """x: (M, D) -> (num_tokens, D), summed over rows; for layouts without `of_token`."""
         return x.new_zeros(num_tokens, x.shape[1]).index_add(0, self.tokens, x)
+
+
+# Gathers whose indices repeat have slow backward passes: autograd sorts the indices and adds row by
+# row. Here each one's adjoint is another gather, or a product with a one-hot matrix.
+
+
+class _Gather(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Rows) -> Tensor:
+        ctx.rows = rows
+        return x[rows.tokens]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad[ctx.rows.of_token].sum(dim=1), None
+
+
+class _Combine(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Rows) -> Tensor:
+        ctx.rows = rows
+        return x[rows.of_token].sum(dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad[ctx.rows.tokens], None
+
+
+class _GatherSlots(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Rows) -> Tensor:
+        ctx.rows = rows
+        return x[rows.tokens, rows.slots]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad[ctx.rows.of_token], None
+
+
+class _PerRow(Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, rows: Rows) -> Tensor:
+        ctx.rows = rows
+        return values[rows.blocks]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        blocks = torch.arange(ctx.rows.num_blocks, device=grad.device)
+        one_hot = (ctx.rows.blocks == blocks[:, None]).to(grad.dtype)
+        total = one_hot @ grad.flatten(1)
+        return total.unflatten(1, grad.shape[1:]) if grad.ndim > 1 else total[:, 0], None
 
 
 def all_rows(document: Tensor, num_documents: int, num_blocks: int, max_seqlen: int) -> Rows:

@@ -29,23 +29,20 @@ def reduced_rank(gram: Tensor, cross: Tensor, rank: int, penalty: float) -> tupl
 
 
 def aligning_turn(
-    have: Tensor, wanted: Tensor, gram: Tensor, prior: Tensor, pull: float = 0.1
-) -> Tensor:
-    """R with R have ~ wanted on inputs with this second moment, drawn towards `prior`.
+    have: Tensor, wanted: Tensor, gram: Tensor, prior: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Orthogonal R and scale s with s R have ~ wanted on inputs with this second moment
+    (Procrustes).
 
-    have, wanted: (..., r, p); gram: (..., p, p); prior and R: (..., r, r). pull: weight of the
-    prior, relative to the mean energy of `have`.
+    have, wanted: (..., r, p); gram: (..., p, p); prior and R: (..., r, r). `prior` has a tenth of
+    the say in R, and settles what the inputs leave open. s: (..., 1, 1), 0.05 to 20.
     """
-    inner = have @ gram @ have.mT
-    weight = pull * _mean_energy(inner)
-    right = wanted @ gram @ have.mT + weight * prior
-    return torch.cholesky_solve(right.mT, _factor(inner, pull)).mT
-
-
-def factor_left(product: Tensor, right: Tensor) -> Tensor:
-    """X with X right = product. product: (..., q, r), right: (..., r, r) -> (..., q, r)."""
-    q, r = torch.linalg.qr(right.mT)
-    return torch.linalg.solve_triangular(r, q.mT @ product.mT, upper=True).mT
+    target = wanted @ gram @ have.mT
+    left, _, right = torch.linalg.svd(_unit(target) + 0.1 * _unit(prior))
+    turn = left @ right
+    energy = (have @ gram @ have.mT).diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=1e-30)
+    scale = (turn * target).sum((-2, -1)) / energy
+    return turn, scale.clamp(0.05, 20.0)[..., None, None]
 
 
 def least_squares_left(left: Tensor, product: Tensor) -> Tensor:
@@ -66,3 +63,8 @@ def _mean_energy(gram: Tensor) -> Tensor:
     """(..., 1, 1), and never 0: a block without tokens gets zeros, not an error."""
     mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     return mean.clamp(min=1e-30)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x: (..., r, r), of unit Frobenius norm."""
+    return x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-30)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from molcli.kernels.grouped_linear import grouped_linear, per_row
+from molcli.kernels.grouped_linear import grouped_linear
 from molcli.kernels.rows import Rows
 from molcli.kernels.segment_attention import segment_attention
 from molcli.model.cache import AttentionState, RecurrentState
@@ -85,8 +85,8 @@ class StackedAttention(nn.Module):
             )
         )
         if self.q_norm is not None and self.k_norm is not None:
-            q = rms_norm(q, per_row(self.q_norm, rows)[:, None], self.eps)
-            k = rms_norm(k, per_row(self.k_norm, rows)[:, None], self.eps)
+            q = rms_norm(q, rows.per_row(self.q_norm)[:, None], self.eps)
+            k = rms_norm(k, rows.per_row(self.k_norm)[:, None], self.eps)
         cos, sin = (rows.gather(x) for x in rotary)
         q, k, v = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype), v
         if state is None:
@@ -122,7 +122,7 @@ class StackedMLP(nn.Module):
 
 
 class BlockStack(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)), for every block on its own rows."""
+    """What x + mixer(norm(x)), then + mlp(norm(.)), adds to x, for every block on its own rows."""
 
     def __init__(self, spec: BlockSpec, config: MoLConfig) -> None:
         super().__init__()
@@ -144,10 +144,10 @@ class BlockStack(nn.Module):
         stream: TokenStream,
         state: AttentionState | RecurrentState | None,
     ) -> Tensor:
-        """x: (M, width) residual rows -> (M, width) residual rows."""
-        x = x + self.mixer(self.norm(x, self.input_norm, rows), rows, rotary, stream, state)
-        return x + self.mlp(self.norm(x, self.post_norm, rows), rows)
+        """x: (M, width) residual rows -> (M, width), what the block adds to them."""
+        mixed = self.mixer(self.norm(x, self.input_norm, rows), rows, rotary, stream, state)
+        return mixed + self.mlp(self.norm(x + mixed, self.post_norm, rows), rows)
 
     def norm(self, x: Tensor, weight: Tensor, rows: Rows) -> Tensor:
         """RMSNorm with each block's own weight. x: (M, width), weight: (B, width)."""
-        return rms_norm(x, per_row(weight, rows), self.eps)
+        return rms_norm(x, rows.per_row(weight), self.eps)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from molcli.kernels.gated_delta_rule import gated_delta_rule
-from molcli.kernels.grouped_linear import grouped_linear, per_row
+from molcli.kernels.grouped_linear import grouped_linear
 from molcli.kernels.rows import Rows
 from molcli.kernels.short_conv import short_conv, short_conv_state
 from molcli.model.cache import RecurrentState
@@ -77,12 +77,12 @@ class StackedGatedDeltaNet(nn.Module):
         weight = torch.cat([self.q_conv, self.k_conv, self.v_conv], dim=1)
         before = self._states(state, places, mixed)
         conv = None if state is None else before["conv"]
-        filtered = short_conv(mixed, per_row(weight, rows), places.of_row, places.index, conv)
+        filtered = short_conv(mixed, rows.per_row(weight), places.of_row, places.index, conv)
         q, k, v = F.silu(filtered).unflatten(1, (3, *self.shape)).unbind(1)
         q, k = (F.normalize(z.to(exact), dim=-1, eps=1e-6).to(v.dtype) for z in (q, k))
         a, b = (grouped_linear(x, w, rows).to(exact) for w in (self.a_proj, self.b_proj))
-        decay = -per_row(self.A_log, rows).to(exact).exp()
-        g = decay * F.softplus(a + per_row(self.dt_bias, rows).to(exact))
+        decay = -rows.per_row(self.A_log).to(exact).exp()
+        g = decay * F.softplus(a + rows.per_row(self.dt_bias).to(exact))
         out, last = gated_delta_rule(
             q, k, v, g, b.sigmoid(), places.cu_seqlens, places.max_seqlen, before["recurrent"]
         )
@@ -92,7 +92,7 @@ class StackedGatedDeltaNet(nn.Module):
             state.write("recurrent", places.segments, stream.batch_size, last)
         gate = F.silu(grouped_linear(x, self.g_proj, rows)).unflatten(1, self.shape)
         norm = out.to(exact) * torch.rsqrt(out.to(exact).square().mean(-1, keepdim=True) + self.eps)
-        return norm.to(gate.dtype) * per_row(self.o_norm, rows)[:, None].to(gate.dtype) * gate
+        return norm.to(gate.dtype) * rows.per_row(self.o_norm)[:, None].to(gate.dtype) * gate
 
     def _states(
         self, state: RecurrentState | None, places: "_Places", mixed: Tensor

@@ -16,7 +16,9 @@ from molcli.model.tokens import TokenStream
 class ThinBlocks(nn.Module):
     """B thin blocks: x -> thin_out(block(thin_in x) - thin_in x) (arXiv 2605.09516, section 3).
 
-    The subtraction strips the thin residual: a block returns only what it computed.
+    The paper's subtraction strips the thin residual: a block returns only what it computed. Here
+    the block sums what it computed in the first place; in bf16 the difference of two large
+    residuals would lose it.
     """
 
     def __init__(self, spec: BlockSpec, config: MoLConfig) -> None:
@@ -40,7 +42,7 @@ class ThinBlocks(nn.Module):
         The gate is applied at the thin width, where it is cheapest: thin_out is linear.
         """
         thin = grouped_linear(rows.gather(x), self.thin_in, rows)
-        delta = self.block(thin, rows, rotary, stream, state) - thin
+        delta = self.block(thin, rows, rotary, stream, state)
         if gate is not None:
             delta = delta * gate[:, None].to(delta.dtype)
         return rows.combine(grouped_linear(delta, self.thin_out, rows))
@@ -62,7 +64,7 @@ class DenseLayer(GradientCheckpointingLayer):
         states: MoLCacheLayer | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """x: (n, d_model), rows: all tokens once."""
-        return self.block(x, rows, rotary, stream, states and states.always), None
+        return x + self.block(x, rows, rotary, stream, states and states.always), None
 
 
 class MoLLayer(GradientCheckpointingLayer):
@@ -106,4 +108,4 @@ class MoLLayer(GradientCheckpointingLayer):
         else:
             rows = all_rows(*sizes)
             weights = torch.zeros_like(routing.logits).scatter(1, routing.blocks, weights)
-        return rows, weights[rows.tokens, rows.slots]
+        return rows, rows.gather_slots(weights)

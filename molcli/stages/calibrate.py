@@ -34,16 +34,17 @@ def calibrate(
 ) -> None:
     """Fits nothing, only observes. The parent is read one layer at a time.
 
-    Raises MolError if there is no text, or too little for one row to fit on and one held out.
+    Raises MolError if there is no text, too little for one row to fit on and one held out, or if
+    the parent overflows on it.
     """
     fit, heldout = _rows(parent, config)
     model = MoLConfig(**parent.mol_config_kwargs())
     device = default_device()
-    batch = fit.batch(slice(None))
+    embedding = parent.embedding()
     chunks = [
         (
             token_context(model, b.document_ids, b.position_ids, device),
-            F.embedding(b.input_ids.flatten(), parent.embedding()).to(device, torch.float32),
+            F.embedding(b.input_ids.flatten(), embedding).to(device, torch.float32),
         )
         for b in fit.batches(ROWS_AT_ONCE)
     ]
@@ -61,6 +62,12 @@ def calibrate(
             out_x = middle + block.mlp(block.norm(middle, block.post_norm, rows), rows)
             chunks[j] = context, out_x
         for name, total in sums.items():
+            if not total.isfinite().all():
+                raise MolError(
+                    f"the parent's activations at layer {i} are not finite",
+                    allowed="a parent that computes numbers on this text",
+                    hint="download its weights again",
+                )
             moments[f"layers.{i}.{name}"] = (total / fit.tokens).cpu()
         progress(i + 1, model.num_hidden_layers)
     with output_folder(out) as staging:
@@ -76,7 +83,7 @@ def calibrate(
             "data": hashlib.sha256(
                 (fit.fingerprint() + heldout.fingerprint()).encode()
             ).hexdigest(),
-            "tokens": batch.input_ids.numel(),
+            "tokens": fit.tokens,
             "heldout_tokens": heldout.tokens,
             "config": asdict(config),
         }

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from molcli.config.sections import SampleConfig
@@ -14,6 +15,9 @@ from molcli.io.parent import Parent
 from molcli.model.checkpoint import default_device
 from molcli.model.precision import fast_dtype
 from molcli.progress import Progress, silent
+
+# Not cuDNN's attention: it plans anew for every length, that is for every token.
+_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def sample(parent: Parent, config: SampleConfig, out: Path, progress: Progress = silent) -> None:
@@ -43,7 +47,9 @@ def sample(parent: Parent, config: SampleConfig, out: Path, progress: Progress =
             def report(new: int, before: int = done) -> None:
                 progress(min(before + new, config.tokens), config.tokens)
 
-            for ids in _documents(model, count, config, generator, report):
+            with sdpa_kernel(_BACKENDS):
+                documents = _documents(model, count, config, generator, report)
+            for ids in documents:
                 row: dict[str, object] = {"input_ids": ids}
                 if tokenizer is not None:
                     row["text"] = tokenizer.decode(ids, skip_special_tokens=True)

@@ -75,7 +75,7 @@ def test_completion_is_light_and_knows_commands_recipes_and_keys() -> None:
         return lines
 
     assert set(COMMANDS) <= set(complete("molcli ", 1))
-    assert complete("molcli upcycle --recipe dem", 3) == ["demo"]
+    assert complete("molcli upcycle --recipe dem", 3) == ["demo", "demo-gpu"]
     assert complete("molcli upcycle --set upcycle.d_t", 3) == ["upcycle.d_thin="]
 
 

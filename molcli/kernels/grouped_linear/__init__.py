@@ -24,9 +24,4 @@ def grouped_linear(x: Tensor, weight: Tensor, rows: Rows, bias: Tensor | None = 
         out = F.grouped_mm(x, weight.mT, offs=rows.offsets)
     else:
         out = grouped_linear_reference(x, weight, rows.offsets)
-    return out if bias is None else out + per_row(bias, rows).to(out.dtype)
-
-
-def per_row(values: Tensor, rows: Rows) -> Tensor:
-    """values: (B, ...) one per block -> (M, ...) one per row, or (1, ...) where B is 1."""
-    return values if values.shape[0] == 1 else values[rows.blocks]
+    return out if bias is None else out + rows.per_row(bias).to(out.dtype)

@@ -1,6 +1,7 @@
-"""Causal depthwise convolution inside segments, as W gathers."""
+"""Causal depthwise convolution inside segments, as W shifts."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -14,11 +15,10 @@ def short_conv(
     before the segment, oldest first; None stands for zeros. Returns (M, C).
     """
     width = weight.shape[-1]
-    row = torch.arange(x.shape[0], device=x.device)
     out = x * weight[..., width - 1]
     for back in range(1, width):
         inside = (index >= back)[:, None]
-        earlier = torch.where(inside, x[(row - back).clamp(min=0)], 0.0)
+        earlier = torch.where(inside, F.pad(x, (0, 0, back, 0))[: x.shape[0]], 0.0)
         if state is not None:
             column = (width - 1 + index - back).clamp(0, width - 2)
             earlier = torch.where(inside, earlier, state[start, :, column].to(x.dtype))

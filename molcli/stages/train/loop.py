@@ -20,7 +20,12 @@ from molcli.model.teacher import open_teacher
 from molcli.progress import Progress, silent
 from molcli.stages.train.log import TrainLog
 from molcli.stages.train.objective import Objective, Student
-from molcli.stages.train.optimizer import learning_rate_ratio, make_optimizer, set_learning_rates
+from molcli.stages.train.optimizer import (
+    freeze_inherited,
+    learning_rate_ratio,
+    make_optimizer,
+    set_learning_rates,
+)
 from molcli.stages.train.output import refuse_folder, save_model
 from molcli.stages.train.state import TrainState, load_checkpoint, run_identity, save_checkpoint
 
@@ -72,6 +77,8 @@ def train(
 
     model = open_checkpoint(checkpoint, accelerator.device).train()
     model.to(torch.float32)  # master weights: bf16 would swallow small updates
+    if config.trainable == "mol":
+        freeze_inherited(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     dtype = _matmul_dtype(config, accelerator.device)
@@ -154,5 +161,5 @@ def _check_batch(config: TrainConfig, ranks: int) -> None:
 def _matmul_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     """What student and parent multiply in; the student's weights are fp32 in any case."""
     if config.precision == "auto":
-        return fast_dtype(device) if device.type == "cuda" else torch.float32
+        return fast_dtype(device)
     return torch.bfloat16 if config.precision == "bf16" else torch.float32

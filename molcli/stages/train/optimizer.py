@@ -8,6 +8,9 @@ import torch
 from torch import nn
 
 from molcli.config.sections import TrainConfig
+from molcli.errors import MolError
+from molcli.model import MoLForCausalLM
+from molcli.model.layers import MoLLayer
 
 # Last parts of parameter names. Norms, biases and the decay's parameters are not matrices that
 # act on the residual: weight decay would pull them towards a value that means something.
@@ -28,6 +31,20 @@ def is_new(name: str) -> bool:
 def has_decay(name: str) -> bool:
     """Whether AdamW's weight decay applies: to matrices, convolutions and embeddings."""
     return not name.endswith(_NO_DECAY) and name != "model.norm.weight"
+
+
+def freeze_inherited(model: MoLForCausalLM) -> None:
+    """Leaves gradients to the Mixture of Layers layers alone. Raises MolError if there are none."""
+    layers = [layer for layer in model.model.layers if isinstance(layer, MoLLayer)]
+    if not layers:
+        raise MolError(
+            "`train.trainable` is mol, but all layers of the model are dense",
+            allowed="all, or a model with Mixture of Layers layers",
+            hint="--set train.trainable=all",
+        )
+    model.requires_grad_(False)
+    for layer in layers:
+        layer.requires_grad_(True)
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:

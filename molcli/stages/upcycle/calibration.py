@@ -42,7 +42,8 @@ def open_calibration(folder: Path, parent: Parent) -> Calibration:
             TokenRows(*(tensors[f"{n}.{f}"] for f in ("input_ids", "document_ids", "lengths")))
             for n in ("fit", "heldout")
         )
-    if about["parent"] != parent.fingerprint():
+        of_parent = about["parent"]
+    if of_parent != parent.fingerprint():
         raise MolError(
             f"the calibration {folder} belongs to another parent than {parent.name}",
             allowed="a calibration of the same weights",
@@ -55,7 +56,7 @@ def open_calibration(folder: Path, parent: Parent) -> Calibration:
 def _readable(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, KeyError, ValueError, SafetensorError) as error:
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise MolError(
             f"{folder} is not a calibration: {error}",
             allowed="a folder that `molcli calibrate` wrote",

@@ -15,12 +15,14 @@ from molcli.kernels.rows import Rows
 from molcli.maths.bases import reading_basis
 from molcli.maths.moments import grouped_cross_moment
 from molcli.maths.partition import Part
-from molcli.maths.refit import aligning_turn, factor_left, least_squares_left, reduced_rank, ridge
+from molcli.maths.refit import aligning_turn, least_squares_left, reduced_rank, ridge
 from molcli.model.context import Context
 from molcli.model.gated_deltanet import StackedGatedDeltaNet
 from molcli.model.layers import ThinBlocks
 from molcli.stages.upcycle.deltanet import set_gated_deltanet
 from molcli.stages.upcycle.teacher import Teacher
+
+MAX_NORM_WEIGHT = 100.0  # coordinates that hardly vary are not blown up without bound
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,13 @@ def fit_blocks(blocks: ThinBlocks, part: Part, task: Task) -> tuple[Tensor, floa
     energy that thin_in retains.
     """
     rows, block = task.rows, blocks.block
-    basis, retained = reading_basis(
-        task.teacher.reading_gram(part), *task.moment_roots, blocks.thin_in.shape[1]
-    )
-    blocks.thin_in.copy_(basis)
-    block.input_norm.fill_(1.0)
-    block.post_norm.fill_(1.0)
+    rank = blocks.thin_in.shape[1]
+    basis = reading_basis(task.teacher.reading_gram(part), *task.moment_roots, rank)
+    blocks.thin_in.copy_(basis.projection)
+    # After the norms every thin coordinate has the same size, whatever its share of the residual.
+    scale = (basis.variances.mean() / basis.variances).clamp(max=MAX_NORM_WEIGHT**2).sqrt()
+    block.input_norm.copy_(scale)
+    block.post_norm.copy_(scale)
     thin = grouped_linear(rows.gather(task.x), blocks.thin_in, rows)
     heads = _fit_heads(blocks, part, task, thin)
 
@@ -83,29 +86,29 @@ def fit_blocks(blocks: ThinBlocks, part: Part, task: Task) -> tuple[Tensor, floa
 
     # What to write: reduced-rank regression of the target on heads and neurons together.
     importance = rows.gather(task.importance)[:, None]
-    scale = task.gate[:, None] * importance
+    weight = task.gate[:, None] * importance
     wanted = rows.gather(task.target) * importance
-    gram, cross = task.moments(torch.cat([heads, neurons], dim=1) * scale, wanted)
+    gram, cross = task.moments(torch.cat([heads, neurons], dim=1) * weight, wanted)
     write, mixing = reduced_rank(gram, cross, blocks.thin_out.shape[2], task.penalty)
     # The thin coordinates are free up to a turn; take the one in which heads write what the
-    # FFN is to read, and in which thin_in undoes thin_out where that leaves a choice.
+    # FFN is to read, and in which thin_in undoes thin_out where that leaves a choice. A general
+    # map would fit better on paper, and blow up rounding errors by the inverse it puts here.
     of_heads = mixing[..., : heads.shape[1]]
-    turn = aligning_turn(
-        of_heads, first_out, gram[..., : heads.shape[1], : heads.shape[1]], basis @ write
-    )
-    blocks.thin_out.copy_(factor_left(write, turn))
-    block.mixer.o_proj.copy_(turn @ of_heads)
+    head_gram = gram[..., : heads.shape[1], : heads.shape[1]]
+    turn, size = aligning_turn(of_heads, first_out, head_gram, basis.projection @ write)
+    blocks.thin_out.copy_(write @ turn.mT / size)
+    block.mixer.o_proj.copy_(size * turn @ of_heads)
 
     # The output projection moved, so the neurons see other inputs: refit them, then their output.
     neurons = _fit_neurons(blocks, part, task, thin, heads)
     from_heads = grouped_linear(heads, block.mixer.o_proj, rows)
-    left = wanted - grouped_linear(from_heads * scale, blocks.thin_out, rows)
-    full = task.regress(neurons * scale, left)
+    left = wanted - grouped_linear(from_heads * weight, blocks.thin_out, rows)
+    full = task.regress(neurons * weight, left)
     block.mlp.down_proj.copy_(least_squares_left(blocks.thin_out.double(), full))
 
     delta = from_heads + grouped_linear(neurons, block.mlp.down_proj, rows)
     added = grouped_linear(delta * task.gate[:, None], blocks.thin_out, rows)
-    return rows.scatter(added, task.x.shape[0]), retained
+    return rows.scatter(added, task.x.shape[0]), basis.retained
 
 
 def _fit_heads(blocks: ThinBlocks, part: Part, task: Task, thin: Tensor) -> Tensor:

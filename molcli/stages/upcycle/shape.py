@@ -65,7 +65,8 @@ def is_whole(config: MoLConfig) -> bool:
 
 def _d_thin(config: UpcycleConfig, d_model: int, head_dim: int, active: int) -> int:
     if config.d_thin is None:
-        return max(1, round(d_model / active / head_dim)) * head_dim
+        heads = min(round(d_model / active / head_dim), d_model // head_dim)
+        return max(1, heads) * head_dim
     if config.d_thin > d_model:
         raise MolError(
             f"`upcycle.d_thin` is {config.d_thin}, but the model's width is {d_model}",

@@ -36,6 +36,7 @@ def recipe(**settings: Any) -> Recipe:
         "new_learning_rate": 1e-2,
         "checkpoint_every": 3,
         "log_every": 2,
+        "precision": "fp32",
     }
     return replace(Recipe(), train=TrainConfig(**(tiny | settings)))
 
@@ -244,6 +245,27 @@ def test_gradient_checkpointing_changes_nothing(
         train(checkpoint, tmp_path / str(flag), data, settings)
     kept, recomputed = weights(tmp_path / "False"), weights(tmp_path / "True")
     assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
+
+
+def test_the_inherited_rest_can_stay_as_it_is(
+    tiny_mol: Make, corpus: Corpus, tmp_path: Path
+) -> None:
+    checkpoint = tiny_mol(layer_kinds=["dense", "softmax", "dense"])
+    train(checkpoint, tmp_path / "out", corpus(), recipe(trainable="mol"))
+    before, after = weights(checkpoint), weights(tmp_path / "out")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved
+    buffer = "model.layers.1.router.correction_bias"
+    assert moved == {name for name in before if ".layers.1." in name} - {buffer}
+
+
+def test_training_mol_layers_alone_needs_some(
+    tiny_mol: Make, corpus: Corpus, tmp_path: Path
+) -> None:
+    checkpoint = tiny_mol(layer_kinds=["dense"] * 3)
+    with pytest.raises(MolError, match=r"train.trainable. is mol, but all layers"):
+        train(checkpoint, tmp_path / "out", corpus(), recipe(trainable="mol"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_batch_that_does_not_divide_is_refused(

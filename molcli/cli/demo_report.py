@@ -1,0 +1,151 @@
+"""What the demo found: `demo.json`, and the table at its end."""
+
+import json
+import platform
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.markup import escape
+
+from molcli import __version__
+from molcli.cli.tables import Figures, figures_of, figures_table, parent_figures
+from molcli.config.sections import Recipe
+from molcli.io.parent import Parent
+from molcli.model import MoLForCausalLM
+from molcli.model.checkpoint import default_device, open_checkpoint
+from molcli.model.teacher import open_teacher
+from molcli.stages.evaluate import Evaluation
+
+PROMPT, NEW_TOKENS = "Gravity is", 24
+
+
+def continuations(checkpoint: Path, parent: Parent) -> dict[str, str]:
+    """What the parent and the checkpoint make of PROMPT, greedily; empty without a tokenizer."""
+    tokenizer = parent.tokenizer()
+    if tokenizer is None:
+        return {}
+    student = open_checkpoint(checkpoint, default_device())
+    models: dict[str, MoLForCausalLM] = {
+        "parent": open_teacher(parent, student, student.dtype),
+        "trained": student,
+    }
+    prompt = tokenizer(PROMPT, return_tensors="pt").to(student.device)
+    texts = {}
+    for name, model in models.items():
+        # transformers types the receiver as a protocol that none of its own models satisfies.
+        ids = model.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False)  # type: ignore[misc]
+        texts[name] = str(tokenizer.decode(ids[0], skip_special_tokens=True))
+    return texts
+
+
+def report(
+    checkpoint: Path,
+    text: Path,
+    before: Evaluation,
+    after: Evaluation,
+    recipe: Recipe,
+    seconds: dict[str, float],
+    texts: dict[str, str],
+) -> dict[str, Any]:
+    """The content of demo.json. before, after: training, on the same held-out text.
+
+    ce, kl: nats a token. layers: `of` in all, and the indices of those converted. tokens: `text`
+    sampled, of which `calibration` fitted the blocks; `training` counts repetitions.
+    """
+    parent = parent_figures(before)
+    assert parent is not None
+    kinds = json.loads((checkpoint / "config.json").read_text())["layer_kinds"]
+    receipt = json.loads((checkpoint / "receipt.json").read_text())
+    calibration = receipt["calibration"]
+    device = default_device()
+    cpu = f"{torch.get_num_threads()} threads of {platform.processor() or platform.machine()}"
+    return {
+        "parent": asdict(parent),
+        "upcycled": asdict(figures_of(before)),
+        "trained": asdict(figures_of(after)),
+        "layers": {
+            "of": len(kinds),
+            "converted": [i for i, kind in enumerate(kinds) if kind != "dense"],
+        },
+        "tokens": {
+            "text": _count_tokens(text),
+            "calibration": 0 if calibration is None else calibration["tokens"],
+            "training": recipe.train.tokens,
+            "heldout": after.tokens,
+        },
+        "continuations": texts,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "versions": {
+            "molcli": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "seconds": {**seconds, "total": round(sum(seconds.values()), 1)},
+    }
+
+
+def show(figures: dict[str, Any], out: Path, parent: str) -> None:
+    """Writes demo.json, the last file of a demo, and prints the table and what lies where."""
+    path = out / "demo.json"
+    partial = path.with_name(".demo.json.partial")
+    partial.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+    rows = {
+        "parent": Figures(**figures["parent"]),
+        "right after upcycling": Figures(**figures["upcycled"]),
+        "after training": Figures(**figures["trained"]),
+    }
+    tokens, converted = figures["tokens"], figures["layers"]["converted"]
+    title = f"{tokens['heldout']:,} held-out tokens, nats a token"
+    console = Console(highlight=False)
+    console.print(figures_table(title, rows))
+    console.print(
+        f"{len(converted)} of {figures['layers']['of']} layers converted "
+        f"({_ranges(converted)}), fitted on {tokens['calibration']:,} tokens, trained on "
+        f"{tokens['training']:,} ({tokens['training'] / tokens['text']:.1f} passes over "
+        f"{tokens['text']:,}), in {_minutes(figures['seconds']['total'])} on {figures['device']}.",
+    )
+    for name, text in figures["continuations"].items():
+        console.print(f"\n[bold]{name}:[/bold] {escape(' '.join(text.split()))}")
+    places = {
+        "checkpoint": out / "trained",
+        "routing report": out / "routing.json",
+        "these figures": path,
+    }
+    console.print()
+    for name, place in places.items():
+        console.print(f"{name:<15} {escape(str(place))}", soft_wrap=True)
+    commands = (
+        f"molcli inspect {out / 'trained'} --data {out / 'heldout.jsonl'}",
+        f"molcli train {out / 'trained'} {out / 'longer'} --data YOUR.txt --parent {parent}",
+        f"molcli upcycle {parent} {out / 'all-layers'} --recipe smollm2-135m --data YOUR.txt",
+    )
+    console.print("\nGo on with")
+    for command in commands:
+        console.print(f"  {escape(command)}", soft_wrap=True)
+
+
+def _count_tokens(text: Path) -> int:
+    with text.open(encoding="utf-8") as lines:
+        return sum(len(json.loads(line)["input_ids"]) for line in lines)
+
+
+def _ranges(layers: list[int]) -> str:
+    """[2, 3, 4, 7] -> "2–4, 7"."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
+
+
+def _minutes(seconds: float) -> str:
+    whole = round(seconds)
+    return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{whole} s"

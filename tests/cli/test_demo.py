@@ -1,0 +1,134 @@
+"""The demo's whole path on the real parent, with fewer layers and less text."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import molcli.model  # noqa: F401  (registers the model type)
+from molcli.cli import main as command
+
+SMALL = [
+    "upcycle.layers=[28, 29]",
+    "calibrate.tokens=2048",
+    "calibrate.heldout_tokens=256",
+    "sample.tokens=4096",
+    "sample.length=64",
+    "sample.batch_size=64",
+    "train.tokens=8192",
+    "train.batch_size=8",
+    "train.micro_batch_size=8",
+    "evaluate.tokens=1024",
+    "inspect.tokens=1024",
+]
+TINY = [
+    "upcycle.layers=[1]",
+    "upcycle.num_blocks=3",
+    "upcycle.top_k=1",
+    "upcycle.d_thin=32",
+    "upcycle.d_ff_thin=48",
+    "calibrate.tokens=512",
+    "calibrate.heldout_tokens=64",
+    "calibrate.context_length=32",
+    "sample.tokens=1024",
+    "sample.length=32",
+    "train.tokens=512",
+    "train.context_length=32",
+    "train.batch_size=4",
+    "train.micro_batch_size=4",
+    "evaluate.tokens=256",
+    "inspect.tokens=256",
+]
+
+
+def demo(monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: object) -> int:
+    words = ["molcli", "demo", "--out", out, *arguments]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+    with pytest.raises(SystemExit) as stop:
+        command.main()
+    assert isinstance(stop.value.code, int)
+    return stop.value.code
+
+
+def sets(settings: list[str]) -> list[str]:
+    return [word for setting in settings for word in ("--set", setting)]
+
+
+# The one test that fetches the parent and converts it: two at a time would wait for a lock.
+def test_training_brings_the_real_model_nearer_to_its_parent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "demo"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert demo(monkeypatch, out, "--recipe", "demo", *sets(SMALL)) == 0
+    finally:
+        torch.set_num_threads(threads)
+    figures = json.loads((out / "demo.json").read_text())
+    assert figures["parent"]["kl"] == 0
+    assert 0 < figures["trained"]["kl"] < figures["upcycled"]["kl"]
+    assert figures["parent"]["ce"] < figures["trained"]["ce"]
+    assert figures["parent"]["params_active"] == figures["parent"]["params_total"]
+    assert figures["trained"]["params_active"] < figures["trained"]["params_total"]
+    assert figures["layers"] == {"of": 30, "converted": [28, 29]}
+    routing = json.loads((out / "routing.json").read_text())
+    assert [layer["layer"] for layer in routing["layers"]] == [28, 29]
+
+    printed = capsys.readouterr().out
+    assert "2 of 30 layers converted (28–29)" in printed
+    assert str(out / "trained") in printed.replace("\n", "")
+    text, heldout = (set((out / f"{name}.jsonl").open()) for name in ("text", "heldout"))
+    assert not text & heldout
+
+    model = AutoModelForCausalLM.from_pretrained(out / "trained")
+    tokenizer = AutoTokenizer.from_pretrained(out / "trained")
+    prompt = tokenizer("Gravity is", return_tensors="pt")
+    generated = model.generate(**prompt, max_new_tokens=5, do_sample=False)
+    assert generated.shape[1] > prompt.input_ids.shape[1]
+
+
+def test_another_parent(
+    tmp_path: Path, tiny_parent: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, parent = tmp_path / "demo", tiny_parent("qwen3")
+    assert demo(monkeypatch, out, "--parent", parent, "--recipe", "demo", *sets(TINY)) == 0
+    figures = json.loads((out / "demo.json").read_text())
+    assert set(figures["seconds"]) > {"sample", "upcycle", "train", "total"}
+    assert figures["tokens"]["training"] == 512
+    assert figures["tokens"]["text"] >= 1024
+    assert figures["layers"] == {"of": 2, "converted": [1]}
+    assert set(figures["continuations"]) == {"parent", "trained"}
+
+
+@pytest.mark.parametrize("settings, words", [
+    (["upcycle.layers=[7]"], "`upcycle.layers` names layer 7, but the parent has 2"),
+    (["upcycle.d_thin=768"], "`upcycle.d_thin` is 768, but the model's width is 64"),
+])  # fmt: skip
+def test_a_misfit_is_refused_before_any_work(
+    tmp_path: Path,
+    tiny_parent: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    settings: list[str],
+    words: str,
+) -> None:
+    out = tmp_path / "demo"
+    parent = ["--parent", tiny_parent("llama"), "--recipe", "demo"]
+    assert demo(monkeypatch, out, *parent, *sets(TINY + settings)) == 2
+    assert words in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_taken_folder_is_refused_before_the_parent_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert demo(monkeypatch, tmp_path) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()

@@ -1,0 +1,183 @@
+"""Calibration against the parent's own hidden states, as transformers computes them."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from molcli.config.sections import CalibrateConfig
+from molcli.errors import MolError
+from molcli.io.parent import open_parent
+from molcli.stages.calibrate import calibrate
+
+CONFIG = CalibrateConfig(tokens=96, heldout_tokens=32, context_length=16)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Callable[..., str]:
+    """Writes documents of random tokens."""
+
+    def write(*sizes: int) -> str:
+        generator = torch.Generator().manual_seed(0)
+        path = tmp_path / "text.jsonl"
+        documents = [torch.randint(3, 120, (size,), generator=generator) for size in sizes]
+        lines = [json.dumps({"input_ids": ids.tolist()}) for ids in documents]
+        path.write_text("\n".join(lines) + "\n")
+        return str(path)
+
+    return write
+
+
+def normed(x: Tensor) -> Tensor:
+    return x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+@torch.no_grad()
+def direct_moments(folder: Path, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
+    """From what the norms of the parent read, one document at a time."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    moments: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[torch.nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = normed(inputs[0][0])
+            moments[name] = moments.get(name, torch.zeros(())) + x.T @ x
+
+        return hook
+
+    for i, layer in enumerate(model.model.layers):
+        layer.input_layernorm.register_forward_pre_hook(keep(f"layers.{i}.attention"))
+        layer.post_attention_layernorm.register_forward_pre_hook(keep(f"layers.{i}.mlp"))
+    rows, documents = tokens["fit.input_ids"], tokens["fit.document_ids"]
+    for ids, document in zip(rows, documents, strict=True):
+        for number in document.unique():
+            model(ids[document == number][None].long())
+    return {name: total / rows.numel() for name, total in moments.items()}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_moments_are_those_of_the_parents_hidden_states(
+    family: str, tmp_path: Path, tiny_parent: Callable[..., Path], text: Callable[..., str]
+) -> None:
+    """Documents of a row see nothing of each other; more rows than are run at once."""
+    folder, out = tiny_parent(family), tmp_path / "calibration"
+    data = text(40, *[5] * 20, 300, 9, 150)
+    calibrate(open_parent(folder), replace(CONFIG, data=data, tokens=560), out)
+    tokens = load_file(out / "tokens.safetensors")
+    assert len(tokens["fit.input_ids"]) > 32
+    assert tokens["fit.document_ids"].max() >= 2
+    expected = direct_moments(folder, tokens)
+    found = load_file(out / "moments.safetensors")
+    assert found.keys() == expected.keys()
+    for name, moment in found.items():
+        assert moment.dtype == torch.float64
+        torch.testing.assert_close(moment, expected[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(moment, moment.T, rtol=0, atol=1e-6)
+        assert torch.linalg.eigvalsh(moment).min() > -1e-6
+        assert moment.trace().item() == pytest.approx(64, rel=1e-3)  # unit mean square
+
+
+def test_rows_are_dealt_out_once(
+    tmp_path: Path, tiny_parent: Callable[..., Path], text: Callable[..., str]
+) -> None:
+    """One document makes the order plain: rows to fit on, then rows held out, then the rest."""
+    data, out = text(200), tmp_path / "calibration"
+    calibrate(open_parent(tiny_parent("llama")), replace(CONFIG, data=data), out)
+    tokens = load_file(out / "tokens.safetensors")
+    fit, heldout = tokens["fit.input_ids"], tokens["heldout.input_ids"]
+    assert (fit.shape, heldout.shape) == ((6, 16), (2, 16))
+    document = json.loads(Path(data).read_text())["input_ids"]
+    assert torch.cat([fit, heldout]).flatten().tolist() == document[:128]
+    about = json.loads((out / "calibration.json").read_text())
+    assert (about["tokens"], about["heldout_tokens"]) == (96, 32)
+    assert about["config"]["context_length"] == 16
+
+
+def test_a_short_text_gives_half_of_itself_to_the_measurement(
+    tmp_path: Path, tiny_parent: Callable[..., Path], text: Callable[..., str]
+) -> None:
+    out = tmp_path / "calibration"
+    config = replace(CONFIG, data=text(70), heldout_tokens=4096)
+    calibrate(open_parent(tiny_parent("llama")), config, out)
+    tokens = load_file(out / "tokens.safetensors")
+    assert len(tokens["fit.input_ids"]) == len(tokens["heldout.input_ids"]) == 2
+
+
+@pytest.mark.parametrize(
+    "sizes, found",
+    [((15,), "less than one row of 16"), ((20,), "fills 1 row of 16 tokens")],
+)
+def test_too_little_text_is_refused(
+    sizes: tuple[int, ...],
+    found: str,
+    tmp_path: Path,
+    tiny_parent: Callable[..., Path],
+    text: Callable[..., str],
+) -> None:
+    out = tmp_path / "calibration"
+    with pytest.raises(MolError, match=found) as refusal:
+        calibrate(open_parent(tiny_parent("llama")), replace(CONFIG, data=text(*sizes)), out)
+    assert "context_length" in refusal.value.hint
+    assert not out.exists()
+
+
+def test_no_text_is_refused(tmp_path: Path, tiny_parent: Callable[..., Path]) -> None:
+    with pytest.raises(MolError, match="no text to calibrate on"):
+        calibrate(open_parent(tiny_parent("llama")), CONFIG, tmp_path / "calibration")
+
+
+def test_a_parent_without_tokenizer_takes_tokens_and_refuses_text(
+    tmp_path: Path, tiny_parent: Callable[..., Path], text: Callable[..., str]
+) -> None:
+    parent = open_parent(tiny_parent("llama", tokenizer=False))
+    calibrate(parent, replace(CONFIG, data=text(100, 100)), tmp_path / "calibration")
+    assert (tmp_path / "calibration" / "moments.safetensors").is_file()
+    words = tmp_path / "words.txt"
+    words.write_text("the quick brown fox " * 50)
+    with pytest.raises(MolError, match="no tokenizer"):
+        calibrate(parent, replace(CONFIG, data=str(words)), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_parent_whose_activations_overflow_is_refused(
+    tmp_path: Path, tiny_parent: Callable[..., Path], text: Callable[..., str]
+) -> None:
+    folder = tiny_parent("llama")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.self_attn.o_proj.weight"][3] = torch.inf
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MolError, match=r"layer 1 .* not finite"):
+        calibrate(open_parent(folder), replace(CONFIG, data=text(200)), tmp_path / "calibration")
+    assert not (tmp_path / "calibration").exists()
+
+
+def test_the_seed_draws_the_documents(
+    tmp_path: Path, tiny_parent: Callable[..., Path], text: Callable[..., str]
+) -> None:
+    parent, data = open_parent(tiny_parent("llama")), text(*[20] * 10)
+
+    def run(name: str, **changes: Any) -> list[bytes]:
+        calibrate(parent, replace(CONFIG, data=data, **changes), tmp_path / name)
+        return [(tmp_path / name / f"{x}.safetensors").read_bytes() for x in ("tokens", "moments")]
+
+    one, again, other = run("one"), run("again"), run("other", seed=1)
+    assert one == again
+    assert one[0] != other[0] and one[1] != other[1]
+
+
+def test_a_taken_output_stays_as_it_is(
+    tmp_path: Path, tiny_parent: Callable[..., Path], text: Callable[..., str]
+) -> None:
+    out = tmp_path / "calibration"
+    out.mkdir()
+    (out / "mine").write_text("untouched")
+    with pytest.raises(MolError, match="is not empty"):
+        calibrate(open_parent(tiny_parent("llama")), replace(CONFIG, data=text(200)), out)
+    assert [path.name for path in out.iterdir()] == ["mine"]

@@ -1,0 +1,198 @@
+"""The shapes a recipe can ask for, layer by layer and block by block."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from molcli.io.parent import open_parent
+from molcli.maths.parameters import count_parameters
+
+GRID = [  # num_blocks, num_shared_blocks, top_k, d_thin
+    (5, 1, 2, 32),
+    (5, 0, 3, 32),  # no shared block; families of 2, 2 and 1 clones
+    (15, 1, 3, 16),  # families of 5, 5 and 4 clones
+    (5, 0, 5, 16),  # every routed block on every token
+    (4, 2, 1, 32),  # two shared blocks
+    (2, 2, 0, 32),  # nothing routed
+    (1, 1, 0, 48),  # one block, and not the parent's layer: heads that do not fill KV groups
+    (3, 1, 1, 64),  # full width, and yet a mixture
+]
+
+
+@pytest.mark.parametrize(
+    "num_blocks, shared, top_k, d_thin, mixer",
+    [(*shape, "none") for shape in GRID] + [(*shape, "all") for shape in GRID[:3]],
+)
+def test_every_shape_fits_and_generates(
+    num_blocks: int,
+    shared: int,
+    top_k: int,
+    d_thin: int,
+    mixer: str,
+    tiny_parent: Callable[..., Path],
+    convert: Callable[..., Any],
+) -> None:
+    converted = convert(
+        tiny_parent("llama"),
+        tokens=2048,
+        num_blocks=num_blocks,
+        num_shared_blocks=shared,
+        top_k=top_k,
+        d_thin=d_thin,
+        gated_deltanet=mixer,
+    )
+    model = converted.model()
+    assert model.num_parameters() == count_parameters(model.config).total
+    layer = model.model.layers[0]
+    assert (layer.shared.thin_in.shape[0] if shared else layer.shared) == (shared or None)
+    if num_blocks > shared:
+        assert layer.routed.thin_in.shape == (num_blocks - shared, d_thin, 64)
+        assert hasattr(layer.routed.block.mixer, "A_log") == (mixer == "all")
+    else:
+        assert layer.routed is layer.router is None
+    ids = torch.arange(5, 45)[None]
+    assert model.generate(ids, max_new_tokens=3, min_new_tokens=3).shape == (1, 43)
+    # That of no layer at all is 1. Later layers inherit errors, of which random text has many.
+    assert converted.receipt["layers"][0]["delta_error"] < 1
+
+
+@pytest.mark.parametrize(
+    "head_dim, options, d_thin",
+    [
+        (16, {"num_blocks": 9, "top_k": None}, 16),  # 1 + 2: a third of 64, in heads of 16
+        (16, {"num_blocks": 3, "num_shared_blocks": 2, "top_k": None}, 16),
+        (16, {"num_blocks": 2, "top_k": 1}, 32),
+        (24, {"num_blocks": 2, "top_k": 1}, 24),
+        (24, {"num_blocks": 1, "top_k": 0}, 48),  # the nearest multiple, 72, is past the width
+    ],
+)
+def test_the_default_width_is_the_active_blocks_share(
+    head_dim: int,
+    options: dict[str, Any],
+    d_thin: int,
+    tiny_parent: Callable[..., Path],
+    convert: Callable[..., Any],
+) -> None:
+    parent = tiny_parent("qwen3", head_dim=head_dim, num_hidden_layers=1)
+    config = convert(parent, **options | {"d_thin": None}).model().config
+    assert (config.d_thin, config.d_ff_thin) == (d_thin, round(96 * d_thin / 64))
+    assert config.num_blocks_per_tok == min(2, config.num_routed_blocks)
+    assert config.thin_num_attention_heads == round(4 * d_thin / 64)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_layers_that_are_kept_are_the_parents_bits(
+    family: str, tiny_parent: Callable[..., Path], convert: Callable[..., Any]
+) -> None:
+    folder = tiny_parent(family, num_hidden_layers=3)
+    converted = convert(folder, layers=[1], d_thin=32)
+    assert converted.model().config.layer_kinds == ["dense", "softmax", "dense"]
+    parent, found = open_parent(folder), converted.tensors
+    for i in (0, 2):
+        for name, tensor in parent.dense_layer(i).items():
+            assert torch.equal(found.pop(f"model.layers.{i}.{name}"), tensor)
+    assert torch.equal(found.pop("model.embed_tokens.weight"), parent.embedding())
+    assert torch.equal(found.pop("model.norm.weight"), parent.final_norm())
+    head = parent.lm_head()
+    assert head is None or torch.equal(found.pop("lm_head.weight"), head)
+    assert all(name.startswith("model.layers.1.") for name in found)
+    before, _, after = converted.receipt["layers"]
+    assert before["delta_error"] == before["residual_error"] == 0
+    assert "retained_energy" not in before
+    assert after["residual_error"] > 0  # the error of layer 1 goes on
+
+
+@pytest.mark.parametrize(
+    "layers, deltanet, kinds",
+    [
+        ("all", "all", ["gated_deltanet"] * 3),
+        ("all", "none", ["softmax"] * 3),
+        ("all", [0, 2], ["gated_deltanet", "softmax", "gated_deltanet"]),
+        ([0, 1], "all", ["gated_deltanet", "gated_deltanet", "dense"]),
+        ([1, 2], [2], ["dense", "softmax", "gated_deltanet"]),
+    ],
+)
+def test_the_mixers_are_those_asked_for(
+    layers: Any,
+    deltanet: Any,
+    kinds: list[str],
+    tiny_parent: Callable[..., Path],
+    convert: Callable[..., Any],
+) -> None:
+    folder = tiny_parent("llama", num_hidden_layers=3)
+    converted = convert(folder, layers=layers, gated_deltanet=deltanet)
+    assert converted.model().config.layer_kinds == kinds
+    assert [row["kind"] for row in converted.receipt["layers"]] == kinds
+
+
+@pytest.mark.parametrize("tolerance, mixer", [(0.0, "none"), (1e9, "all")])
+def test_auto_takes_deltanet_where_its_error_is_tolerable(
+    tolerance: float,
+    mixer: str,
+    tiny_parent: Callable[..., Path],
+    convert: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At either end, the very weights of that mixer alone: trying the other left no trace."""
+    folder = tiny_parent("llama")
+    monkeypatch.setattr("molcli.stages.upcycle.run.AUTO_TOLERANCE", tolerance)
+    auto, alone = convert(folder, gated_deltanet="auto"), convert(folder, gated_deltanet=mixer)
+    assert auto.weights == alone.weights
+    assert auto.model().config.layer_kinds == alone.model().config.layer_kinds
+
+
+def test_auto_compares_the_two_on_the_same_stream(
+    tiny_parent: Callable[..., Path],
+    convert: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Just above the ratio of the first layer's errors it takes one, just below the other."""
+    folder = tiny_parent("llama", num_hidden_layers=1)
+    softmax, deltanet = (
+        convert(folder, gated_deltanet=mixer).receipt["layers"][0]["residual_error_fit"]
+        for mixer in ("none", "all")
+    )
+    for factor, kind in ((0.99, "softmax"), (1.01, "gated_deltanet")):
+        ratio = factor * deltanet / softmax
+        monkeypatch.setattr("molcli.stages.upcycle.run.AUTO_TOLERANCE", ratio)
+        model = convert(folder, gated_deltanet="auto").model()
+        assert model.config.layer_kinds == [kind]
+
+
+def families(routed: int, top_k: int) -> list[int]:
+    """The family of each routed block: neighbours, the first ones larger by the remainder."""
+    sizes = [routed // top_k + (i < routed % top_k) for i in range(top_k)]
+    return [i for i, size in enumerate(sizes) for _ in range(size)]
+
+
+@pytest.mark.parametrize("num_blocks, top_k", [(7, 2), (7, 3), (3, 2)])
+@torch.no_grad()
+def test_a_token_visits_one_clone_of_every_family(
+    num_blocks: int, top_k: int, tiny_parent: Callable[..., Path], convert: Callable[..., Any]
+) -> None:
+    """Those of its cluster, with equal weights."""
+    converted = convert(tiny_parent("llama"), num_blocks=num_blocks, top_k=top_k, d_thin=16)
+    model, family = converted.model(), torch.tensor(families(num_blocks - 1, top_k))
+    clones = (num_blocks - 1) // top_k
+    for routing in model(torch.randint(3, 120, (4, 32))).routing:
+        visited = family[routing.blocks].sort(-1).values
+        assert torch.equal(visited, torch.arange(top_k).expand_as(visited))
+        cluster = routing.blocks % clones
+        assert torch.equal(cluster, cluster[:, :1].expand_as(cluster))
+        torch.testing.assert_close(routing.weights, torch.full_like(routing.weights, 1 / top_k))
+
+
+@torch.no_grad()
+def test_families_of_uneven_size_are_still_all_visited(
+    tiny_parent: Callable[..., Path], convert: Callable[..., Any]
+) -> None:
+    """Clones of 5, 5 and 4: a cluster without one borrows the next cluster's."""
+    converted = convert(tiny_parent("llama"), num_blocks=15, top_k=3, d_thin=16)
+    model, family = converted.model(), torch.tensor(families(14, 3))
+    for routing in model(torch.randint(3, 120, (8, 32))).routing:
+        visited = family[routing.blocks].sort(-1).values
+        every = (visited == torch.arange(3)).all(-1).float().mean()
+        assert every > 0.97  # but for tokens between two clusters
