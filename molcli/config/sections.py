@@ -71,8 +71,8 @@ class TrainConfig:
     data: a .txt, .jsonl or .parquet file (the command line's --data wins).
     tokens: training tokens in all. context_length: tokens in a packed row.
     batch_size: rows in an optimiser step. micro_batch_size: rows in a forward pass.
-    learning_rate: peak, for inherited weights; new_learning_rate for the router and, in Gated
-        DeltaNet, gates and convolutions. Cosine to min_learning_rate_ratio of it.
+    learning_rate: peak, for inherited weights; new_learning_rate for the router, thin_in and
+        thin_out, and DeltaNet's gates and convolutions. Cosine to min_learning_rate_ratio of it.
     kl_weight: weight of the forward KL to the parent; ce_weight of the next-token loss.
     balance_weight: weight of the CV^2 load-balance loss (arXiv 2605.09516: 0.05).
     trainable: "mol" trains the Mixture of Layers layers alone and keeps the rest as inherited; on a
@@ -86,8 +86,8 @@ class TrainConfig:
     context_length: int = 512
     batch_size: int = 16
     micro_batch_size: int = 4
-    learning_rate: float = 4e-4
-    new_learning_rate: float = 4e-4
+    learning_rate: float = 1e-4
+    new_learning_rate: float = 3e-5
     min_learning_rate_ratio: float = 0.1
     warmup_fraction: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)

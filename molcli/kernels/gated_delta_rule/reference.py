@@ -43,7 +43,8 @@ def gated_delta_rule_reference(
     q, k, padded_v, g, beta = (
         pad_segments(x.to(exact), cu_seqlens, length) for x in (q, k, v, g, beta)
     )
-    out, state = _chunked(q, k, padded_v, g, beta, state.to(exact), chunk)
+    with torch.autocast(v.device.type, enabled=False):
+        out, state = _chunked(q, k, padded_v, g, beta, state.to(exact), chunk)
     return unpad_segments(out, cu_seqlens, rows).to(v.dtype), state
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 def grouped_linear_reference(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """x: (M, in), weight: (B, out, in), offsets: (B,) ends of the blocks' rows -> (M, out)."""
-    ends = offsets.tolist()
-    starts = [0, *ends[:-1]]
-    return torch.cat([F.linear(x[a:b], w) for a, b, w in zip(starts, ends, weight, strict=True)])
+    sizes = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
+    # split and unbind, not indices: their backward passes assemble one gradient, once.
+    pieces = zip(x.split(sizes), weight.unbind(), strict=True)
+    return torch.cat([F.linear(rows, matrix) for rows, matrix in pieces])

@@ -15,17 +15,21 @@ from molcli.model.layers import MoLLayer
 # Last parts of parameter names. Norms, biases and the decay's parameters are not matrices that
 # act on the residual: weight decay would pull them towards a value that means something.
 _NO_DECAY = ("_norm", "_bias", "A_log", "dt_bias")
-# Gated DeltaNet's own parts: no dense parent has them, so they start from an initialisation.
-_NEW_MIXER = (
+# No dense parent has these. thin_in and thin_out touch the residual as it is, a few of whose
+# coordinates are a hundred times larger than the rest: they want smaller steps than what stands
+# behind a norm. Gated DeltaNet's own parts start from an initialisation.
+_NEW = (
+    *("thin_in", "thin_out"),
     *("a_proj", "b_proj", "g_proj", "A_log", "dt_bias"),
     *("q_conv", "k_conv", "v_conv", "o_norm"),
 )
 
 
 def is_new(name: str) -> bool:
-    """Whether the parameter has no counterpart in a dense parent: router, DeltaNet's own parts."""
+    """Whether the parameter has no counterpart in a dense parent: router, the projections to and
+    from the thin width, DeltaNet's own parts."""
     parts = name.split(".")
-    return "router" in parts or parts[-1] in _NEW_MIXER
+    return "router" in parts or parts[-1] in _NEW
 
 
 def has_decay(name: str) -> bool:

@@ -18,7 +18,19 @@ from molcli.stages.train.optimizer import (
     set_learning_rates,
 )
 
-NEW = ("a_proj", "b_proj", "g_proj", "q_conv", "k_conv", "v_conv", "o_norm", "A_log", "dt_bias")
+NEW = (
+    "thin_in",
+    "thin_out",
+    "a_proj",
+    "b_proj",
+    "g_proj",
+    "q_conv",
+    "k_conv",
+    "v_conv",
+    "o_norm",
+    "A_log",
+    "dt_bias",
+)
 
 
 def test_every_parameter_is_in_the_group_it_belongs_to(tiny_mol: Callable[..., Path]) -> None:
@@ -48,7 +60,7 @@ def test_every_parameter_is_in_the_group_it_belongs_to(tiny_mol: Callable[..., P
         ("model.embed_tokens.weight", False, True),
         ("model.norm.weight", False, False),
         ("model.layers.0.router.weight", True, True),
-        ("model.layers.0.routed.thin_in", False, True),
+        ("model.layers.0.routed.thin_in", True, True),
         ("model.layers.0.routed.block.input_norm", False, False),
         ("model.layers.0.routed.block.mixer.q_bias", False, False),
         ("model.layers.0.routed.block.mixer.o_norm", True, False),
