@@ -42,6 +42,8 @@ def bar(title: str) -> Iterator[Report]:
         task = progress.add_task(title, total=None, note="")
 
         def report(done: int, total: int | None, note: str = "") -> None:
+            if done < progress.tasks[task].completed:  # another phase, such as reading before training
+                progress.reset(task)
             progress.update(task, completed=done, total=total, note=note)
 
         try:

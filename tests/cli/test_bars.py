@@ -15,6 +15,19 @@ def test_the_bar_shows_title_count_and_note(capsys: pytest.CaptureFixture[str]) 
         assert part in shown.err
 
 
+def test_a_second_phase_starts_the_clock_again(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = iter(range(0, 100_000, 60))
+    monkeypatch.setattr("rich.progress.monotonic", lambda: next(seconds))
+    with bar("training") as progress:
+        progress(4, 4)  # the text is read
+        for done in range(5):
+            progress(done, 4)
+    assert "4/4" in (shown := capsys.readouterr().err)
+    assert "0:00:00 0:00:00" not in shown
+
+
 def test_an_error_before_any_work_stands_alone(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ZeroDivisionError), bar("training"):
         raise ZeroDivisionError
