@@ -42,7 +42,8 @@ def bar(title: str) -> Iterator[Report]:
         task = progress.add_task(title, total=None, note="")
 
         def report(done: int, total: int | None, note: str = "") -> None:
-            if done < progress.tasks[task].completed:  # another phase, such as reading before training
+            # Counting from 0 again is another phase, such as training after reading.
+            if done < progress.tasks[task].completed:
                 progress.reset(task)
             progress.update(task, completed=done, total=total, note=note)
 
