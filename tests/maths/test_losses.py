@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from molcli.maths import losses
-from molcli.maths.losses import IGNORED, Head, token_losses
+from molcli.maths.losses import IGNORED, Head, token_losses, training_loss
 
 VOCAB = 11
 
@@ -53,23 +53,42 @@ def test_sums_and_gradients_equal_the_full_computation(
     labels = torch.randint(VOCAB, (batch, length), generator=generator)
     labels[torch.rand(batch, length, generator=generator) < ignored] = IGNORED
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(losses, "LOGITS_AT_ONCE", chunk * VOCAB)
+        patch.setitem(losses.LOGITS_AT_ONCE, "cpu", chunk * VOCAB)
         ours = token_losses(model, labels, parent)
         full = naive(model, labels, parent)
         for name, value in full.items():
             torch.testing.assert_close(getattr(ours, name), value)
-        leaves = [model.hidden, model.weight]
-        gradients = torch.autograd.grad(ours.kl + 0.3 * ours.cross_entropy, leaves)
-    expected = torch.autograd.grad(full["kl"] + 0.3 * full["cross_entropy"], leaves)
+        training = training_loss(model, labels, parent, ce_weight=0.3, kl_weight=0.9)
+    loss = 0.9 * full["kl"] + 0.3 * full["cross_entropy"]
+    torch.testing.assert_close(training.loss, loss)
+    torch.testing.assert_close(training.kl, full["kl"])
+    torch.testing.assert_close(training.cross_entropy, full["cross_entropy"])
+    leaves = [model.hidden, model.weight]
+    gradients = torch.autograd.grad(2 * training.loss, leaves)
+    expected = torch.autograd.grad(2 * loss, leaves)
     for gradient, value in zip(gradients, expected, strict=True):
         torch.testing.assert_close(gradient, value)
 
 
-def test_parent_gets_no_gradient() -> None:
+def test_only_what_asks_gets_a_gradient() -> None:
     model, parent = random_head(1, 4, 3, 0), random_head(1, 4, 3, 1)
-    token_losses(model, torch.ones(1, 4, dtype=torch.int64), parent).kl.backward()
-    assert model.weight.grad is not None
+    frozen = Head(model.hidden, model.weight.detach())
+    labels = torch.ones(1, 4, dtype=torch.int64)
+    training_loss(frozen, labels, parent, ce_weight=0.0, kl_weight=1.0).loss.backward()
+    assert model.hidden.grad is not None and model.weight.grad is None
     assert parent.weight.grad is None and parent.hidden.grad is None
+
+
+def test_without_parent_the_gradient_is_cross_entropys() -> None:
+    model, labels = random_head(2, 6, 3, 0), torch.ones(2, 6, dtype=torch.int64)
+    ours = training_loss(model, labels, None, ce_weight=1.0, kl_weight=1.0)
+    full = naive(model, labels, model)["cross_entropy"]
+    torch.testing.assert_close(ours.loss, full)
+    leaves = [model.hidden, model.weight]
+    for a, b in zip(
+        torch.autograd.grad(ours.loss, leaves), torch.autograd.grad(full, leaves), strict=True
+    ):
+        torch.testing.assert_close(a, b)
 
 
 def test_without_parent_only_cross_entropy_is_measured() -> None:
@@ -92,7 +111,7 @@ def test_low_precision_is_reduced_in_fp32() -> None:
 
 
 def test_no_graph_keeps_logits() -> None:
-    """Nothing as wide as the vocabulary waits for the backward pass."""
+    """Nothing as wide as the vocabulary waits for the backward pass, but the weight's gradient."""
     model, parent = random_head(2, 65, 4, 0), random_head(2, 65, 4, 1)
     shapes: list[torch.Size] = []
 
@@ -100,10 +119,26 @@ def test_no_graph_keeps_logits() -> None:
         shapes.append(tensor.shape)
         return tensor
 
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-    ):
-        patch.setattr(losses, "LOGITS_AT_ONCE", 16 * VOCAB)
-        token_losses(model, torch.ones(2, 65, dtype=torch.int64), parent)
-    assert not [shape for shape in shapes if shape[-1:] == (VOCAB,)]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        labels = torch.ones(2, 65, dtype=torch.int64)
+        training_loss(model, labels, parent, ce_weight=0.5, kl_weight=1.0)
+    assert sorted(shapes) == sorted([model.hidden.shape, model.weight.shape])
+
+
+def test_autocast_multiplies_in_its_dtype() -> None:
+    """The gradient is bf16's, up to the order of its sums."""
+    exact = random_head(4, 9, 8, 0)
+    single = Head(*(x.detach().float().requires_grad_() for x in (exact.hidden, exact.weight)))
+    labels = torch.ones(4, 9, dtype=torch.int64)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = training_loss(single, labels, None, ce_weight=1.0, kl_weight=0.0).loss
+        full = naive(single, labels, single)["cross_entropy"]
+    assert loss.dtype == torch.float32
+    gradients = torch.autograd.grad(loss, [single.hidden, single.weight])
+    eager = torch.autograd.grad(full, [single.hidden, single.weight])
+    true = torch.autograd.grad(
+        naive(exact, labels, exact)["cross_entropy"], [exact.hidden, exact.weight]
+    )
+    for ours, theirs, right in zip(gradients, eager, true, strict=True):
+        assert (ours - right).norm() < 1.5 * (theirs - right).norm()
+        assert not torch.equal(ours, right.float())

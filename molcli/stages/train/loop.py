@@ -103,14 +103,9 @@ def train(
         parent="" if parent is None else parent.fingerprint(),
     )
     load_checkpoint(state, out / "checkpoints", identity)
-    student = accelerator.prepare(Student(model, dtype))
-    objective = Objective(
-        student,
-        teacher,
-        ce_weight=1.0 if teacher is None else config.ce_weight,
-        kl_weight=config.kl_weight,
-        balance_weight=config.balance_weight,
-    )
+    ce_weight = 1.0 if teacher is None else config.ce_weight
+    student = Student(model, dtype, ce_weight=ce_weight, kl_weight=config.kl_weight)
+    objective = Objective(accelerator.prepare(student), teacher, config.balance_weight)
     order = RowOrder(len(rows), config.seed)
     if is_main:
         out.mkdir(parents=True, exist_ok=True)

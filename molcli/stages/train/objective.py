@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from molcli.io.packing import IGNORED, Batch, TokenRows
 from molcli.maths.balance import cv_squared
-from molcli.maths.losses import Head, token_losses
+from molcli.maths.losses import Head, TrainingLoss, training_loss
 from molcli.model import MoLForCausalLM
 
 
@@ -17,22 +17,28 @@ class Student(nn.Module):
     """The model and its losses in one module, whose forward is all that DDP has to watch.
 
     dtype: of its matrix products, float32 or bfloat16; the weights stay as they are.
+    ce_weight, kl_weight: of the two losses.
     """
 
-    def __init__(self, model: MoLForCausalLM, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: MoLForCausalLM, dtype: torch.dtype, *, ce_weight: float, kl_weight: float
+    ) -> None:
         super().__init__()
         self.model, self.dtype = model, dtype
+        self.ce_weight, self.kl_weight = ce_weight, kl_weight
 
-    def forward(self, batch: Batch, parent: Head | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Cross-entropy and KL, summed over predicted tokens in nats, and CV^2, mean of layers."""
+    def forward(self, batch: Batch, parent: Head | None) -> tuple[TrainingLoss, Tensor]:
+        """The losses, summed over predicted tokens in nats, and CV^2, mean of layers."""
         device, low = batch.input_ids.device.type, self.dtype != torch.float32
         with torch.autocast(device, self.dtype if low else None, enabled=low):
             out = self.model.model(**batch.inputs(), use_cache=False)
             head = Head(out.last_hidden_state, self.model.lm_head.weight)
-            losses = token_losses(head, batch.labels, parent)
+            losses = training_loss(
+                head, batch.labels, parent, ce_weight=self.ce_weight, kl_weight=self.kl_weight
+            )
         terms = [cv_squared(r.weights, r.blocks, r.logits.shape[1]) for r in out.routing]
         balance = torch.stack(terms).mean() if terms else losses.kl.new_zeros(())
-        return losses.cross_entropy, losses.kl, balance
+        return losses, balance
 
 
 @dataclass(frozen=True)
@@ -44,8 +50,6 @@ class Objective:
 
     student: nn.Module
     parent: MoLForCausalLM | None
-    ce_weight: float
-    kl_weight: float
     balance_weight: float
 
     def backward(
@@ -66,13 +70,12 @@ class Objective:
             parent = self._parent_head(batch)
             # Gradients are exchanged once, with the last micro-batch.
             with nullcontext() if number == len(mine) else accelerator.no_sync(self.student):
-                cross_entropy, kl, balance = self.student(batch, parent)
-                cross_entropy, kl = cross_entropy / count, kl / count
+                losses, balance = self.student(batch, parent)
                 balance = balance / (len(mine) * ranks)
-                loss = self.ce_weight * cross_entropy + self.kl_weight * kl
-                loss = loss + self.balance_weight * balance
+                loss = losses.loss / count + self.balance_weight * balance
                 accelerator.backward(loss * ranks)  # DDP averages over ranks; this is a sum
-            parts += torch.stack([loss, cross_entropy, kl, balance]).detach()
+            means = (losses.cross_entropy / count, losses.kl / count)
+            parts += torch.stack([loss, *means, balance]).detach()
         return parts
 
     @torch.no_grad()
