@@ -78,6 +78,8 @@ class TrainConfig:
     trainable: "mol" trains the Mixture of Layers layers alone and keeps the rest as inherited; on a
         model with dense layers below them, the backward pass ends early.
     checkpoint_every: optimiser steps between checkpoints; 0 writes none.
+    compile: torch.compile for layers and loss, which takes a minute; "auto": on a GPU, in runs that
+        are long enough.
     precision: "auto" is bf16 where the device multiplies matrices in it natively, else fp32.
     """
 
@@ -100,6 +102,7 @@ class TrainConfig:
     checkpoint_every: int = 200
     log_every: int = 10
     precision: Literal["auto", "bf16", "fp32"] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"
     gradient_checkpointing: bool = False
     seed: int = 0
 

@@ -210,7 +210,10 @@ def _rows(
         tokens=tokens,
         slots=slots,
         blocks=blocks,
-        offsets=cu_seqlens[num_documents::num_documents].contiguous(),
+        # Not contiguous(): one element keeps its stride then, and compiled code guards on that.
+        offsets=cu_seqlens[num_documents::num_documents].clone(
+            memory_format=torch.contiguous_format
+        ),
         segments=segments,
         cu_seqlens=cu_seqlens,
         of_token=of_token,

@@ -4,19 +4,21 @@ from torch import Tensor
 
 
 def block_weights(weights: Tensor, blocks: Tensor, num_blocks: int) -> Tensor:
-    """Routing weight that each block received, summed over tokens: (num_blocks,).
+    """Routing weight that each block received, summed over tokens: (..., num_blocks).
 
-    weights: (n, k), blocks: (n, k) int64, of the n unpadded tokens of a batch.
+    weights: (..., n, k), blocks: (..., n, k) int64, distinct blocks of the n unpadded tokens of a
+    batch. No two summands go to one place at once: the same bits in every run.
     """
-    return weights.new_zeros(num_blocks).index_add(0, blocks.flatten(), weights.flatten())
+    dense = weights.new_zeros(*weights.shape[:-1], num_blocks)
+    return dense.scatter(-1, blocks, weights).sum(-2)
 
 
 def cv_squared(weights: Tensor, blocks: Tensor, num_blocks: int) -> Tensor:
-    """One layer's loss: population variance over squared mean of its blocks' routing weight.
+    """Each layer's loss: population variance over squared mean of its blocks' routing weight.
 
-    weights: (n, k), blocks: (n, k) int64, n >= 1, padding left out -> scalar, 0 when all blocks
-    receive the same, num_blocks - 1 when one receives everything. The gradient reaches the router
-    through the weights; the choice of blocks has none. Source: arXiv 2605.09516.
+    weights: (..., n, k), blocks: (..., n, k) int64, n >= 1, padding left out -> (...), 0 when all
+    blocks receive the same, num_blocks - 1 when one receives everything. The gradient reaches the
+    router through the weights; the choice of blocks has none. Source: arXiv 2605.09516.
     """
     loads = block_weights(weights, blocks, num_blocks)
-    return loads.var(correction=0) / loads.mean().square()
+    return loads.var(-1, correction=0) / loads.mean(-1).square()

@@ -78,7 +78,7 @@ class MoLLayer(GradientCheckpointingLayer):
             self.shared = ThinBlocks(config.shared_spec(), config)
         if config.num_routed_blocks:
             self.routed = ThinBlocks(config.routed_spec(layer), config)
-            self.router = Router(config.hidden_size, config.num_routed_blocks, self.top_k, layer)
+            self.router = Router(config.hidden_size, config.num_routed_blocks, self.top_k)
 
     def forward(
         self,

@@ -15,7 +15,6 @@ class Routing:
     they sum to 1 when k > 1.
     """
 
-    layer: int
     logits: Tensor
     blocks: Tensor
     weights: Tensor
@@ -31,9 +30,9 @@ class Router(nn.Module):
     (arXiv 2408.15664); it is zero unless something sets it.
     """
 
-    def __init__(self, hidden_size: int, num_blocks: int, top_k: int, layer: int) -> None:
+    def __init__(self, hidden_size: int, num_blocks: int, top_k: int) -> None:
         super().__init__()
-        self.top_k, self.layer = top_k, layer
+        self.top_k = top_k
         self.weight = nn.Parameter(torch.empty(num_blocks, hidden_size))
         self.register_buffer("correction_bias", torch.zeros(num_blocks))
         self.correction_bias: Tensor
@@ -51,4 +50,4 @@ class Router(nn.Module):
             weights = logits.softmax(-1).gather(1, blocks)
         else:
             weights = logits.gather(1, blocks).softmax(-1)
-        return Routing(self.layer, logits, blocks, weights)
+        return Routing(logits, blocks, weights)

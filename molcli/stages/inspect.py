@@ -73,6 +73,7 @@ def inspect_routing(
         limit=config.tokens,
         keep_short=True,
     )
+    mol_layers = [i for i, kind in enumerate(settings.layer_kinds) if kind != "dense"]
     counts: dict[int, RoutingCounts] = {}
     done = 0
     for batch in rows.batches(config.batch_size):
@@ -86,12 +87,12 @@ def inspect_routing(
                 use_cache=False,
             )
         documents = flat_documents(batch)
-        for routing in out.routing:
+        for layer, routing in zip(mol_layers, out.routing, strict=True):
             new = count_routing(
                 routing.blocks, routing.weights, documents, settings.num_routed_blocks
             )
-            old = counts.get(routing.layer)
-            counts[routing.layer] = new if old is None else old + new
+            old = counts.get(layer)
+            counts[layer] = new if old is None else old + new
         done += len(documents)
         progress(done, rows.tokens)
     return RoutingReport(

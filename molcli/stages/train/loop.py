@@ -15,6 +15,7 @@ from molcli.io.parent import Parent
 from molcli.io.tensors import TensorReader
 from molcli.io.tokenizer import open_tokenizer
 from molcli.model.checkpoint import default_device, open_checkpoint
+from molcli.model.compiled import compile_layers
 from molcli.model.precision import fast_dtype
 from molcli.model.teacher import open_teacher
 from molcli.progress import Progress, silent
@@ -28,6 +29,9 @@ from molcli.stages.train.optimizer import (
 )
 from molcli.stages.train.output import refuse_folder, save_model
 from molcli.stages.train.state import TrainState, load_checkpoint, run_identity, save_checkpoint
+
+# Tokens that pay for the minute of compiling.
+COMPILED_FROM = 5_000_000
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,12 @@ def train(
     )
     load_checkpoint(state, out / "checkpoints", identity)
     ce_weight = 1.0 if teacher is None else config.ce_weight
-    student = Student(model, dtype, ce_weight=ce_weight, kl_weight=config.kl_weight)
+    compiled = _worth_compiling(config, accelerator.device)
+    if compiled and teacher is not None:
+        compile_layers(teacher)
+    student = Student(
+        model, dtype, ce_weight=ce_weight, kl_weight=config.kl_weight, compiled=compiled
+    )
     objective = Objective(accelerator.prepare(student), teacher, config.balance_weight)
     order = RowOrder(len(rows), config.seed)
     if is_main:
@@ -151,6 +160,12 @@ def _check_batch(config: TrainConfig, ranks: int) -> None:
             allowed=f"multiples of {share}",
             hint=f"--set train.batch_size={-(-config.batch_size // share) * share}",
         )
+
+
+def _worth_compiling(config: TrainConfig, device: torch.device) -> bool:
+    if config.compile == "auto":
+        return device.type == "cuda" and config.tokens >= COMPILED_FROM
+    return config.compile == "on"
 
 
 def _matmul_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:

@@ -11,21 +11,30 @@ from molcli.io.packing import IGNORED, Batch, TokenRows
 from molcli.maths.balance import cv_squared
 from molcli.maths.losses import Head, TrainingLoss, training_loss
 from molcli.model import MoLForCausalLM
+from molcli.model.compiled import compile_layers
 
 
 class Student(nn.Module):
     """The model and its losses in one module, whose forward is all that DDP has to watch.
 
     dtype: of its matrix products, float32 or bfloat16; the weights stay as they are.
-    ce_weight, kl_weight: of the two losses.
+    ce_weight, kl_weight: of the two losses. compiled: layers and loss run as torch.compile'd code.
     """
 
     def __init__(
-        self, model: MoLForCausalLM, dtype: torch.dtype, *, ce_weight: float, kl_weight: float
+        self,
+        model: MoLForCausalLM,
+        dtype: torch.dtype,
+        *,
+        ce_weight: float,
+        kl_weight: float,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         self.model, self.dtype = model, dtype
-        self.ce_weight, self.kl_weight = ce_weight, kl_weight
+        self.ce_weight, self.kl_weight, self.compiled = ce_weight, kl_weight, compiled
+        if compiled:
+            compile_layers(model)
 
     def forward(self, batch: Batch, parent: Head | None) -> tuple[TrainingLoss, Tensor]:
         """The losses, summed over predicted tokens in nats, and CV^2, mean of layers."""
@@ -34,10 +43,20 @@ class Student(nn.Module):
             out = self.model.model(**batch.inputs(), use_cache=False)
             head = Head(out.last_hidden_state, self.model.lm_head.weight)
             losses = training_loss(
-                head, batch.labels, parent, ce_weight=self.ce_weight, kl_weight=self.kl_weight
+                head,
+                batch.labels,
+                parent,
+                ce_weight=self.ce_weight,
+                kl_weight=self.kl_weight,
+                compiled=self.compiled,
             )
-        terms = [cv_squared(r.weights, r.blocks, r.logits.shape[1]) for r in out.routing]
-        balance = torch.stack(terms).mean() if terms else losses.kl.new_zeros(())
+        balance = losses.kl.new_zeros(())
+        if out.routing:
+            weights, blocks = (
+                torch.stack([getattr(r, name) for r in out.routing])
+                for name in ("weights", "blocks")
+            )
+            balance = cv_squared(weights, blocks, out.routing[0].logits.shape[1]).mean()
         return losses, balance
 
 

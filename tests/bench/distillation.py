@@ -1,0 +1,133 @@
+"""Tokens a second of distillation, parent included: SmolLM2-135M's shape, random weights.
+
+    python tests/bench/distillation.py [--compile on] [--micro-batch 64] [--layer-kind softmax]
+
+Prints one JSON line. MFU counts the matrix products of active parameters: 6 a token for the model
+(2 of them forward), 2 for the parent and for both heads, attention scores left out, against the
+989 TFLOP/s of an H100 in bf16.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+sys.path.insert(0, str(Path(__file__).parent))
+from machine import machine
+
+from molcli.config.sections import TrainConfig
+from molcli.io.packing import pack
+from molcli.maths.parameters import count_parameters
+from molcli.model import MoLForCausalLM
+from molcli.model.compiled import compile_layers
+from molcli.model.configuration_mol import MoLConfig
+from molcli.stages.train.objective import Objective, Student
+from molcli.stages.train.optimizer import make_optimizer
+
+PEAK_FLOPS = 989e12
+
+
+def config(layer_kind: str) -> MoLConfig:
+    thin = {"num_blocks": 9, "num_shared_blocks": 1, "num_blocks_per_tok": 2}
+    if layer_kind == "dense":
+        thin = {}
+    return MoLConfig(
+        vocab_size=49_152,
+        hidden_size=576,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+        intermediate_size=1536,
+        layer_kinds=[layer_kind] * 30,
+        d_thin=192,
+        d_ff_thin=512,
+        thin_num_attention_heads=3,
+        thin_num_key_value_heads=1,
+        tie_word_embeddings=True,
+        **thin,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--compile", choices=["on", "off"], default="on")
+    parser.add_argument("--micro-batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--layer-kind", choices=["softmax", "gated_deltanet"], default="softmax")
+    parser.add_argument("--profile", type=Path, help="a folder for tables of kernels")
+    args = parser.parse_args()
+
+    torch.manual_seed(0)
+    accelerator = Accelerator()
+    device, compiled = accelerator.device, args.compile == "on"
+    model = MoLForCausalLM(config(args.layer_kind)).to(device).train()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    parent = MoLForCausalLM(config("dense")).to(device, dtype).eval().requires_grad_(False)
+    if compiled:
+        compile_layers(parent)
+    optimizer = make_optimizer(model, TrainConfig())
+    student = Student(model, dtype, ce_weight=0.0, kl_weight=1.0, compiled=compiled)
+    objective = Objective(student, parent, balance_weight=0.05)
+    lengths = torch.randint(20, 400, (args.batch * args.length // 100,)).tolist()
+    documents = [torch.randint(49_152, (n,), dtype=torch.int32) for n in lengths]
+    rows = pack(documents, args.length, seed=0)
+
+    def step() -> None:
+        index = torch.randint(len(rows), (args.batch,))
+        objective.backward(rows, index, args.micro_batch, accelerator)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    start = time.perf_counter()
+    for _ in range(3):
+        step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    warm = time.perf_counter() - start
+    start = time.perf_counter()
+    for _ in range(args.steps):
+        step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    tokens = args.steps * args.batch * args.length
+    count, dense = count_parameters(model.config), count_parameters(parent.config)
+    flops = 6 * count.active + 2 * dense.active  # tied embeddings count once, as heads
+    print(
+        json.dumps(
+            {
+                "command": "python " + " ".join(sys.argv),
+                "tokens_per_second": round(tokens / seconds),
+                "mfu": round(flops * tokens / seconds / PEAK_FLOPS, 3),
+                "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1)
+                if device.type == "cuda"
+                else None,
+                "first_steps_seconds": round(warm, 1),
+                **machine(),
+            }
+        ),
+        flush=True,
+    )
+    if args.profile is not None:
+        with torch.profiler.profile() as profiler:
+            for _ in range(2):
+                step()
+        args.profile.mkdir(parents=True, exist_ok=True)
+        for key in ("self_cpu_time_total", "self_device_time_total"):
+            table = profiler.key_averages().table(
+                sort_by=key, row_limit=50, max_name_column_width=80
+            )
+            (args.profile / f"{key}.txt").write_text(table)
+
+
+if __name__ == "__main__":
+    main()
