@@ -17,8 +17,9 @@ from molcli.model import MoLForCausalLM
 from molcli.progress import Progress
 from molcli.stages.evaluate.models import Models
 
-# How byte-level and SentencePiece vocabularies mark a space in front of a word.
-_WORD = re.compile("[Ġ▁][A-Za-z]+")
+# Byte-level and SentencePiece vocabularies mark the space in front of a word. Shorter tokens are
+# mostly the beginnings of words, which ask for the rest of them.
+_WORD = re.compile("[Ġ▁][a-z]{3,}")
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Puzzles:
 
 
 def words_of(tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """(words,) int64: the tokens that are a word with the space in front of it, ascending."""
+    """(words,) int64: the tokens that look like a lower-case word with its space, ascending."""
     special = set(tokenizer.all_special_tokens)
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     found = [

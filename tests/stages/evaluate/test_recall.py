@@ -16,13 +16,13 @@ from molcli.progress import silent
 from molcli.stages.evaluate.models import Models, open_models
 from molcli.stages.evaluate.recall import missing_for_recall, puzzles, recall, words_of
 
-WORDS = ["apple", "river", "stone", "Cloud", "tiger", "green", "seven", "house", "night"]
+WORDS = ["apple", "river", "stone", "cloud", "tiger", "green", "seven", "house", "night"]
 
 
 def tokenizer_of(words: list[str], bos: str | None = None) -> PreTrainedTokenizerFast:
     """Whole words with the space in front of them, and the bytes of all else."""
     marked = [f"Ġ{word}" for word in words]
-    others = ["<s>", ":", "Ċ", "Ġ", "Ġ2nd", "inside"]
+    others = ["<s>", ":", "Ċ", "Ġ", "Ġ2nd", "inside", "Ġin", "ĠUpper"]
     vocabulary = {token: i for i, token in enumerate(others + marked)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="Ġ"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
