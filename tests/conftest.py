@@ -59,6 +59,7 @@ LONGROPE = {
         "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0],
     },
 }
+HALF_ROPE = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
 # One of each kind of parent that MoL reproduces exactly.
 PARENT_CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
@@ -73,6 +74,7 @@ PARENT_CASES: list[tuple[str, dict[str, Any]]] = [
     ("phi3", {}),
     ("phi3", {"sharded": True}),
     ("phi3", LONGROPE),
+    ("phi3", {"rope_parameters": HALF_ROPE}),
 ]
 TOKENIZER_TEXT = (
     "the quick brown fox jumps over the lazy dog while the slow brown bear sleeps",

@@ -78,6 +78,11 @@ def run_measure(
     """All figures: held-out text and recall under a bar, then lm-eval's tasks under its own."""
     from molcli.stages.evaluate import measure, open_models, open_tasks
 
+    if include_path is not None and tasks is None:
+        raise MolError(
+            f"--include-path is {include_path}, but there are no --tasks",
+            hint=f"--include-path {include_path} --tasks NAME",
+        )
     known = None if tasks is None else open_tasks(tasks, include_path)
     with bar("evaluating") as progress:
         models = open_models(checkpoint, parent)

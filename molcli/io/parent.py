@@ -10,7 +10,6 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from molcli.errors import MolError
 from molcli.io.families import EMBEDDING, FAMILIES, FINAL_NORM, LM_HEAD, Family, head_dim
@@ -250,7 +249,7 @@ def _longrope(config: PreTrainedConfig) -> int | None:
 def _rotary(config: PreTrainedConfig) -> dict[str, Any]:
     """The config's rope_parameters, independent of its max_position_embeddings."""
     rotary = dict(config.rope_parameters)
-    if _longrope(config) is not None:
-        # Else taken from the share of the trained length in max_position_embeddings.
-        rotary["attention_factor"] = ROPE_INIT_FUNCTIONS["longrope"](config)[1]
+    trained = _longrope(config)
+    if trained is not None and rotary.get("factor") is None:
+        rotary["factor"] = config.max_position_embeddings / trained  # what transformers takes
     return rotary

@@ -1,7 +1,7 @@
 """Why a dense parent cannot become a Mixture of Layers model, in words."""
 
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from transformers import PreTrainedConfig
 
@@ -49,14 +49,13 @@ def refuse_variant(config: PreTrainedConfig) -> None:
             allowed="mlp_bias: false",
             hint="choose a parent without FFN biases, such as any Llama released by Meta",
         )
-    rotary: dict[str, Any] = config.rope_parameters
-    share = rotary.get("partial_rotary_factor", 1.0)
-    if share != 1.0:
+    share = config.rope_parameters.get("partial_rotary_factor", 1.0)
+    if share != 1.0 and config.model_type != "phi3":
         raise MolError(
-            f"the parent's config.json has partial_rotary_factor: {share}, and MoL turns heads in "
-            "their whole width",
-            allowed="partial_rotary_factor: 1.0",
-            hint="choose a parent such as Phi-3-mini; Phi-4-mini turns a part",
+            f"the parent's config.json has partial_rotary_factor: {share}, which transformers "
+            f"heeds in some {config.model_type} models only",
+            allowed="partial_rotary_factor: 1.0, but for phi3",
+            hint="remove the key if the model was trained without it",
         )
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:

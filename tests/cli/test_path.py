@@ -110,3 +110,5 @@ def test_eval_with_nothing_to_measure_says_what_is_missing(
     assert "nothing to measure" in error
     assert "no tokenizer" in error
     assert "--data" in error
+    assert molcli(monkeypatch, "eval", out, "--include-path", tmp_path) == 2
+    assert "there are no --tasks" in capsys.readouterr().err

@@ -1,7 +1,6 @@
 """Parents open strictly, and give every tensor under MoL's name."""
 
 import json
-import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -125,9 +124,7 @@ def test_longrope_caps_the_context_where_its_frequencies_change(tiny_parent) -> 
     kwargs = parent.mol_config_kwargs()
     assert kwargs["max_position_embeddings"] == 64
     assert "max_position_embeddings becomes 64" in parent.note
-    # arXiv 2402.13753: 256 positions stretched from 64.
-    factor = math.sqrt(1 + math.log(256 / 64) / math.log(64))
-    assert kwargs["rope_parameters"]["attention_factor"] == pytest.approx(factor)
+    assert kwargs["rope_parameters"]["factor"] == 4  # of 256 positions
 
 
 def test_old_config_without_head_dim_and_rope_parameters(tiny_parent) -> None:

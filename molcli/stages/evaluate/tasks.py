@@ -40,7 +40,6 @@ class Tasks:
                 backend="causal",
                 tokenizer=models.tokenizer,
                 batch_size=batch_size,
-                max_length=model.config.max_position_embeddings,
             )
             try:
                 found = simple_evaluate(
@@ -63,6 +62,8 @@ def open_tasks(names: list[str], include_path: Path | None) -> Tasks:
 
     Raises MolError if lm-eval is not installed, or does not know a task.
     """
+    if not names:
+        raise MolError("--tasks names no task", hint="--tasks arc_easy,piqa")
     if include_path is not None and not include_path.is_dir():
         raise MolError(
             f"{include_path} is not a folder", allowed="a folder with lm-eval task files"
@@ -81,9 +82,9 @@ def open_tasks(names: list[str], include_path: Path | None) -> Tasks:
         # Some of lm-eval's own, or groups that may hold them: its thousands of files take a while.
         manager = TaskManager(include_path=None if include_path is None else str(include_path))
     unknown = [name for name in names if name not in manager.all_tasks]
-    if unknown or not names:
+    if unknown:
         raise MolError(
-            f"lm-eval knows no task {unknown[0]!r}" if unknown else "--tasks names no task",
+            f"lm-eval knows no task {unknown[0]!r}",
             allowed="tasks of lm-eval, or of the files below --include-path",
             hint="lm-eval ls tasks",
         )

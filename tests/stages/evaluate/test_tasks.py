@@ -34,6 +34,26 @@ metric_list:
   - metric: acc
 """
 
+GENERATION = """
+task: molcli_tiny_generation
+dataset_path: json
+dataset_kwargs:
+  data_files: {data}
+test_split: train
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs:
+  until: []
+  max_gen_toks: 4
+metric_list:
+  - metric: exact_match
+filter_list:
+  - name: strict
+    filter:
+      - function: take_first
+"""
+
 
 @pytest.fixture
 def task_folder(tmp_path: Path) -> Path:
@@ -87,6 +107,34 @@ def test_a_local_task_runs_offline_on_both(
         open_tasks(["molcli_tiny"], task_folder).run(Models(models.model, None, None), 2)
 
 
+def test_a_task_that_generates(
+    task_folder: Path,
+    tiny_mol: Callable[..., Path],
+    tiny_parent: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The answers are what the model says itself, so that it is right and its parent is not."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(task_folder / "cache"))
+    parent = tiny_parent("llama")
+    checkpoint = tiny_mol(initializer_range=0.2)
+    open_parent(parent).copy_tokenizer(checkpoint)
+    models = open_models(checkpoint, open_parent(parent))
+    tokenizer = models.tokenizer
+    assert tokenizer is not None
+    lines = []
+    for question, _, _ in QUESTIONS:
+        ids = tokenizer(question, return_tensors="pt")
+        said = models.model.generate(**ids, max_new_tokens=4, do_sample=False)
+        answer = tokenizer.decode(said[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+        lines.append(json.dumps({"question": question, "answer": answer}))
+    (task_folder / "said.jsonl").write_text("\n".join(lines) + "\n")
+    (task_folder / "said.yaml").write_text(GENERATION.format(data=task_folder / "said.jsonl"))
+    scores = open_tasks(["molcli_tiny_generation"], task_folder).run(models, batch_size=4)
+    found = scores["molcli_tiny_generation"]["exact_match (strict)"]
+    assert found["model"] == 1
+    assert found["parent"] < 1
+
+
 def test_an_unknown_task_is_refused(task_folder: Path) -> None:
     with pytest.raises(MolError, match="lm-eval knows no task 'no_such_task'"):
         open_tasks(["molcli_tiny", "no_such_task"], task_folder)
@@ -99,6 +147,8 @@ def test_without_lm_eval_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     assert "molcli[eval]" in error.value.hint
 
 
-def test_a_missing_folder_of_tasks_is_refused(tmp_path: Path) -> None:
+def test_no_task_and_no_folder_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(MolError, match="names no task"):
+        open_tasks([], None)
     with pytest.raises(MolError, match="is not a folder"):
         open_tasks(["arc_easy"], tmp_path / "nowhere")
