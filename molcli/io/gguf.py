@@ -126,6 +126,12 @@ def _config(path: Path, reader: "GGUFReader") -> Any:
     family = value("general.architecture")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     # llama.cpp calls Mistral "llama" too.
+    if family in FAMILIES and family not in _FAMILIES:
+        raise MolError(
+            f"{path} is a model of type {family!r}, whose fused projections GGUF names otherwise",
+            allowed=f"GGUF files of type {', '.join(_FAMILIES)}",
+            hint="use the model's safetensors",
+        )
     if family not in _FAMILIES:
         refuse_family(path, family, _FAMILIES)
     if value(f"{family}.rope.scaling.type") not in (None, "none") or "rope_freqs.weight" in tensors:
