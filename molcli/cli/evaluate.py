@@ -27,7 +27,9 @@ if TYPE_CHECKING:  # torch comes with them
 
 TaskNames = Annotated[
     str | None,
-    typer.Option("--tasks", "-t", metavar="A,B", help="Tasks of lm-eval, from molcli[eval]."),
+    typer.Option(
+        "--tasks", "-t", metavar="A,B", help="Tasks of lm-eval, which the extra `eval` brings."
+    ),
 ]
 IncludePath = Annotated[
     Path | None,
@@ -47,8 +49,8 @@ def evaluate(
 ) -> None:
     """Measure a model, beside its parent with --parent.
 
-    With --data: cross-entropy, KL, and whether both continue it alike. Always: whether a value is
-    found again by its key. With --tasks: tasks of lm-eval.
+    Recall of a value by its key needs nothing else. With --data, held-out text: cross-entropy, KL
+    to the parent, and how far both continue it alike. With --tasks, tasks of lm-eval.
     """
     settings = recipe_for(recipe, overrides, checkpoint).evaluate
     from rich.console import Console
