@@ -1,6 +1,7 @@
 """Fixtures that several areas share: tiny random parents with a tiny tokenizer."""
 
 import itertools
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,7 +39,43 @@ FAMILY_CONFIG: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "qwen2": {},
     "qwen3": {"head_dim": 32},  # wider heads than hidden_size / num_attention_heads
+    "phi3": {},
 }
+IMPLIED_HEAD_DIM = {"qwen2", "phi3"}  # whose configs have no such field
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+LONGROPE = {
+    "original_max_position_embeddings": 64,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10_000.0,
+        "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.6, 1.8, 2.0],
+        "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0],
+    },
+}
+HALF_ROPE = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
+# One of each kind of parent that MoL reproduces exactly.
+PARENT_CASES: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {}),
+    ("llama", {"attention_bias": True, "tie_word_embeddings": False}),
+    ("llama", {"rope_parameters": LLAMA3_ROPE}),
+    ("llama", {"sharded": True}),
+    ("mistral", {}),
+    ("qwen2", {}),
+    ("qwen2", {"sharded": True}),
+    ("qwen3", {}),  # heads of 32, 4 of them at width 64
+    ("qwen3", {"head_dim": 8, "attention_bias": True}),  # heads narrower than the width
+    ("phi3", {}),
+    ("phi3", {"sharded": True}),
+    ("phi3", LONGROPE),
+    ("phi3", {"rope_parameters": HALF_ROPE}),
+]
 TOKENIZER_TEXT = (
     "the quick brown fox jumps over the lazy dog while the slow brown bear sleeps",
     "a layer of thin blocks sees what the router sends, and nothing else 0123456789.",
@@ -103,9 +140,10 @@ def tiny_parent(tmp_path: Path) -> MakeParent:
         **config: Any,
     ) -> Path:
         folder = tmp_path / f"{family}-{next(numbers)}"
-        settings = TINY_CONFIG | FAMILY_CONFIG[family] | config
-        if family == "qwen2":
-            del settings["head_dim"]  # no such field: Qwen2 implies the width
+        # A copy: Phi-3's config writes into the rope_parameters that it is given.
+        settings = deepcopy(TINY_CONFIG | FAMILY_CONFIG[family] | config)
+        if family in IMPLIED_HEAD_DIM:
+            del settings["head_dim"]
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings))
         randomize(model)
         model.to(dtype).save_pretrained(folder, max_shard_size="60KB" if sharded else "1GB")
@@ -114,6 +152,13 @@ def tiny_parent(tmp_path: Path) -> MakeParent:
         return folder
 
     return make
+
+
+@pytest.fixture(params=PARENT_CASES, ids=lambda case: "-".join([case[0], *case[1]]))
+def any_parent(request: pytest.FixtureRequest, tiny_parent: MakeParent) -> Path:
+    """A tiny parent of every kind that can be converted, one test each."""
+    family, config = request.param
+    return tiny_parent(family, **config)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -19,8 +19,8 @@ def validate(recipe: Recipe) -> None:
     _calibrate(recipe.calibrate)
     _sample(recipe.sample)
     _train(recipe.train)
-    _evaluate("evaluate", recipe.evaluate)
-    _evaluate("inspect", recipe.inspect)
+    _evaluate(recipe.evaluate)
+    _heldout("inspect", recipe.inspect)
     _between("inspect.dead_share", recipe.inspect.dead_share, 0, 1)
     _model(recipe.model)
 
@@ -93,7 +93,22 @@ def _train(c: TrainConfig) -> None:
     _at_least("train.seed", c.seed, 0)
 
 
-def _evaluate(section: str, c: EvaluateConfig | InspectConfig) -> None:
+def _evaluate(c: EvaluateConfig) -> None:
+    _heldout("evaluate", c)
+    _at_least("evaluate.prompts", c.prompts, 0)
+    _at_least("evaluate.prompt_length", c.prompt_length, 1)
+    _at_least("evaluate.continuation_length", c.continuation_length, 1)
+    _at_least("evaluate.recall_sequences", c.recall_sequences, 0)
+    _at_least("evaluate.recall_pairs", c.recall_pairs, 1)
+    if not c.recall_distances or min(c.recall_distances) < 0:
+        raise MolError(
+            f"`evaluate.recall_distances` is {c.recall_distances}",
+            allowed="one or more numbers of tokens, 0 or more",
+        )
+    _at_least("evaluate.seed", c.seed, 0)
+
+
+def _heldout(section: str, c: EvaluateConfig | InspectConfig) -> None:
     _at_least(f"{section}.tokens", c.tokens, 1)
     _at_least(f"{section}.context_length", c.context_length, 2)
     _at_least(f"{section}.batch_size", c.batch_size, 1)

@@ -109,11 +109,28 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Held-out figures. tokens: at most so many; context_length: tokens in a row."""
+    """How good a model is, beside its parent.
+
+    tokens: held-out tokens, at most. context_length: tokens in a row. batch_size: rows, prompts or
+        sequences at a time.
+    prompts: pieces of the held-out text, of prompt_length tokens each, that model and parent
+        continue greedily by continuation_length tokens; 0 leaves this out.
+    recall_sequences: sequences for each of recall_distances, in which a value is asked for by its
+        key; 0 leaves this out. recall_pairs: pairs in a sequence. recall_distances: filler tokens
+        between the pairs and the question; those beyond the model's positions are left out.
+    seed: draws the words of the recall test.
+    """
 
     tokens: int = 65_536
     context_length: int = 512
     batch_size: int = 8
+    prompts: int = 32
+    prompt_length: int = 32
+    continuation_length: int = 32
+    recall_sequences: int = 32
+    recall_pairs: int = 8
+    recall_distances: list[int] = field(default_factory=lambda: [0, 32, 128, 512])
+    seed: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,10 @@
 """One name table per parent family: what a checkpoint calls each tensor, and its shape."""
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 from transformers import PreTrainedConfig
-
-from molcli.errors import MolError
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
@@ -33,16 +32,28 @@ _QK_NORM = {
     "block.mixer.q_norm": ("self_attn.q_norm.weight", "h"),
     "block.mixer.k_norm": ("self_attn.k_norm.weight", "h"),
 }
+# our name in a layer -> (the checkpoint's name, the heights that it stacks, which of them is ours)
+_FUSED = {
+    "block.mixer.q_proj": ("self_attn.qkv_proj.weight", "qkk", 0),
+    "block.mixer.k_proj": ("self_attn.qkv_proj.weight", "qkk", 1),
+    "block.mixer.v_proj": ("self_attn.qkv_proj.weight", "qkk", 2),
+    "block.mlp.gate_proj": ("mlp.gate_up_proj.weight", "ff", 0),
+    "block.mlp.up_proj": ("mlp.gate_up_proj.weight", "ff", 1),
+}
 # Buffers that old Llama checkpoints saved; the rotary frequencies follow from the config.
 _RECOMPUTED = "self_attn.rotary_emb.inv_freq"
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where one tensor of a layer lives: its full name in the checkpoint and its shape there."""
+    """Where one tensor of a layer lives: its full name in the checkpoint and its shape there.
+
+    rows: the part of it that is meant, where it stacks several; None for all.
+    """
 
     name: str
     shape: tuple[int, ...]
+    rows: slice | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,7 @@ class Family:
     qkv_bias, out_bias: whether the projections carry a bias; None leaves it to the config's
     `attention_bias`. qk_norm: RMS norm of each query and key head. windows: which layers a
     configured sliding window applies to; "marked" are those that `layer_types` lists as sliding.
+    fused: queries, keys and values are one matrix, and so are the FFN's gate and up.
     """
 
     model_type: str
@@ -59,6 +71,7 @@ class Family:
     out_bias: bool | None
     qk_norm: bool
     windows: Literal["none", "all", "marked"]
+    fused: bool = False
 
     def has_qkv_bias(self, config: PreTrainedConfig) -> bool:
         """Whether queries, keys and values have biases under this config."""
@@ -77,11 +90,17 @@ class Family:
             table |= _OUT_BIAS
         if self.qk_norm:
             table |= _QK_NORM
-        sizes = _sizes(config)
-        return {
-            ours: Source(f"model.layers.{index}.{theirs}", tuple(sizes[c] for c in letters))
+        sizes, prefix = _sizes(config), f"model.layers.{index}."
+        sources = {
+            ours: Source(prefix + theirs, tuple(sizes[c] for c in letters))
             for ours, (theirs, letters) in table.items()
         }
+        if self.fused:
+            for ours, (theirs, letters, place) in _FUSED.items():
+                ends = list(accumulate(sizes[c] for c in letters))
+                rows = slice(ends[place] - sizes[letters[place]], ends[place])
+                sources[ours] = Source(prefix + theirs, (ends[-1], sizes["d"]), rows)
+        return sources
 
     def expected(self, config: PreTrainedConfig, *, tied: bool) -> dict[str, tuple[int, ...]]:
         """Every tensor that the checkpoint must hold, with its shape."""
@@ -106,22 +125,6 @@ class Family:
         window: int | None = config.sliding_window
         return window
 
-    def refuse_unsupported(self, config: PreTrainedConfig) -> None:
-        """Raises MolError for variants of the family that MoL blocks cannot express."""
-        if getattr(config, "mlp_bias", False):
-            raise MolError(
-                "the parent's config.json has mlp_bias: true, and MoL's FFN carries no bias",
-                allowed="mlp_bias: false",
-                hint="choose a parent without FFN biases, such as any Llama released by Meta",
-            )
-        quantization = getattr(config, "quantization_config", None)
-        if quantization is not None:
-            raise MolError(
-                f"the parent's weights are quantized ({_quant_method(quantization)})",
-                allowed="weights stored as bfloat16, float16 or float32",
-                hint="use the original checkpoint that the quantized one was made from",
-            )
-
 
 FAMILIES = {
     family.model_type: family
@@ -130,6 +133,7 @@ FAMILIES = {
         Family("mistral", qkv_bias=False, out_bias=False, qk_norm=False, windows="all"),
         Family("qwen2", qkv_bias=True, out_bias=False, qk_norm=False, windows="marked"),
         Family("qwen3", qkv_bias=None, out_bias=None, qk_norm=True, windows="marked"),
+        Family("phi3", qkv_bias=False, out_bias=False, qk_norm=False, windows="all", fused=True),
     )
 }
 
@@ -151,9 +155,3 @@ def _sizes(config: PreTrainedConfig) -> dict[str, int]:
         "h": width,
         "f": config.intermediate_size,
     }
-
-
-def _quant_method(quantization: object) -> str:
-    if isinstance(quantization, dict):
-        return str(quantization.get("quant_method", "unnamed method"))
-    return type(quantization).__name__

@@ -20,6 +20,7 @@ from molcli.errors import MolError
 from molcli.io.cache import cache_folder
 from molcli.io.families import EMBEDDING, FAMILIES, FINAL_NORM, LM_HEAD
 from molcli.io.folder import output_folder
+from molcli.io.refusals import refuse_family
 from molcli.io.tensors import ShardedWriter
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ _CONFIG = {
     "attention.head_count_kv": "num_key_value_heads",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
 }
+# Those whose tensors _LAYER names one by one.
+_FAMILIES = [name for name, family in FAMILIES.items() if not family.fused]
 
 
 def convert_gguf(path: Path, folder: Path | None = None) -> Path:
@@ -123,12 +126,14 @@ def _config(path: Path, reader: "GGUFReader") -> Any:
     family = value("general.architecture")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     # llama.cpp calls Mistral "llama" too.
-    if family not in FAMILIES:
+    if family in FAMILIES and family not in _FAMILIES:
         raise MolError(
-            f"{path} is a model of type {family!r}",
-            allowed=f"dense decoders of type {', '.join(FAMILIES)}",
-            hint="choose a parent of one of these families",
+            f"{path} is a model of type {family!r}, whose fused projections GGUF names otherwise",
+            allowed=f"GGUF files of type {', '.join(_FAMILIES)}",
+            hint="use the model's safetensors",
         )
+    if family not in _FAMILIES:
+        refuse_family(path, family, _FAMILIES)
     if value(f"{family}.rope.scaling.type") not in (None, "none") or "rope_freqs.weight" in tensors:
         raise MolError(
             f"{path} scales its rotary frequencies, which GGUF describes only in part",

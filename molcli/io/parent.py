@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from molcli.errors import MolError
 from molcli.io.families import EMBEDDING, FAMILIES, FINAL_NORM, LM_HEAD, Family, head_dim
 from molcli.io.gguf import convert_gguf
+from molcli.io.refusals import refuse_family, refuse_variant
 from molcli.io.tensors import TensorReader
 from molcli.io.tokenizer import open_tokenizer
 
@@ -58,7 +59,10 @@ class Parent:
         The names are those of a MoL model below `model.layers.{index}.`.
         """
         table = self.family.layer(self.config, index)
-        return {ours: self._reader.read(source.name)[None] for ours, source in table.items()}
+        return {
+            ours: self._reader.read(source.name, source.rows)[None]
+            for ours, source in table.items()
+        }
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """None if the parent came without one."""
@@ -76,8 +80,6 @@ class Parent:
     def mol_config_kwargs(self) -> dict[str, Any]:
         """Arguments of the MoLConfig of the same model, all layers dense."""
         config = self.config
-        window = self.family.sliding_window(config)
-        positions = config.max_position_embeddings
         return {
             "vocab_size": config.vocab_size,
             "hidden_size": config.hidden_size,
@@ -92,8 +94,8 @@ class Parent:
             "attention_out_bias": self.family.has_out_bias(config),
             "qk_norm": self.family.qk_norm,
             "rms_norm_eps": config.rms_norm_eps,
-            "rope_parameters": dict(config.rope_parameters),
-            "max_position_embeddings": positions if window is None else min(window, positions),
+            "rope_parameters": _rotary(config),
+            "max_position_embeddings": _context(config, self.family)[0],
             "tie_word_embeddings": self.tied,
             "initializer_range": config.initializer_range,
             "bos_token_id": config.bos_token_id,
@@ -112,7 +114,7 @@ def open_parent(spec: str | Path) -> Parent:
     """
     folder = _locate(str(spec))
     config, family = _open_config(folder)
-    family.refuse_unsupported(config)
+    refuse_variant(config)
     reader = TensorReader(folder)
     tied = config.tie_word_embeddings and not _head_differs(reader)
     _check_tensors(reader, config, family, tied=tied)
@@ -124,7 +126,7 @@ def open_parent(spec: str | Path) -> Parent:
             allowed="a tokenizer with at most vocab_size tokens",
             hint="use the tokenizer that the model was trained with",
         )
-    note = _window_note(family.sliding_window(config), config.max_position_embeddings)
+    _, note = _context(config, family)
     return Parent(str(spec), folder, config, family, note, tied, reader, tokenizer)
 
 
@@ -165,11 +167,7 @@ def _open_config(folder: Path) -> tuple[PreTrainedConfig, Family]:
     except (ValueError, AttributeError) as error:
         raise MolError(f"{path} is not a JSON object ({error})") from error
     if model_type not in FAMILIES:
-        raise MolError(
-            f"{folder} is a model of type {model_type!r}",
-            allowed=f"dense decoders of type {', '.join(FAMILIES)}",
-            hint="choose a parent of one of these families",
-        )
+        refuse_family(folder, model_type, FAMILIES)
     try:
         return AutoConfig.from_pretrained(folder), FAMILIES[model_type]
     except (StrictDataclassError, ValueError, TypeError) as error:
@@ -221,10 +219,37 @@ def _check_tensors(
             )
 
 
-def _window_note(window: int | None, positions: int) -> str:
-    if window is None or window >= positions:
-        return ""
-    return (
-        f"The parent attends to the last {window} tokens only. MoL has no sliding window, so "
-        f"max_position_embeddings becomes {window}: up to there both see the same."
-    )
+def _context(config: PreTrainedConfig, family: Family) -> tuple[int, str]:
+    """Positions up to which MoL sees what the parent sees, and a note where that is not all."""
+    positions: int = config.max_position_embeddings
+    window = family.sliding_window(config)
+    trained = _longrope(config) or positions
+    if window is not None and window < min(positions, trained):
+        return window, (
+            f"The parent attends to the last {window} tokens only. MoL has no sliding window, so "
+            f"max_position_embeddings becomes {window}: up to there both see the same."
+        )
+    if trained < positions:
+        return trained, (
+            f"The parent turns its heads more slowly in sequences of more than {trained} tokens "
+            f"(LongRoPE), and packed rows have no such length. max_position_embeddings becomes "
+            f"{trained}: up to there both see the same."
+        )
+    return positions, ""
+
+
+def _longrope(config: PreTrainedConfig) -> int | None:
+    """Tokens up to which LongRoPE's short factors hold; None without LongRoPE."""
+    rotary = config.rope_parameters
+    if rotary["rope_type"] != "longrope":
+        return None
+    return int(rotary["original_max_position_embeddings"])
+
+
+def _rotary(config: PreTrainedConfig) -> dict[str, Any]:
+    """The config's rope_parameters, independent of its max_position_embeddings."""
+    rotary = dict(config.rope_parameters)
+    trained = _longrope(config)
+    if trained is not None and rotary.get("factor") is None:
+        rotary["factor"] = config.max_position_embeddings / trained  # what transformers takes
+    return rotary

@@ -53,10 +53,11 @@ class TensorReader:
                     hint=f"download {folder} again",
                 )
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor as stored, on the CPU."""
+    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        """The tensor, or some of its rows, as stored, on the CPU."""
         with safe_open(self.tensors[name].shard, framework="pt") as shard:
-            tensor: torch.Tensor = shard.get_tensor(name)
+            tensor: torch.Tensor
+            tensor = shard.get_tensor(name) if rows is None else shard.get_slice(name)[rows]
             return tensor
 
     def fingerprint(self) -> str:

@@ -21,7 +21,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding, halves convention. x: (M, h, d), cos and sin: (M, d)."""
+    """Rotary embedding, halves convention. x: (M, h, d), cos and sin: (M, r), for the first r."""
+    turning = cos.shape[-1]
+    if turning < x.shape[-1]:
+        return torch.cat([rotate(x[..., :turning], cos, sin), x[..., turning:]], dim=-1)
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
     return x * cos[:, None].to(x.dtype) + turned * sin[:, None].to(x.dtype)
@@ -63,7 +66,7 @@ class StackedAttention(nn.Module):
         stream: TokenStream,
         state: AttentionState | None,
     ) -> Tensor:
-        """x: (M, d) normalised rows; rotary: cos and sin, (n, head_dim) -> (M, d)."""
+        """x: (M, d) normalised rows; rotary: cos and sin, (n, r) -> (M, d)."""
         out = self.heads(x, rows, rotary, stream, state)
         return grouped_linear(out.flatten(1), self.o_proj, rows, self.o_bias)
 

@@ -17,7 +17,7 @@ class Context:
     """What every layer needs to know about n tokens.
 
     dense_rows, shared_rows: all tokens once, and in every shared block. rotary: cos and sin,
-    (n, head_dim).
+    (n, channels that turn).
     """
 
     stream: TokenStream

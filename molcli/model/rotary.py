@@ -2,12 +2,15 @@
 
 from typing import Any
 
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 from molcli.model.configuration_mol import MoLConfig
 
 
-def rotary_embedding(config: MoLConfig) -> LlamaRotaryEmbedding:
-    """x (for its dtype), position_ids (B, T) -> cos and sin, (B, T, head_dim)."""
+def rotary_embedding(config: MoLConfig) -> Phi3RotaryEmbedding:
+    """x (for its dtype), position_ids (B, T) -> cos and sin, (B, T, channels that turn).
+
+    Phi-3's is Llama's with a `partial_rotary_factor` of head_dim.
+    """
     named_alike: Any = config  # it reads rope_parameters, head_dim and max_position_embeddings
-    return LlamaRotaryEmbedding(config=named_alike)
+    return Phi3RotaryEmbedding(config=named_alike)

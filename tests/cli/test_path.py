@@ -22,6 +22,12 @@ SMALL = [
     "train.context_length=32",
     "train.batch_size=4",
     "evaluate.context_length=32",
+    "evaluate.prompts=4",
+    "evaluate.prompt_length=4",
+    "evaluate.continuation_length=3",
+    "evaluate.recall_sequences=2",
+    "evaluate.recall_pairs=1",
+    "evaluate.recall_distances=[0, 8]",
     "inspect.context_length=32",
 ]
 
@@ -53,7 +59,14 @@ def test_from_a_parent_to_a_trained_and_inspected_model(
     evaluate = ["eval", trained, "--parent", parent, "--data", data, "--json", figures]
     assert molcli(monkeypatch, *evaluate) == 0
     assert molcli(monkeypatch, "inspect", trained, "--data", data, "--json", routing) == 0
-    assert json.loads(figures.read_text())["kl"] > 0
+    found = json.loads(figures.read_text())
+    assert found["kl"] > 0
+    assert found["generation"]["prompts"] == 4
+    assert [row["distance"] for row in found["recall"]] == [0, 8]
+    assert (found["tasks"], found["skipped"]) == ({}, {})
+    # Recall needs neither data nor parent.
+    assert molcli(monkeypatch, "eval", trained, "--json", figures) == 0
+    assert json.loads(figures.read_text())["recall"][0]["parent"] is None
     assert len(json.loads(routing.read_text())["layers"]) == 2
     assert sorted(path.name for path in out.iterdir()) == ["trained", "upcycled"]
 
@@ -79,3 +92,23 @@ def test_a_taken_output_is_refused_before_the_parent_is_read(
     (tmp_path / "file").touch()
     assert molcli(monkeypatch, "upcycle", "no/parent", tmp_path) == 2
     assert "exists and is not empty" in capsys.readouterr().err
+
+
+def test_eval_with_nothing_to_measure_says_what_is_missing(
+    tmp_path: Path,
+    tiny_parent: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    parent, out = tiny_parent("llama", tokenizer=False), tmp_path / "out"
+    whole = ["num_blocks=1", "num_shared_blocks=1", "d_thin=64"]
+    sets = [word for key in whole for word in ("--set", f"upcycle.{key}")]
+    assert molcli(monkeypatch, "upcycle", parent, out, *sets) == 0
+    capsys.readouterr()
+    assert molcli(monkeypatch, "eval", out) == 2
+    error = capsys.readouterr().err
+    assert "nothing to measure" in error
+    assert "no tokenizer" in error
+    assert "--data" in error
+    assert molcli(monkeypatch, "eval", out, "--include-path", tmp_path) == 2
+    assert "there are no --tasks" in capsys.readouterr().err

@@ -166,13 +166,18 @@ def test_conversion_is_cached_until_the_file_changes(
     assert open_parent(tmp_path / "given").config.rms_norm_eps == pytest.approx(1e-5)
 
 
-def test_other_architectures_are_refused(tmp_path: Path, cache: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "gemma2")
+@pytest.mark.parametrize(
+    ("architecture", "reason"), [("gemma2", "soft caps"), ("phi3", "fused projections")]
+)
+def test_other_architectures_are_refused(
+    tmp_path: Path, cache: Path, architecture: str, reason: str
+) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", architecture)
     writer.add_block_count(2)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    with pytest.raises(MolError, match="type 'gemma2'"):
+    with pytest.raises(MolError, match=f"type '{architecture}', .*{reason}"):
         open_parent(tmp_path / "m.gguf")
     assert not cache.exists()
 

@@ -95,6 +95,38 @@ def test_mol_config_kwargs_describe_the_tensors(
     assert kwargs["rope_parameters"]["rope_theta"] == 10_000.0
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+def test_fused_projections_are_split_on_reading(tiny_parent, sharded: bool) -> None:
+    folder = tiny_parent("phi3", sharded=sharded)
+    state = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    parent = open_parent(folder)
+    for i in range(2):
+        layer = parent.dense_layer(i)
+        assert set(layer) == PLAIN
+        for fused, names in (
+            ("self_attn.qkv_proj", ["mixer.q_proj", "mixer.k_proj", "mixer.v_proj"]),
+            ("mlp.gate_up_proj", ["mlp.gate_proj", "mlp.up_proj"]),
+        ):
+            parts = torch.cat([layer[f"block.{name}"][0] for name in names])
+            assert torch.equal(parts, state[f"model.layers.{i}.{fused}.weight"])
+    assert layer["block.mixer.k_proj"].shape == (1, 32, 64)  # 2 key-value heads of 16
+
+
+def test_longrope_caps_the_context_where_its_frequencies_change(tiny_parent) -> None:
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 8,
+        "long_factor": [2.0] * 8,
+    }
+    folder = tiny_parent("phi3", rope_parameters=rope, original_max_position_embeddings=64)
+    parent = open_parent(folder)
+    kwargs = parent.mol_config_kwargs()
+    assert kwargs["max_position_embeddings"] == 64
+    assert "max_position_embeddings becomes 64" in parent.note
+    assert kwargs["rope_parameters"]["factor"] == 4  # of 256 positions
+
+
 def test_old_config_without_head_dim_and_rope_parameters(tiny_parent) -> None:
     folder = tiny_parent("llama")
     config = json.loads((folder / "config.json").read_text())

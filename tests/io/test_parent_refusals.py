@@ -1,6 +1,7 @@
 """What is no parent is refused before any work, with what was found and what is allowed."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,42 @@ def edit_weights(folder: Path, add: dict[str, torch.Tensor], drop: str = "") -> 
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "gemma", "bert", "mixtral", "qwen3_moe", "llama4"])
-def test_other_families_are_refused(tmp_path: Path, model_type: str) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("gpt2", "LayerNorms with biases, learned positions"),
+        ("gemma", r"1 \+ weight"),
+        ("gemma2", "norms behind attention and FFN .* soft caps"),
+        ("gemma3", "norms behind attention and FFN .* rotary base"),
+        ("gemma3_text", "norms behind attention and FFN .* rotary base"),
+        ("olmo", "LayerNorms without weights"),
+        ("olmo2", "norms behind attention and FFN .* over all heads together"),
+        ("olmo3", "norms behind attention and FFN .* over all heads together"),
+        ("mixtral", "mixture of experts"),
+        ("qwen3_moe", "mixture of experts"),
+        ("bert", None),
+        ("llama4", None),
+    ],
+)
+def test_other_families_are_refused_with_the_reason(
+    tmp_path: Path, model_type: str, reason: str | None
+) -> None:
     AutoConfig.for_model(model_type).save_pretrained(tmp_path)
-    with pytest.raises(MolError, match=f"type '{model_type}'") as error:
+    expected = f"is a model of type '{model_type}'" + (f", which .*{reason}" if reason else "$")
+    with pytest.raises(MolError) as error:
         open_parent(tmp_path)
-    assert "llama, mistral, qwen2, qwen3" in error.value.allowed
+    assert re.search(expected, error.value.found)
+    assert "llama, mistral, qwen2, qwen3, phi3" in error.value.allowed
 
 
 @pytest.mark.parametrize(
     ("changes", "found"),
     [
         ({"mlp_bias": True}, "mlp_bias: true"),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            r"partial_rotary_factor: 0\.5",
+        ),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantized \(gptq\)"),
         ({"num_hidden_layers": 3}, r"missing: model.layers.2.\S+.* \(9 in all\)"),
         ({"num_hidden_layers": 1}, r"left over: model.layers.1.\S+.* \(9 in all\)"),

@@ -15,25 +15,6 @@ from molcli.io.parent import open_parent
 from molcli.stages.upcycle import upcycle
 
 WHOLE = Recipe(upcycle=UpcycleConfig(num_blocks=1, num_shared_blocks=1, d_thin=64))
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 5e5,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-CASES: list[tuple[str, dict[str, Any]]] = [
-    ("llama", {}),
-    ("llama", {"attention_bias": True, "tie_word_embeddings": False}),
-    ("llama", {"rope_parameters": LLAMA3_ROPE}),
-    ("mistral", {}),
-    ("qwen2", {}),
-    ("qwen3", {}),  # heads of 32, 4 of them at width 64
-    ("qwen3", {"head_dim": 8, "attention_bias": True}),  # heads narrower than the width
-    ("llama", {"sharded": True}),
-    ("qwen2", {"sharded": True}),
-]
 
 
 @torch.no_grad()
@@ -52,17 +33,13 @@ def largest_difference(ours: Path, parent: Path, dtype: torch.dtype = torch.floa
     return (a - b).abs().max().item()
 
 
-@pytest.mark.parametrize("family, config", CASES)
-def test_the_logits_are_the_parents(
-    family: str, config: dict[str, Any], tmp_path: Path, tiny_parent: Callable[..., Path]
-) -> None:
-    folder = tiny_parent(family, **config)
-    upcycle(open_parent(folder), None, WHOLE, tmp_path / "out")
+def test_the_logits_are_the_parents(tmp_path: Path, any_parent: Path) -> None:
+    upcycle(open_parent(any_parent), None, WHOLE, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.config.model_type == "mol"
     assert (model.config.num_blocks, model.config.num_shared_blocks) == (1, 1)
     assert model.config.layer_kinds == ["softmax", "softmax"]
-    assert largest_difference(tmp_path / "out", folder) < 1e-4
+    assert largest_difference(tmp_path / "out", any_parent) < 1e-4
 
 
 def test_some_layers_can_be_kept(tmp_path: Path, tiny_parent: Callable[..., Path]) -> None:

@@ -1,22 +1,17 @@
 """How well a model predicts held-out text, beside its parent."""
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from molcli.config.sections import EvaluateConfig
 from molcli.errors import MolError
-from molcli.io.packing import Batch, load_rows
-from molcli.io.parent import Parent
-from molcli.io.tokenizer import open_tokenizer
+from molcli.io.packing import Batch, TokenRows
 from molcli.maths.losses import Head, token_losses
 from molcli.maths.parameters import count_parameters
 from molcli.model import MoLForCausalLM
-from molcli.model.checkpoint import default_device, open_checkpoint
-from molcli.model.teacher import open_teacher
-from molcli.progress import Progress, silent
+from molcli.progress import Progress
+from molcli.stages.evaluate.models import Models
 
 
 @dataclass(frozen=True)
@@ -44,35 +39,16 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(
-    checkpoint: Path,
-    parent: Parent | None,
-    data: str,
-    config: EvaluateConfig,
-    progress: Progress = silent,
-) -> Evaluation:
-    """Measures a checkpoint on the first config.tokens of `data`, in the file's order.
-
-    Both models see the same packed rows, in the same precision: that of the checkpoint on a GPU,
-    fp32 on a CPU; logits are fp32. Raises MolError for a checkpoint, parent or data that cannot
-    be used.
+def predict(models: Models, rows: TokenRows, batch_size: int, progress: Progress) -> Evaluation:
+    """Both models on the same packed rows; logits are fp32. Raises MolError if every token is a
+    document of its own.
     """
-    device = default_device()
-    model = open_checkpoint(checkpoint, device)
-    dense = None if parent is None else open_teacher(parent, model, model.dtype)
-    rows = load_rows(
-        data,
-        open_tokenizer(checkpoint),
-        vocab_size=model.config.vocab_size,
-        length=config.context_length,
-        limit=config.tokens,
-        keep_short=True,
-    )
+    model, dense = models.model, models.parent
     sums = torch.zeros(5, dtype=torch.float64)
     seen = 0
-    for batch in rows.batches(config.batch_size):
-        batch = batch.to(device)
-        heads = [_head(net, batch) for net in ([model] if dense is None else [model, dense])]
+    for batch in rows.batches(batch_size):
+        batch = batch.to(models.device)
+        heads = [_head(net, batch) for net in models.named().values()]
         losses = token_losses(heads[0], batch.labels, None if dense is None else heads[1])
         sums += torch.stack(
             [
@@ -87,7 +63,7 @@ def evaluate(
         progress(seen, rows.tokens)
     tokens = int(sums[4])
     if tokens == 0:
-        raise MolError(f"data `{data}` has no token that another one precedes")
+        raise MolError("the data has no token that another one precedes")
     ce, kl, parent_ce, agreement = (sums[:4] / tokens).tolist()
     counts = count_parameters(model.config)
     if dense is None:
