@@ -36,7 +36,7 @@ def linear_axis(
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     if from_zero:
         low = min(low, 0.0)
-    if high <= low:
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # equal, or as good as
         high = low + max(1.0, abs(low))
     step = _round_step((high - low) / 5)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

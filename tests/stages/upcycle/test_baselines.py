@@ -12,6 +12,11 @@ from molcli.stages.upcycle import run
 WHOLE = {"num_blocks": 1, "top_k": 0, "d_thin": 64}
 
 
+@pytest.fixture(autouse=True)
+def short_continuations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("molcli.stages.upcycle.continuations.NEW_TOKENS", 6)
+
+
 @pytest.mark.parametrize("method", ["svd", "pca"])
 @pytest.mark.parametrize(
     "family, config",
