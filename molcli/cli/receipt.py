@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from molcli.cli.tables import Figures, figures_table
-from molcli.stages.upcycle.page import NAMES, layer_cells
+from molcli.stages.upcycle.page import NAMES, STUDENT, layer_cells
 
 
 def show_receipt(folder: Path) -> None:
@@ -20,6 +20,11 @@ def show_receipt(folder: Path) -> None:
     if receipt["heldout"] is not None:
         console.print(_layers(receipt["layers"]))
         console.print(_models(receipt))
+        flops = receipt["flops"]
+        console.print(
+            f"{flops['active'] / 1e6:,.0f}M operations a token, the parent "
+            f"{flops['parent'] / 1e6:,.0f}M, at {flops['context_length']:,} tokens of context.\n"
+        )
     places = {"checkpoint": folder, "receipt": folder / "receipt.html"}
     for name, place in places.items():
         console.print(f"{name:<10} {escape(str(place))}", soft_wrap=True)
@@ -29,7 +34,7 @@ def _models(receipt: dict[str, Any]) -> Table:
     heldout, size = receipt["heldout"], receipt["parameters"]
     rows = {
         "parent": Figures(heldout["parent_ce"], 0.0, size["parent"], size["parent"]),
-        "this model": Figures(heldout["ce"], heldout["kl"], size["total"], size["active"]),
+        STUDENT: Figures(heldout["ce"], heldout["kl"], size["total"], size["active"]),
     }
     for name, row in (receipt["baselines"] or {}).items():
         rows[NAMES[name]] = Figures(row["ce"], row["kl"], row["params_total"], row["params_active"])

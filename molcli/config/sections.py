@@ -23,8 +23,8 @@ class UpcycleConfig:
         from and compare with: "random" as `molcli init`, "svd" the truncated weights, "pca" weights
         projected onto the residual's principal axes.
     receipt: "full" adds to receipt.json and receipt.html the baselines on the same held-out text,
-        each layer's sensitivity, and greedy continuations. It takes a few times as long, and loads
-        the whole parent once.
+        each layer's sensitivity, and greedy continuations. It takes longer, and for the last of
+        these loads both models as a whole, one after the other.
     """
 
     num_blocks: int = 9

@@ -27,11 +27,17 @@ class Axis:
 
 
 def linear_axis(
-    values: Sequence[float], start: float, end: float, *, from_zero: bool = True
+    values: Sequence[float],
+    start: float,
+    end: float,
+    *,
+    from_zero: bool = True,
+    whole: bool = False,
 ) -> Axis:
     """About five ticks at round numbers, the outermost of them around all values.
 
-    from_zero: starts at 0 if no value is below it. Without values, from 0 to 1.
+    from_zero: starts at 0 if no value is below it. whole: ticks are integers. Without values, from
+    0 to 1.
     """
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     if from_zero:
@@ -39,6 +45,8 @@ def linear_axis(
     if high - low <= 1e-9 * max(abs(low), abs(high)):  # equal, or as good as
         high = low + max(1.0, abs(low))
     step = _round_step((high - low) / 5)
+    if whole:
+        step = math.ceil(step)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     ticks = [i * step for i in range(first, last + 1)]
     return Axis(ticks[0], ticks[-1], start, end, ticks, log=False)

@@ -28,8 +28,9 @@ def line_chart(
         for name, points in series.items()
     }
     points = [point for line in shown.values() for point in line]
-    x_axis = linear_axis([p[0] for p in points], _LEFT, _WIDTH - _RIGHT, from_zero=False)
-    y_values = [p[1] for p in points]
+    x_values, y_values = [p[0] for p in points], [p[1] for p in points]
+    whole = all(x == int(x) for x in x_values)  # layers, steps: there is nothing in between
+    x_axis = linear_axis(x_values, _LEFT, _WIDTH - _RIGHT, from_zero=False, whole=whole)
     y_axis = (
         log_axis(y_values, _HEIGHT - _BOTTOM, _TOP)
         if log
@@ -54,10 +55,13 @@ def line_chart(
     return _svg(parts, _WIDTH, _HEIGHT, f"{y_label} by {x_label}")
 
 
-def bar_chart(bars: Mapping[str, float], *, label: str, log: bool = False) -> Markup:
+def bar_chart(
+    bars: Mapping[str, float], *, label: str, highlight: str = "", log: bool = False
+) -> Markup:
     """Horizontal bars, the value beside each. Not negative; log: lengths on a logarithmic scale.
 
-    A bar without a finite value keeps its line, and is not drawn.
+    highlight: the bar in another colour. One without a finite value keeps its line, and is not
+    drawn.
     """
     left, step, right = 150, 26, 64
     height = len(bars) * step + _BOTTOM
@@ -70,7 +74,7 @@ def bar_chart(bars: Mapping[str, float], *, label: str, log: bool = False) -> Ma
         end = axis.at(value) if _drawable(value, log) else float(left)
         parts.append(
             f'<rect x="{left}" y="{y}" width="{_n(max(0.0, end - left))}" height="{step - 9}" '
-            f'fill="var(--c{i % COLOURS})"/>'
+            f'fill="var(--c{1 if name == highlight else 0})"/>'
         )
         parts.append(
             f'<text x="{left - 8}" y="{y + 13}" text-anchor="end">{escape(name)}</text>'

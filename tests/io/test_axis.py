@@ -39,6 +39,8 @@ def test_values_that_hardly_differ_get_an_axis() -> None:
 
 
 def test_known_axes() -> None:
+    assert linear_axis([28, 29], 0, 1, from_zero=False, whole=True).ticks == [28, 29]
+    assert linear_axis([0, 11], 0, 1, whole=True).ticks == [0, 3, 6, 9, 12]
     assert linear_axis([3.0, 9.7], 0, 1).ticks == [0, 2, 4, 6, 8, 10]
     assert linear_axis([22.0, 29.0], 0, 1, from_zero=False).ticks == [22, 24, 26, 28, 30]
     assert linear_axis([], 0, 1).ticks == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])

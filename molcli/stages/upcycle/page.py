@@ -14,6 +14,8 @@ NAMES = {
     "depth_pruned": "depth-pruned parent",
 }
 """What the baselines of a receipt are called."""
+STUDENT = "this model"
+LONGEST_BAR = 8
 
 
 def receipt_page(receipt: dict[str, Any]) -> str:
@@ -48,7 +50,7 @@ def _models(receipt: dict[str, Any]) -> list[Markup]:
     baselines: dict[str, dict[str, Any]] = receipt["baselines"] or {}
     rows = [
         ("parent", heldout["parent_ce"], 0.0, size["parent"], size["parent"]),
-        ("this model", heldout["ce"], heldout["kl"], size["total"], size["active"]),
+        (STUDENT, heldout["ce"], heldout["kl"], size["total"], size["active"]),
         *(
             (NAMES[name], row["ce"], row["kl"], row["params_total"], row["params_active"])
             for name, row in baselines.items()
@@ -71,10 +73,10 @@ def _models(receipt: dict[str, Any]) -> list[Markup]:
     ]
     if baselines:
         bars = {name: ce for name, ce, *_ in rows}
-        caption = "Shorter is better. Every baseline has the shape or the cost of this model."
-        parts.append(
-            figure(bar_chart(bars, label="cross-entropy, nats a token", log=True), caption)
-        )
+        # Skipping every layer costs a hundred nats: the others would be too short to compare.
+        log = max(bars.values()) > LONGEST_BAR * min(bars.values())
+        chart = bar_chart(bars, label="cross-entropy, nats a token", highlight=STUDENT, log=log)
+        parts.append(figure(chart, "Shorter is better."))
     return parts
 
 
@@ -142,7 +144,7 @@ def _continuations(samples: list[dict[str, str]]) -> list[Markup]:
     rows = [(sample["prompt"], sample["parent"], sample["model"]) for sample in samples]
     return [
         heading("Greedy continuations"),
-        table(("held-out text", "parent", "this model"), rows, prose=True),
+        table(("held-out text", "parent", STUDENT), rows, prose=True),
     ]
 
 

@@ -9,7 +9,6 @@ from torch import Tensor
 from molcli.maths.partition import Part
 from molcli.maths.projections import leading_directions, turned_towards, unit_trace
 from molcli.model.block_stack import StackedAttention
-from molcli.model.gated_deltanet import StackedGatedDeltaNet
 from molcli.model.layers import DenseLayer, ThinBlocks
 
 
@@ -41,7 +40,7 @@ class Share:
     ) -> None:
         block, mixer = dense.block, dense.block.mixer
         assert isinstance(mixer, StackedAttention) and block.mlp.gate_proj is not None
-        self.mixer, self.part, self.parts = mixer, part, parts
+        self.mixer, self.parts = mixer, parts
         device = mixer.q_proj.device
         self.index = {
             "q": _rows_of(part.heads, mixer.head_dim, device),
@@ -57,12 +56,13 @@ class Share:
             weight[0, self.index["ff"]].double() * mlp_norm
             for weight in (block.mlp.gate_proj, block.mlp.up_proj)
         )
-        shares = torch.tensor([1 / head_visits[h] for h in part.heads], device=device).double()
-        self.o = mixer.o_proj[0][:, self.index["q"]].double() * shares.repeat_interleave(
-            mixer.head_dim
+        of_head, of_neuron = (
+            torch.tensor([visits[i] for i in own], dtype=torch.float64, device=device)
+            for visits, own in ((head_visits, part.heads), (neuron_visits, part.neurons))
         )
-        shares = torch.tensor([1 / neuron_visits[n] for n in part.neurons], device=device).double()
-        self.down = block.mlp.down_proj[0][:, self.index["ff"]].double() * shares
+        o = mixer.o_proj[0, :, self.index["q"]].double()
+        self.o = o / of_head.repeat_interleave(mixer.head_dim)
+        self.down = block.mlp.down_proj[0, :, self.index["ff"]].double() / of_neuron
 
 
 def svd_bases(share: Share, rank: int) -> Bases:
@@ -94,36 +94,34 @@ def project(stack: ThinBlocks, blocks: slice, share: Share, bases: Bases) -> Non
     """Sets some blocks of a stack, all alike. What Gated DeltaNet has beyond q, k, v and o stays
     as it was drawn."""
     read, write, block, source = bases.read, bases.write, stack.block, share.mixer
-    stack.thin_in[blocks], stack.thin_out[blocks] = read.mT.float(), write.float()
-    block.input_norm[blocks] = block.post_norm[blocks] = bases.norm
     mixer, mlp = block.mixer, block.mlp
     assert mlp.gate_proj is not None
+    # Gated DeltaNet has a key-value head for every query head.
+    copies = mixer.k_proj.shape[1] // len(share.k)
+    k, v = (
+        x.unflatten(0, (-1, source.head_dim)).repeat_interleave(copies, dim=0).flatten(0, 1)
+        for x in (share.k, share.v)
+    )
     values = [
+        (stack.thin_in, read.mT),
+        (stack.thin_out, write),
+        (block.input_norm, bases.norm * torch.ones(len(read.mT))),
+        (block.post_norm, bases.norm * torch.ones(len(read.mT))),
         (mixer.q_proj, share.q @ read),
-        (mixer.k_proj, share.k @ read),
-        (mixer.v_proj, share.v @ read),
+        (mixer.k_proj, k @ read),
+        (mixer.v_proj, v @ read),
         (mixer.o_proj, write.mT @ share.o),
         (mlp.gate_proj, share.gate @ read),
         (mlp.up_proj, share.up @ read),
         (mlp.down_proj, write.mT @ share.down),
     ]
-    if isinstance(mixer, StackedGatedDeltaNet):  # a key-value head for every query head
-        copies = len(share.part.heads) // len(share.part.kv_heads)
-        for i in (1, 2):
-            parameter, value = values[i]
-            heads = value.unflatten(0, (-1, source.head_dim))
-            values[i] = parameter, heads.repeat_interleave(copies, dim=0).flatten(0, 1)
-    else:
-        for mine, bias, rows in (
-            (mixer.q_bias, source.q_bias, "q"),
-            (mixer.k_bias, source.k_bias, "kv"),
-            (mixer.v_bias, source.v_bias, "kv"),
-        ):
-            if mine is not None and bias is not None:
-                values.append((mine, bias[0, share.index[rows]]))
-        for mine, norm in ((mixer.q_norm, source.q_norm), (mixer.k_norm, source.k_norm)):
-            if mine is not None and norm is not None:
-                values.append((mine, norm[0]))
+    if isinstance(mixer, StackedAttention):
+        for name, rows in (("q_bias", "q"), ("k_bias", "kv"), ("v_bias", "kv")):
+            if getattr(mixer, name) is not None:
+                values.append((getattr(mixer, name), getattr(source, name)[0, share.index[rows]]))
+        for name in ("q_norm", "k_norm"):
+            if getattr(mixer, name) is not None:
+                values.append((getattr(mixer, name), getattr(source, name)[0]))
         if mixer.o_bias is not None and source.o_bias is not None:
             values.append((mixer.o_bias, write.mT @ source.o_bias[0].double() / share.parts))
     for parameter, value in values:
