@@ -111,8 +111,7 @@ def _convert(
         if fitted is not None:
             row["retained_energy"] = fitted.retained
         if text is not None and streams is not None:
-            source = _source(i, config, dense, text, streams[0])
-            before = streams[1].parent
+            source, before = _source(i, config, dense, text, streams[0]), streams[1].parent
             row |= advance(*streams, dense, layer)
             if comparison is not None:
                 comparison.advance(source, layer, before, streams[0].parent)
@@ -131,6 +130,7 @@ def _convert(
     losses = ending.figures(streams[1], streams[1].student)
     if comparison is None:
         return Measured(report, losses)
+    progress(config.num_hidden_layers, config.num_hidden_layers, "comparing with baselines")
     for index, kl in comparison.sensitivity.figures(ending).items():
         report[index]["sensitivity"] = kl
     return Measured(report, losses, comparison.figures(ending))
