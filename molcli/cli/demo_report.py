@@ -17,6 +17,7 @@ from molcli.config.sections import Recipe
 from molcli.io.parent import Parent
 from molcli.model import MoLForCausalLM
 from molcli.model.checkpoint import default_device, open_checkpoint
+from molcli.model.greedy import continue_greedily
 from molcli.model.teacher import open_teacher
 from molcli.stages.evaluate import Evaluation
 
@@ -33,13 +34,11 @@ def continuations(checkpoint: Path, parent: Parent) -> dict[str, str]:
         "parent": open_teacher(parent, student, student.dtype),
         "trained": student,
     }
-    prompt = tokenizer(PROMPT, return_tensors="pt").to(student.device)
-    texts = {}
-    for name, model in models.items():
-        # transformers types the receiver as a protocol that none of its own models satisfies.
-        ids = model.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False)  # type: ignore[misc]
-        texts[name] = str(tokenizer.decode(ids[0], skip_special_tokens=True))
-    return texts
+    prompt: list[int] = tokenizer(PROMPT)["input_ids"]
+    return {
+        name: continue_greedily(model, tokenizer, prompt, NEW_TOKENS)
+        for name, model in models.items()
+    }
 
 
 def report(

@@ -41,7 +41,9 @@ def upcycle(
 
     refuse_taken(out)
     run_upcycle(open_dense(parent), settings, out, calibration=calibration)
-    typer.echo(f"Mixture of Layers model in {out}")
+    from molcli.cli.receipt import show_receipt
+
+    show_receipt(out)
 
 
 def run_upcycle(
@@ -52,10 +54,10 @@ def run_upcycle(
     An exact copy needs none: without text, its receipt has no held-out figures.
     """
     from molcli.stages.upcycle import upcycle as convert
-    from molcli.stages.upcycle.shape import is_whole, mol_config
+    from molcli.stages.upcycle.shape import is_copy, mol_config
 
     # Before the long calibration: a recipe that does not fit the parent is refused here.
-    exact = is_whole(mol_config(parent, recipe.upcycle))
+    exact = is_copy(mol_config(parent, recipe.upcycle), recipe.upcycle)
     with scratch_beside(out) as scratch:
         if calibration is None and (recipe.calibrate.data is not None or not exact):
             calibration = scratch / "calibration"

@@ -41,6 +41,12 @@ def _upcycle(c: UpcycleConfig) -> None:
                 f"`upcycle.gated_deltanet` names {dense}, which `upcycle.layers` keeps dense",
                 allowed=f"layers of {c.layers}",
             )
+    if c.gated_deltanet == "auto" and c.method != "fitted":
+        raise MolError(
+            f"`upcycle.gated_deltanet` is auto, `upcycle.method` {c.method}: auto compares fits",
+            allowed="all, none or a list of layers, where nothing is fitted",
+            hint="upcycle.gated_deltanet=none",
+        )
     _positive("upcycle.ridge", c.ridge)
     _between("upcycle.shrinkage", c.shrinkage, 0, 1)
 

@@ -19,6 +19,12 @@ class UpcycleConfig:
         "all", "none", a list of layers, or "auto" (those where it fits about as well).
     ridge: Tikhonov term of the least-squares refits, relative to the mean feature energy.
     shrinkage: share of every block's refit that sees all tokens, not only its cluster's.
+    method: how blocks are filled. "fitted" by least squares; the others are baselines, to train
+        from and compare with: "random" as `molcli init`, "svd" the truncated weights, "pca" weights
+        projected onto the residual's principal axes.
+    receipt: "full" adds to receipt.json and receipt.html the baselines on the same held-out text,
+        each layer's sensitivity, and greedy continuations. It takes longer, and for the last of
+        these loads both models as a whole, one after the other.
     """
 
     num_blocks: int = 9
@@ -30,6 +36,8 @@ class UpcycleConfig:
     gated_deltanet: Literal["all", "none", "auto"] | list[int] = "none"
     ridge: float = 1e-2
     shrinkage: float = 0.1
+    method: Literal["fitted", "random", "svd", "pca"] = "fitted"
+    receipt: Literal["short", "full"] = "short"
 
 
 @dataclass(frozen=True)

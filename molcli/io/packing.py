@@ -77,6 +77,11 @@ class TokenRows:
         """Tokens in all rows, padding left out."""
         return int(self.lengths.sum())
 
+    @property
+    def predicted(self) -> int:
+        """Tokens that another one of their document and row precedes."""
+        return int((self.batch(slice(None)).labels != IGNORED).sum())
+
     def rows(self, index: slice | Tensor) -> "TokenRows":
         """Some of the rows, by slice or by (n,) indices."""
         return TokenRows(self.input_ids[index], self.document_ids[index], self.lengths[index])

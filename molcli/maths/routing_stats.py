@@ -110,6 +110,18 @@ def summarise(counts: RoutingCounts, *, dead_share: float) -> RoutingSummary:
     )
 
 
+def routing_margin(scores: Tensor, top_k: int) -> float | None:
+    """How far the last chosen block is ahead of the first one that is not: mean over tokens.
+
+    scores: (n, R), what blocks are chosen by; the top_k highest of a row are. None where every
+    block is chosen. Near 0, a small change of the residual changes the routing.
+    """
+    if scores.shape[1] <= top_k:
+        return None
+    best = scores.topk(top_k + 1, dim=1).values
+    return (best[:, top_k - 1] - best[:, top_k]).mean().item()
+
+
 def _widened(gaps: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(gaps, (0, width - gaps.shape[1]))
 

@@ -34,8 +34,8 @@ def calibrate(
 ) -> None:
     """Fits nothing, only observes. The parent is read one layer at a time.
 
-    Raises MolError if there is no text, too little for one row to fit on and one held out, or if
-    the parent overflows on it.
+    Raises MolError if there is no text, too little for one row to fit on and one held out, nothing
+    to predict in the latter, or if the parent overflows on it.
     """
     fit, heldout = _rows(parent, config)
     model = MoLConfig(**parent.mol_config_kwargs())
@@ -111,5 +111,12 @@ def _rows(parent: Parent, config: CalibrateConfig) -> tuple[TokenRows, TokenRows
             allowed="at least 2 rows: one to fit on, one held out",
             hint="give more text, or a shorter calibrate.context_length",
         )
-    fit = slice(0, len(rows) - heldout)
-    return rows.rows(fit), rows.rows(slice(len(rows) - heldout, None))
+    first = len(rows) - heldout
+    kept = rows.rows(slice(first, None))
+    if not kept.predicted:
+        raise MolError(
+            f"in the text held out of {config.data}, no token follows another one",
+            allowed="documents of 2 tokens or more",
+            hint="give longer documents, or more calibrate.heldout_tokens",
+        )
+    return rows.rows(slice(0, first)), kept

@@ -155,6 +155,14 @@ def test_gated_deltanet_may_not_name_a_dense_layer() -> None:
     assert "[3]" in error.found
 
 
+@pytest.mark.parametrize("method", ["random", "svd", "pca"])
+def test_auto_needs_fits_to_compare(method: str) -> None:
+    error = refusal(f"upcycle.method={method}", "upcycle.gated_deltanet=auto")
+    assert "auto compares fits" in error.found
+    settings = [f"upcycle.method={method}", error.hint]
+    assert load_recipe(None, settings).upcycle.method == method
+
+
 def test_one_shared_block_is_a_recipe() -> None:
     one = ["upcycle.num_blocks=1", "upcycle.num_shared_blocks=1", "upcycle.top_k=0"]
     assert load_recipe(None, one).upcycle.top_k == 0

@@ -33,7 +33,7 @@ def test_positions_labels_and_documents_restart() -> None:
 def test_short_last_row_is_padded_when_kept() -> None:
     rows = pack(documents(3, 3), 4, seed=None, keep_short=True)
     batch = rows.batch(slice(None))
-    assert rows.tokens == 6
+    assert (rows.tokens, rows.predicted) == (6, 3)
     assert batch.attention_mask is not None
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert batch.labels.tolist() == [[IGNORED, 1, 2, IGNORED], [IGNORED, 5, IGNORED, IGNORED]]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from molcli.maths.routing_stats import RoutingCounts, count_routing, summarise
+from molcli.maths.routing_stats import RoutingCounts, count_routing, routing_margin, summarise
 
 
 @st.composite
@@ -127,3 +127,10 @@ def test_one_block_counts_as_evenly_loaded() -> None:
     summary = summarise(count_routing(blocks, torch.ones(3, 1), torch.zeros(3), 1), dead_share=0)
     assert summary.entropy == 1.0
     assert summary.layer_mean_gap == 1.0
+
+
+def test_the_margin_is_between_the_last_chosen_and_the_first_left_out() -> None:
+    scores = torch.tensor([[3.0, 1.0, 2.5], [0.0, 0.25, 4.0]])
+    assert routing_margin(scores, 1) == pytest.approx((0.5 + 3.75) / 2)
+    assert routing_margin(scores, 2) == pytest.approx((1.5 + 0.25) / 2)
+    assert routing_margin(scores, 3) is None

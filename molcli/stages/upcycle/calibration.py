@@ -34,7 +34,8 @@ class Calibration:
 
 
 def open_calibration(folder: Path, parent: Parent) -> Calibration:
-    """Raises MolError if the folder is not a whole calibration of this parent."""
+    """Raises MolError if the folder is not a whole calibration of this parent, or if there is
+    nothing to measure on its held-out rows."""
     with _readable(folder):
         about = json.loads((folder / "calibration.json").read_text())
         tensors = load_file(folder / "tokens.safetensors")
@@ -48,6 +49,12 @@ def open_calibration(folder: Path, parent: Parent) -> Calibration:
             f"the calibration {folder} belongs to another parent than {parent.name}",
             allowed="a calibration of the same weights",
             hint=f"molcli calibrate {parent.name} NEW_FOLDER",
+        )
+    if not heldout.predicted:
+        raise MolError(
+            f"in the held-out text of the calibration {folder}, no token follows another one",
+            allowed="a calibration on documents of 2 tokens or more",
+            hint=f"molcli calibrate {parent.name} NEW_FOLDER --data OTHER.txt",
         )
     return Calibration(folder, fit, heldout, about)
 

@@ -87,8 +87,8 @@ def fit_layer(
             task, kept = _fit_family(layer.shared, i, spec, config, part, task)
             retained.append(kept)
     if layer.routed is not None and layer.router is not None:
-        clones = _clones(config.num_routed_blocks, config.num_blocks_per_tok)
-        _set_router(layer.router, clones, x, generator)
+        clones = clones_of_families(config.num_routed_blocks, config.num_blocks_per_tok)
+        set_router(layer.router, clones, x, generator)
         rows, gate = layer.route(layer.router(x), context.stream)
         first = 0
         for count, part in zip(clones, families, strict=True):
@@ -118,12 +118,12 @@ def _fit_family(
     return replace(task, target=task.target - added), retained
 
 
-def _clones(routed: int, top_k: int) -> list[int]:
+def clones_of_families(routed: int, top_k: int) -> list[int]:
     """Blocks in each of top_k families; the first ones get the blocks that are left over."""
     return [routed // top_k + (i < routed % top_k) for i in range(top_k)]
 
 
-def _set_router(router: Router, clones: list[int], x: Tensor, generator: torch.Generator) -> None:
+def set_router(router: Router, clones: list[int], x: Tensor, generator: torch.Generator) -> None:
     """Every cluster of tokens gets one clone of each family.
 
     The clones of a cluster share their router row, hence their logits: the top_k of a token are

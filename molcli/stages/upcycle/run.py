@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
-from molcli import __version__
 from molcli.config.recipe import RECIPE_FILE, save_recipe
 from molcli.config.sections import Recipe
 from molcli.errors import MolError
@@ -21,9 +19,16 @@ from molcli.model.configuration_mol import MoLConfig
 from molcli.model.from_parent import dense_layer
 from molcli.model.layers import DenseLayer, MoLLayer
 from molcli.progress import Progress, silent
+from molcli.stages.upcycle.baselines import ParentLayer, baseline_layer
 from molcli.stages.upcycle.calibration import Calibration, open_calibration
+from molcli.stages.upcycle.comparison import Comparison
+from molcli.stages.upcycle.continuations import continuations
+from molcli.stages.upcycle.ending import open_ending
+from molcli.stages.upcycle.figures import advance
 from molcli.stages.upcycle.layer import FittedLayer, copy_layer, fit_layer
-from molcli.stages.upcycle.shape import is_whole, mol_config, parts
+from molcli.stages.upcycle.page import receipt_page
+from molcli.stages.upcycle.receipt import Measured, receipt
+from molcli.stages.upcycle.shape import is_copy, mol_config, parts
 from molcli.stages.upcycle.streams import Streams, open_streams, relative_error
 from molcli.stages.upcycle.teacher import Teacher
 
@@ -46,7 +51,7 @@ def upcycle(
     Raises MolError where recipe, parent, calibration or disk do not fit together.
     """
     config = mol_config(parent, recipe.upcycle)
-    if calibration is None and not is_whole(config):
+    if calibration is None and not is_copy(config, recipe.upcycle):
         raise MolError(
             "there is no calibration to fit the thin blocks to",
             allowed="a folder that `molcli calibrate` wrote",
@@ -54,31 +59,24 @@ def upcycle(
         )
     text = None if calibration is None else open_calibration(calibration, parent)
     embedding = parent.embedding()
-    count = count_parameters(config)
+    size = count_parameters(config).total * embedding.element_size()
     start = time.monotonic()
-    with output_folder(out, need_bytes=count.total * embedding.element_size()) as staging:
+    with output_folder(out, need_bytes=size) as staging:
         writer = ShardedWriter(staging)
         config.dtype = embedding.dtype
-        layers, heldout = _convert(parent, config, text, recipe, writer, progress)
+        measured = _convert(parent, config, text, recipe, writer, progress)
         writer.close()
         config.architectures = ["MoLForCausalLM"]
         config.save_pretrained(staging)
         parent.copy_tokenizer(staging)
         save_recipe(recipe, staging / RECIPE_FILE)
-        receipt = {
-            "parent": {"name": parent.name, "fingerprint": parent.fingerprint()},
-            "calibration": None if text is None else text.about,
-            "parameters": {"total": count.total, "active": count.active},
-            "heldout": heldout,
-            "layers": layers,
-            "seconds": round(time.monotonic() - start, 1),
-            "versions": {
-                "molcli": __version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-        }
-        (staging / "receipt.json").write_text(json.dumps(receipt, indent=2) + "\n")
+        samples = None
+        if text is not None and recipe.upcycle.receipt == "full":
+            samples = continuations(staging, parent, text.heldout)
+        seconds = time.monotonic() - start
+        found = receipt(parent, config, recipe, text, measured, samples, seconds)
+        (staging / "receipt.json").write_text(json.dumps(found, indent=2) + "\n")
+        (staging / "receipt.html").write_text(receipt_page(found), encoding="utf-8")
 
 
 @torch.no_grad()
@@ -89,20 +87,20 @@ def _convert(
     recipe: Recipe,
     writer: ShardedWriter,
     progress: Progress,
-) -> tuple[list[dict[str, Any]], dict[str, float] | None]:
-    """Writes every tensor. Returns the receipt's rows for layers, and its held-out losses."""
+) -> Measured:
+    """Writes every tensor, and measures as much as the recipe asks for."""
     device = default_device()
     embedding = parent.embedding()
     dtype = embedding.dtype
     writer.add("model.embed_tokens.weight", embedding)
-    streams = (
-        None
-        if text is None
-        else (
-            open_streams(text.fit, config, embedding, device),
-            open_streams(text.heldout, config, embedding, device),
+    streams = comparison = None
+    if text is not None:
+        fit, heldout = (
+            open_streams(rows, config, embedding, device) for rows in (text.fit, text.heldout)
         )
-    )
+        streams = fit, heldout
+        if recipe.upcycle.receipt == "full":
+            comparison = Comparison(parent, config, text.heldout, heldout, recipe.calibrate.seed)
     generator = torch.Generator().manual_seed(recipe.calibrate.seed)
     report = []
     for i in range(config.num_hidden_layers):
@@ -112,8 +110,11 @@ def _convert(
         row: dict[str, Any] = {"layer": i, "kind": config.layer_kinds[i]}
         if fitted is not None:
             row["retained_energy"] = fitted.retained
-        if streams is not None:
-            row |= _advance(streams, dense, layer)
+        if text is not None and streams is not None:
+            source, before = _source(i, config, dense, text, streams[0]), streams[1].parent
+            row |= advance(*streams, dense, layer)
+            if comparison is not None:
+                comparison.advance(source, layer, before, streams[0].parent)
         report.append(row)
         for name, tensor in layer.state_dict().items():
             wanted = torch.float32 if name.endswith(KEPT_IN_FP32) else dtype
@@ -124,16 +125,15 @@ def _convert(
     if head is not None:
         writer.add("lm_head.weight", head)
     if streams is None:
-        return report, None
-    weight = (embedding if head is None else head).to(device, torch.float32)
-    losses = streams[1].losses(norm.to(device, torch.float32), weight, config.rms_norm_eps)
-    tokens = int(losses.count)
-    return report, {
-        "tokens": tokens,
-        "parent_ce": losses.parent_cross_entropy.item() / tokens,
-        "ce": losses.cross_entropy.item() / tokens,
-        "kl": losses.kl.item() / tokens,
-    }
+        return Measured(report)
+    ending = open_ending(parent, device)
+    losses = ending.figures(streams[1], streams[1].student)
+    if comparison is None:
+        return Measured(report, losses)
+    progress(config.num_hidden_layers, config.num_hidden_layers, "comparing with baselines")
+    for index, kl in comparison.sensitivity.figures(ending).items():
+        report[index]["sensitivity"] = kl
+    return Measured(report, losses, comparison.figures(ending))
 
 
 def _layer(
@@ -148,10 +148,13 @@ def _layer(
     """The converted layer, None where the parent's is kept. Decides `gated_deltanet: auto`."""
     if config.layer_kinds[index] == "dense":
         return None
-    if is_whole(config):
+    if is_copy(config, recipe.upcycle):
         return copy_layer(config, index, dense)
     assert text is not None and streams is not None
     fit = streams[0]
+    if recipe.upcycle.method != "fitted":
+        source = _source(index, config, dense, text, fit)
+        return baseline_layer(recipe.upcycle.method, config, source, recipe.calibrate.seed)
     teacher = Teacher(dense, fit.parent, fit.context)
     moment = text.moment(index).to(fit.parent.device)
     state = generator.get_state()
@@ -185,21 +188,7 @@ def _layer(
     return softmax
 
 
-def _advance(
-    streams: tuple[Streams, Streams], dense: DenseLayer, layer: DenseLayer | MoLLayer
-) -> dict[str, float]:
-    """Moves all residuals past the layer; the receipt's figures for it.
-
-    delta_error: of what the layer adds, against the parent's, on held-out tokens: 0 is exact, 1 is
-    what leaving the layer out costs. residual_error: of the residual after it.
-    """
-    fit, heldout = streams
-    before_parent, before_student = heldout.parent, heldout.student
-    fit.advance(dense, layer)
-    heldout.advance(dense, layer)
-    delta = relative_error(heldout.student - before_student, heldout.parent - before_parent)
-    return {
-        "delta_error": delta,
-        "residual_error": heldout.error(),
-        "residual_error_fit": fit.error(),
-    }
+def _source(
+    index: int, config: MoLConfig, dense: DenseLayer, text: Calibration, fit: Streams
+) -> ParentLayer:
+    return ParentLayer(index, dense, parts(config), fit.parent, fit.context, text)

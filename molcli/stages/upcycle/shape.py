@@ -63,6 +63,11 @@ def is_whole(config: MoLConfig) -> bool:
     return config.num_blocks == config.num_shared_blocks == 1 and thin == dense
 
 
+def is_copy(config: MoLConfig, options: UpcycleConfig) -> bool:
+    """Whether the conversion copies the parent's layers as they are, and needs no text."""
+    return is_whole(config) and options.method == "fitted"
+
+
 def _d_thin(config: UpcycleConfig, d_model: int, head_dim: int, active: int) -> int:
     if config.d_thin is None:
         heads = min(round(d_model / active / head_dim), d_model // head_dim)

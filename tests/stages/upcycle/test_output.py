@@ -25,7 +25,12 @@ def test_the_receipt_is_complete(
     assert receipt["parent"] == {"name": str(converted.parent), "fingerprint": parent.fingerprint()}
     assert receipt["calibration"]["tokens"] == 1024
     count = count_parameters(config)
-    assert receipt["parameters"] == {"total": count.total, "active": count.active}
+    dense = sum(p.numel() for p in converted.parent_model().parameters())
+    assert receipt["parameters"] == {
+        "total": count.total,
+        "active": count.active,
+        "parent": dense,
+    }
     assert receipt["versions"]["molcli"] == __version__
     assert receipt["seconds"] >= 0
     for index, layer in enumerate(receipt["layers"]):

@@ -1,0 +1,114 @@
+"""Baselines on the held-out text, beside the student through the layers."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from molcli.io.packing import TokenRows
+from molcli.io.parent import Parent
+from molcli.maths.parameters import count_parameters
+from molcli.model.configuration_mol import MoLConfig
+from molcli.model.from_parent import dense_layer
+from molcli.model.layers import DenseLayer, MoLLayer
+from molcli.stages.upcycle.baselines import METHODS, ParentLayer, baseline_layer
+from molcli.stages.upcycle.ending import Ending
+from molcli.stages.upcycle.sensitivity import Sensitivity
+from molcli.stages.upcycle.streams import Streams
+
+
+class Comparison:
+    """What the student has to beat, all the way to the logits.
+
+    "skipped": the converted layers add nothing. `METHODS`: the same shape, filled without a fit.
+    "depth_pruned": the parent without its least influential layers, as many as bring it down to the
+    student's active parameters; missing where the student has not fewer than the parent. Influence
+    is one minus the cosine of a layer's input and output (arXiv 2403.03853), on the text that
+    blocks are fitted to. And `sensitivity`, of every converted layer.
+    """
+
+    def __init__(
+        self, parent: Parent, config: MoLConfig, rows: TokenRows, heldout: Streams, seed: int
+    ) -> None:
+        """rows, heldout: the held-out text, and its residuals before the first layer."""
+        self.sensitivity = Sensitivity(rows, config, parent.embedding(), heldout.parent.device)
+        self._parent, self._config, self._seed = parent, config, seed
+        self._heldout, self._start = heldout, heldout.parent
+        self._residuals = dict.fromkeys(("skipped", *METHODS), heldout.parent)
+        self._influence: list[float] = []
+
+    def advance(
+        self,
+        source: ParentLayer,
+        converted: DenseLayer | MoLLayer,
+        before: Tensor,
+        fit_after: Tensor,
+    ) -> None:
+        """Moves all residuals past a layer that the `heldout` streams have passed already.
+
+        before: the parent's held-out residual before it; fit_after: `source.x` after it.
+        """
+        self.sensitivity.advance(source.index, source.dense, converted)
+        self._influence.append(1 - F.cosine_similarity(source.x, fit_after, dim=-1).mean().item())
+        if self._config.layer_kinds[source.index] == "dense":
+            self._residuals = self._through(source.dense, before)
+            return
+        for method in METHODS:
+            layer = baseline_layer(method, self._config, source, self._seed).layer
+            self._residuals[method] = self._heldout.context.run(layer, self._residuals[method])
+
+    def _through(self, dense: DenseLayer, before: Tensor) -> dict[str, Tensor]:
+        """Of equal residuals, and there are many below the first converted layer, only one runs."""
+        after = {id(before): self._heldout.parent}
+        for x in self._residuals.values():
+            if id(x) not in after:
+                after[id(x)] = self._heldout.context.run(dense, x)
+        return {name: after[id(x)] for name, x in self._residuals.items()}
+
+    def figures(self, ending: Ending) -> dict[str, dict[str, Any]]:
+        """After the last layer, by baseline: ce, kl (nats a predicted token), params_total,
+        params_active; of depth_pruned also which `layers` are left out."""
+        count = count_parameters(self._config)
+        full = {"params_total": count.total, "params_active": count.active}
+        kinds = self._config.layer_kinds
+        sizes = dict.fromkeys(METHODS, full) | {"skipped": self._dense_size(kinds.count("dense"))}
+        found: dict[str, dict[str, Any]] = {
+            name: _losses(ending, self._heldout, x) | sizes[name]
+            for name, x in self._residuals.items()
+        }
+        kept = self._affordable(count.active)
+        if kept < len(kinds):
+            order = sorted(range(len(kinds)), key=lambda i: self._influence[i])
+            dropped = sorted(order[: len(kinds) - kept])
+            found["depth_pruned"] = (
+                _losses(ending, self._heldout, self._pruned(set(dropped)))
+                | self._dense_size(kept)
+                | {"layers": dropped}
+            )
+        return found
+
+    def _pruned(self, dropped: set[int]) -> Tensor:
+        x, device = self._start, self._start.device
+        for i in range(self._config.num_hidden_layers):
+            if i not in dropped:
+                layer = dense_layer(self._parent, self._config, i, device)
+                x = self._heldout.context.run(layer, x)
+        return x
+
+    def _affordable(self, active: int) -> int:
+        """Dense layers of a model with at most so many parameters."""
+        none, one = (self._dense_size(n)["params_total"] for n in (0, 1))
+        return max(0, (active - none) // (one - none))
+
+    def _dense_size(self, layers: int) -> dict[str, int]:
+        kwargs = self._parent.mol_config_kwargs()
+        dense = MoLConfig(
+            **kwargs | {"num_hidden_layers": layers, "layer_kinds": ["dense"] * layers}
+        )
+        total = count_parameters(dense).total
+        return {"params_total": total, "params_active": total}
+
+
+def _losses(ending: Ending, heldout: Streams, x: Tensor) -> dict[str, Any]:
+    figures = ending.figures(heldout, x)
+    return {name: figures[name] for name in ("ce", "kl")}
