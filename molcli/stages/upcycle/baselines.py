@@ -93,6 +93,4 @@ def _untrained(config: MoLConfig, index: int, seed: int) -> MoLLayer:
         torch.manual_seed(seed)
         layer = MoLModel(alone).layers[0]
     assert isinstance(layer, MoLLayer)
-    if layer.router is not None:
-        layer.router.layer = index
     return layer
