@@ -14,8 +14,8 @@ def test_compiled_layers_equal_eager_ones(make_model, kind):
     generator = torch.Generator().manual_seed(0)
     batches = [
         (
-            torch.randint(model.config.vocab_size, (2, 128), generator=generator).cuda(),
-            torch.randint(count, (2, 128), generator=generator).sort(dim=1).values.cuda(),
+            torch.randint(model.config.vocab_size, (32, 512), generator=generator).cuda(),
+            torch.randint(count, (32, 512), generator=generator).sort(dim=1).values.cuda(),
         )
         for count in (1, 3, 5, 4)
     ]
