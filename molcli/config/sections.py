@@ -110,7 +110,7 @@ class TrainConfig:
     checkpoint_every: int = 200
     log_every: int = 10
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    compile: Literal["auto", "on", "off"] = "auto"
+    compile: Literal["auto"] | bool = "auto"
     gradient_checkpointing: bool = False
     seed: int = 0
 

@@ -163,9 +163,9 @@ def _check_batch(config: TrainConfig, ranks: int) -> None:
 
 
 def _worth_compiling(config: TrainConfig, device: torch.device) -> bool:
-    if config.compile == "auto":
-        return device.type == "cuda" and config.tokens >= COMPILED_FROM
-    return config.compile == "on"
+    if isinstance(config.compile, bool):
+        return config.compile
+    return device.type == "cuda" and config.tokens >= COMPILED_FROM
 
 
 def _matmul_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
