@@ -1,5 +1,6 @@
 """`molcli demo`: the whole path on a real model."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -72,12 +73,12 @@ def demo(
     text, heldout = out / "text.jsonl", out / "heldout.jsonl"
     upcycled, trained, routing = out / "upcycled", out / "trained", out / "routing.json"
 
-    drawn = settings.sample
-    with steps.step("sample", f"{drawn.tokens:,} tokens of its own text, to fit and train on"):
-        run_sample(dense, drawn, text)
-    unseen = replace(drawn, tokens=settings.evaluate.tokens, seed=drawn.seed + 1)
-    with steps.step("sample_heldout", f"{unseen.tokens:,} tokens held out, from another seed"):
-        run_sample(dense, unseen, heldout)
+    seen, unseen = settings.sample.tokens, settings.evaluate.tokens
+    sentence = f"Its own text: {seen:,} tokens to fit and train on, {unseen:,} held out"
+    with steps.step("sample", sentence):
+        drawn = out / "drawn.jsonl"
+        run_sample(dense, replace(settings.sample, tokens=seen + unseen), drawn)
+        _split(drawn, heldout, unseen, text)
     settings = with_data(settings, str(text))
     with steps.step("upcycle", "Layers become thin blocks, fitted to the parent's activations"):
         run_upcycle(dense, settings, upcycled)
@@ -93,6 +94,19 @@ def demo(
         texts = continuations(trained, dense)
     figures = report(trained, text, before, after, settings, steps.seconds, texts)
     show(figures, out, dense.name)
+
+
+def _split(drawn: Path, first: Path, tokens: int, rest: Path) -> None:
+    """Moves the first documents, of so many tokens together, to `first`, all others to `rest`.
+
+    Documents are drawn independently: none of them says anything about another.
+    """
+    count = 0
+    with drawn.open() as documents, first.open("w") as before, rest.open("w") as after:
+        for line in documents:
+            (before if count < tokens else after).write(line)
+            count += len(json.loads(line)["input_ids"])
+    drawn.unlink()
 
 
 def _fetched() -> str:

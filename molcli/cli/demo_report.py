@@ -21,7 +21,7 @@ from molcli.model.greedy import continue_greedily
 from molcli.model.teacher import open_teacher
 from molcli.stages.evaluate import Evaluation
 
-PROMPT, NEW_TOKENS = "Gravity is", 24
+PROMPT, NEW_TOKENS = "Gravity is", 16
 
 
 def continuations(checkpoint: Path, parent: Parent) -> dict[str, str]:
