@@ -1,5 +1,8 @@
 """`molcli train`: recover what the conversion lost, or train from scratch."""
 
+import os
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,7 +20,7 @@ from molcli.cli.options import (
 )
 from molcli.cli.parents import open_dense
 from molcli.config.sections import Recipe
-from molcli.errors import MolError
+from molcli.errors import Interrupted, MolError
 
 if TYPE_CHECKING:  # torch comes with it
     from molcli.io.parent import Parent as DenseParent
@@ -50,7 +53,11 @@ def train(
             hint="molcli sample PARENT text.jsonl draws text from the parent",
         )
     dense = None if parent is None else open_dense(parent)
-    run_train(checkpoint, out, text, settings, dense, resume=resume)
+    try:
+        run_train(checkpoint, out, text, settings, dense, resume=resume)
+    except Interrupted as stop:
+        stop.resume = _resume_command()
+        raise
     typer.echo(f"Trained model in {out}")
 
 
@@ -68,3 +75,11 @@ def run_train(
 
     with bar("training") as progress:
         run(checkpoint, out, data, recipe, parent, resume, progress=progress)
+
+
+def _resume_command() -> str:
+    """This very command, with --resume."""
+    words = ["molcli", *(word for word in sys.argv[1:] if word != "--resume"), "--resume"]
+    ranks = os.environ.get("LOCAL_WORLD_SIZE")  # torchrun started this process
+    launcher = [] if ranks is None else ["torchrun", f"--nproc-per-node={ranks}", "--no-python"]
+    return shlex.join(launcher + words)

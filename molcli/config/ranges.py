@@ -90,6 +90,7 @@ def _train(c: TrainConfig) -> None:
         )
     _at_least("train.checkpoint_every", c.checkpoint_every, 0)
     _at_least("train.log_every", c.log_every, 1)
+    _at_least("train.max_skipped", c.max_skipped, 1)
     _at_least("train.seed", c.seed, 0)
 
 

@@ -78,6 +78,7 @@ class TrainConfig:
     trainable: "mol" trains the Mixture of Layers layers alone and keeps the rest as inherited; on a
         model with dense layers below them, the backward pass ends early.
     checkpoint_every: optimiser steps between checkpoints; 0 writes none.
+    max_skipped: the run stops after so many steps in a row whose gradient was not finite.
     precision: "auto" is bf16 where the device multiplies matrices in it natively, else fp32.
     """
 
@@ -99,6 +100,7 @@ class TrainConfig:
     trainable: Literal["all", "mol"] = "all"
     checkpoint_every: int = 200
     log_every: int = 10
+    max_skipped: int = 10
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     gradient_checkpointing: bool = False
     seed: int = 0

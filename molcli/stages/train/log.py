@@ -17,12 +17,14 @@ class TrainLog:
 
     A line has: step, tokens, seconds, loss (what is minimised), ce and kl (nats a token; kl null
     without a parent), balance (CV^2, mean of layers), learning_rate (inherited weights'),
-    gradient_norm (before clipping, of the last step), tokens_per_second, skipped (in all).
+    gradient_norm (before clipping, of the last step), tokens_per_second, skipped (in all),
+    not_finite (where that began in the window's last skipped step, or null).
     """
 
     def __init__(self, out: Path, accelerator: Accelerator, state: TrainState) -> None:
         self.path, self.accelerator = out / LOG, accelerator
         self.note = ""
+        self._trouble = ""
         self._sums = torch.zeros(4, device=accelerator.device)
         self._steps, self._tokens, self._seconds = 0, state.tokens, state.seconds
         if accelerator.is_main_process:
@@ -32,6 +34,10 @@ class TrainLog:
         """means: (4,) this rank's part of a step's mean loss, ce, kl and balance."""
         self._sums = self._sums + means
         self._steps += 1
+
+    def skip(self, trouble: str) -> None:
+        """A step was left out. trouble: where the first value that is not finite came up."""
+        self._trouble = trouble
 
     def write(self, state: TrainState, norm: Tensor, learning_rate: float, *, kl: bool) -> None:
         """Ends a window; every rank calls it, the main one writes."""
@@ -49,10 +55,12 @@ class TrainLog:
                 "gradient_norm": float(norm) if torch.isfinite(norm) else None,
                 "tokens_per_second": rate,
                 "skipped": state.skipped,
+                "not_finite": self._trouble or None,
             }
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-        self.note = _note(line, rate, state.skipped)
+        self.note = _note(line, rate, state.skipped, self._trouble)
+        self._trouble = ""
         self._sums = torch.zeros_like(self._sums)
         self._steps, self._tokens, self._seconds = 0, state.tokens, state.seconds
 
@@ -64,7 +72,7 @@ class TrainLog:
             self.path.write_text("".join(line + "\n" for line in kept))
 
 
-def _note(line: dict[str, float | None], rate: float, skipped: int) -> str:
+def _note(line: dict[str, float | None], rate: float, skipped: int, trouble: str) -> str:
     words = [
         f"{name} {line[name]:.3f}"
         for name in ("loss", "ce", "kl", "balance")
@@ -72,5 +80,5 @@ def _note(line: dict[str, float | None], rate: float, skipped: int) -> str:
     ]
     words.append(f"{rate:,.0f} tokens/s")
     if skipped:
-        words.append(f"{skipped} steps skipped")
+        words.append(f"{skipped} steps skipped" + (f" for {trouble}" if trouble else ""))
     return ", ".join(words)

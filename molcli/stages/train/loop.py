@@ -3,13 +3,14 @@
 import math
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
 from molcli.config.sections import Recipe, TrainConfig
-from molcli.errors import MolError
+from molcli.errors import Interrupted, MolError
 from molcli.io.packing import RowOrder, load_rows
 from molcli.io.parent import Parent
 from molcli.io.tensors import TensorReader
@@ -18,6 +19,8 @@ from molcli.model.checkpoint import default_device, open_checkpoint
 from molcli.model.precision import fast_dtype
 from molcli.model.teacher import open_teacher
 from molcli.progress import Progress, silent
+from molcli.stages.train.finite import origin
+from molcli.stages.train.identity import refuse_another_run, run_identity
 from molcli.stages.train.log import TrainLog
 from molcli.stages.train.objective import Objective, Student
 from molcli.stages.train.optimizer import (
@@ -27,7 +30,14 @@ from molcli.stages.train.optimizer import (
     set_learning_rates,
 )
 from molcli.stages.train.output import refuse_folder, save_model
-from molcli.stages.train.state import TrainState, load_checkpoint, run_identity, save_checkpoint
+from molcli.stages.train.signals import StopSignals
+from molcli.stages.train.state import (
+    TrainState,
+    last_good,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,9 @@ def train(
     `out` holds log.jsonl and checkpoints/, from which resume=True goes on bit for bit; config.json
     appears there last. Under torchrun each rank takes its share of every batch.
 
-    Raises MolError for a checkpoint, parent, data or output folder that cannot be used.
+    SIGINT and SIGTERM end it after the step at hand, with a checkpoint and Interrupted.
+    Raises MolError for a checkpoint, parent, data or output folder that cannot be used, after
+    train.max_skipped steps in a row without a finite gradient, and where the disk takes no more.
     """
     config = recipe.train
     accelerator = Accelerator(cpu=default_device().type == "cpu")
@@ -102,7 +114,11 @@ def train(
         checkpoint=TensorReader(checkpoint).fingerprint(),
         parent="" if parent is None else parent.fingerprint(),
     )
-    load_checkpoint(state, out / "checkpoints", identity)
+    checkpoints = out / "checkpoints"
+    saved = newest_checkpoint(checkpoints)
+    if saved is not None:
+        refuse_another_run(saved, identity)
+        load_checkpoint(state, saved)
     ce_weight = 1.0 if teacher is None else config.ce_weight
     student = Student(model, dtype, ce_weight=ce_weight, kl_weight=config.kl_weight)
     objective = Objective(accelerator.prepare(student), teacher, config.balance_weight)
@@ -112,34 +128,59 @@ def train(
     log = TrainLog(out, accelerator, state)
     clock = time.perf_counter() - state.seconds
 
-    while state.step < steps:
-        ratio = learning_rate_ratio(state.step, steps, config)
-        set_learning_rates(state.optimizer, ratio)
-        index = order.take(state.row, config.batch_size)
-        means = objective.backward(rows, index, config.micro_batch_size, accelerator)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-        if torch.isfinite(norm):  # ranks agree: they have averaged their gradients
-            state.optimizer.step()
-            log.add(means)
-        else:
-            state.skipped += 1
-        state.optimizer.zero_grad()
-        state.step += 1
-        state.row += config.batch_size
-        state.tokens += step_tokens
-        state.seconds = time.perf_counter() - clock
+    with StopSignals() as stop:
+        while state.step < steps:
+            ratio = learning_rate_ratio(state.step, steps, config)
+            set_learning_rates(state.optimizer, ratio)
+            index = order.take(state.row, config.batch_size)
+            batch = (rows, index, config.micro_batch_size, accelerator)
+            means = objective.backward(*batch)
+            trained = [p for p in model.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+            finite = bool(torch.isfinite(norm))  # ranks agree: they have averaged their gradients
+            if finite:
+                torch.nn.utils.clip_grads_with_norm_(trained, config.clip_norm, norm)
+                state.optimizer.step()
+                log.add(means)
+                state.skipped_in_a_row = 0
+            else:
+                trouble = origin(model, partial(objective.is_finite, *batch), accelerator)
+                log.skip(trouble)
+                state.skipped += 1
+                state.skipped_in_a_row += 1
+            state.optimizer.zero_grad()
+            state.step += 1
+            state.row += config.batch_size
+            state.tokens += step_tokens
+            state.seconds = time.perf_counter() - clock
 
-        if state.step % config.log_every == 0 or state.step == steps:
-            log.write(state, norm, ratio * config.learning_rate, kl=teacher is not None)
-        if is_main:
-            progress(state.tokens, steps * step_tokens, log.note)
-            if config.checkpoint_every and state.step % config.checkpoint_every == 0:
-                save_checkpoint(state, out / "checkpoints", identity)
+            if state.step % config.log_every == 0 or state.step == steps or not finite:
+                log.write(state, norm, ratio * config.learning_rate, kl=teacher is not None)
+            if is_main:
+                progress(state.tokens, steps * step_tokens, log.note)
+                if config.checkpoint_every and state.step % config.checkpoint_every == 0:
+                    save_checkpoint(state, checkpoints, identity)
+            if state.skipped_in_a_row >= config.max_skipped:
+                raise _not_finite(state, checkpoints, trouble)
+            if number := stop.agreed(accelerator):
+                if is_main:
+                    save_checkpoint(state, checkpoints, identity)
+                raise Interrupted(number, f"step {state.step} of {steps} is saved in {checkpoints}")
 
     if is_main:
         save_model(model, checkpoint, replace(recipe, train=replace(config, data=data)), out)
     accelerator.wait_for_everyone()
     return TrainResult(state.step, state.skipped, state.tokens, state.seconds, state.loss)
+
+
+def _not_finite(state: TrainState, checkpoints: Path, trouble: str) -> MolError:
+    return MolError(
+        f"the gradients of {state.skipped_in_a_row} steps in a row were not finite, up to step "
+        f"{state.step}; the first value that is not is in {trouble}",
+        allowed="fewer than train.max_skipped such steps in a row",
+        hint="another output folder with smaller learning rates, or train.precision=fp32; the last "
+        f"good checkpoint is {last_good(checkpoints)}",
+    )
 
 
 def _check_batch(config: TrainConfig, ranks: int) -> None:

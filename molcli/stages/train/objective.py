@@ -63,7 +63,7 @@ class Objective:
         ranks = accelerator.num_processes
         # Every rank holds all rows, so none has to ask the others for their counts.
         count = int((rows.batch(index).labels[:, 1:] != IGNORED).sum())
-        mine = index.view(ranks, -1)[accelerator.process_index].split(micro_batch_size)
+        mine = _share(index, accelerator).split(micro_batch_size)
         parts = torch.zeros(4, device=accelerator.device)
         for number, part in enumerate(mine, start=1):
             batch = rows.batch(part).to(accelerator.device)
@@ -79,8 +79,26 @@ class Objective:
         return parts
 
     @torch.no_grad()
+    def is_finite(
+        self, rows: TokenRows, index: Tensor, micro_batch_size: int, accelerator: Accelerator
+    ) -> bool:
+        """Whether this rank's share of the rows `index` gives finite losses. No gradients."""
+        student = accelerator.unwrap_model(self.student)
+        sums = torch.zeros((), device=accelerator.device)
+        for part in _share(index, accelerator).split(micro_batch_size):
+            batch = rows.batch(part).to(accelerator.device)
+            losses, balance = student(batch, self._parent_head(batch))
+            sums += losses.loss + balance
+        return bool(sums.isfinite())
+
+    @torch.no_grad()
     def _parent_head(self, batch: Batch) -> Head | None:
         if self.parent is None:
             return None
         out = self.parent.model(**batch.inputs(), use_cache=False)
         return Head(out.last_hidden_state, self.parent.lm_head.weight)
+
+
+def _share(index: Tensor, accelerator: Accelerator) -> Tensor:
+    """This rank's part of the rows."""
+    return index.view(accelerator.num_processes, -1)[accelerator.process_index]

@@ -199,6 +199,8 @@ def test_a_step_without_a_finite_gradient_is_left_out(
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "out").values())
     skipped = log_lines(tmp_path / "out")[2]
     assert (skipped["loss"], skipped["gradient_norm"], skipped["skipped"]) == (None, None, 1)
+    assert skipped["not_finite"] == "the gradient of model.embed_tokens.weight"
+    assert [line["not_finite"] for line in log_lines(tmp_path / "out")].count(None) == 7
 
 
 def test_micro_batches_add_up(tiny_mol: Make, corpus: Corpus, tmp_path: Path) -> None:
