@@ -19,7 +19,7 @@ from molcli.cli.options import (
     recipe_for,
 )
 from molcli.cli.parents import open_dense
-from molcli.config.sections import Recipe
+from molcli.config.sections import Recipe, TrainConfig
 from molcli.errors import Interrupted, MolError
 
 if TYPE_CHECKING:  # torch comes with it
@@ -45,16 +45,10 @@ def train(
     Without --recipe, the recipe saved in CKPT counts.
     """
     settings = recipe_for(recipe, overrides, checkpoint)
-    text = data if data is not None else settings.train.data
-    if text is None:
-        raise MolError(
-            "there is nothing to train on",
-            allowed="--data FILE, or train.data in the recipe",
-            hint="molcli sample PARENT text.jsonl draws text from the parent",
-        )
+    _refuse_without_data(settings.train, data)
     dense = None if parent is None else open_dense(parent)
     try:
-        run_train(checkpoint, out, text, settings, dense, resume=resume)
+        run_train(checkpoint, out, data, settings, dense, resume=resume)
     except Interrupted as stop:
         stop.resume = _resume_command()
         raise
@@ -64,7 +58,7 @@ def train(
 def run_train(
     checkpoint: Path,
     out: Path,
-    data: str,
+    data: str | None,
     recipe: Recipe,
     parent: "DenseParent | None",
     *,
@@ -75,6 +69,17 @@ def run_train(
 
     with bar("training") as progress:
         run(checkpoint, out, data, recipe, parent, resume, progress=progress)
+
+
+def _refuse_without_data(config: TrainConfig, data: str | None) -> None:
+    """Raises MolError if a stage has nothing to train on."""
+    stages = config.stages if isinstance(config.stages, list) else [config]
+    if data is None and config.data is None and any(stage.data is None for stage in stages):
+        raise MolError(
+            "there is nothing to train on",
+            allowed="--data FILE, or train.data in the recipe",
+            hint="molcli sample PARENT text.jsonl draws text from the parent",
+        )
 
 
 def _resume_command() -> str:

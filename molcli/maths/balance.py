@@ -20,3 +20,17 @@ def cv_squared(weights: Tensor, blocks: Tensor, num_blocks: int) -> Tensor:
     """
     loads = block_weights(weights, blocks, num_blocks)
     return loads.var(correction=0) / loads.mean().square()
+
+
+def block_counts(blocks: Tensor, num_blocks: int) -> Tensor:
+    """Tokens that visited each block: (num_blocks,) int64. blocks: (n, k), padding left out."""
+    return blocks.flatten().bincount(minlength=num_blocks)
+
+
+def bias_step(loads: Tensor, rate: float) -> Tensor:
+    """What loss-free balancing adds to the bias of each block: rate * sign(mean load - load).
+
+    loads: (num_blocks,) of a global batch -> (num_blocks,) float32. Source: arXiv 2408.15664.
+    """
+    loads = loads.float()
+    return rate * (loads.mean() - loads).sign()

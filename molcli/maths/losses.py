@@ -47,7 +47,8 @@ class Head:
 class TrainingLoss:
     """Sums over the predicted tokens; scalars, fp32 (float64 for float64 inputs).
 
-    loss: ce_weight * cross_entropy + kl_weight * kl, the only one with a gradient.
+    loss: ce_weight * cross_entropy + kl_weight * T^2 KL_T, the only one with a gradient; KL_T is
+    the KL between both distributions at temperature T. kl: at temperature 1, whatever T is.
     """
 
     loss: Tensor
@@ -77,16 +78,24 @@ def token_losses(model: Head, labels: Tensor, parent: Head | None = None) -> Tok
 
 
 def training_loss(
-    model: Head, labels: Tensor, parent: Head | None, *, ce_weight: float, kl_weight: float
+    model: Head,
+    labels: Tensor,
+    parent: Head | None,
+    *,
+    ce_weight: float,
+    kl_weight: float,
+    temperature: float = 1.0,
 ) -> TrainingLoss:
     """The weighted sum of both losses; arguments as for `token_losses`.
+
+    temperature: of the KL; its square keeps the gradient's size (arXiv 1503.02531).
 
     Gradients flow to model.hidden and model.weight only, and are multiplied in the same dtype as
     the logits; that of the weight is summed over chunks in fp32.
     """
     return TrainingLoss(
         *_LossAndGradient.apply(  # type: ignore[no-untyped-call]
-            model.hidden, model.weight, labels, parent, ce_weight, kl_weight
+            model.hidden, model.weight, labels, parent, ce_weight, kl_weight, temperature
         )
     )
 
@@ -103,19 +112,29 @@ class _LossAndGradient(torch.autograd.Function):
         parent: Head | None,
         ce_weight: float,
         kl_weight: float,
+        temperature: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         high = _at_least_fp32(hidden.dtype)
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         states, matrix = hidden[:, :-1].flatten(0, 1), weight.to(_product_dtype(hidden))
         for_hidden = torch.zeros_like(states) if wants_hidden else None
         for_weight = torch.zeros_like(weight, dtype=high) if wants_weight else None
-        sums = hidden.new_zeros(2, dtype=high)
+        sums = hidden.new_zeros(3, dtype=high)  # cross-entropy, KL, T^2 KL_T
+        soft = parent is not None and temperature != 1
         first = 0
         for log_q, log_p, targets, known in _chunks(Head(hidden, matrix), labels, parent):
             part = slice(first, first := first + len(targets))
-            gradient = log_q.exp().mul_(ce_weight + (0 if log_p is None else kl_weight))
+            at_one = ce_weight + (0 if log_p is None or soft else kl_weight)
+            gradient = log_q.exp().mul_(at_one)
             sums[0] -= torch.where(known, log_q.gather(1, targets)[:, 0], 0).sum()
-            if log_p is not None:
+            if log_p is not None and soft:
+                sums[1] += torch.where(known, (log_p.exp() * (log_p - log_q)).sum(1), 0).sum()
+                soft_q, soft_p = ((log / temperature).log_softmax(1) for log in (log_q, log_p))
+                p = soft_p.exp()
+                gradient.add_(soft_q.exp() - p, alpha=kl_weight * temperature)
+                divergence = p.mul_(soft_p.sub_(soft_q)).sum(1) * temperature**2
+                sums[2] += torch.where(known, divergence, 0).sum()
+            elif log_p is not None:
                 p = log_p.exp()
                 gradient.sub_(p, alpha=kl_weight)
                 sums[1] += torch.where(known, p.mul_(log_p.sub_(log_q)).sum(1), 0).sum()
@@ -130,8 +149,8 @@ class _LossAndGradient(torch.autograd.Function):
                 for_hidden.unflatten(0, (hidden.shape[0], -1)), (0, 0, 0, 1)
             )
         ctx.save_for_backward(for_hidden, None if for_weight is None else for_weight.to(weight))
-        cross_entropy, kl = sums.unbind()
-        loss = ce_weight * cross_entropy + kl_weight * kl
+        cross_entropy, kl, softened = sums.unbind()
+        loss = ce_weight * cross_entropy + kl_weight * (softened if soft else kl)
         ctx.mark_non_differentiable(cross_entropy, kl)
         return loss, cross_entropy, kl
 
@@ -141,7 +160,7 @@ class _LossAndGradient(torch.autograd.Function):
         return (
             None if for_hidden is None else for_hidden * upstream[0],
             None if for_weight is None else for_weight * upstream[0],
-            *(None, None, None, None),
+            *(None, None, None, None, None),
         )
 
 

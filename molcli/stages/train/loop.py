@@ -1,43 +1,39 @@
-"""The training loop."""
+"""A training run: its stages one after another, and the model at their end."""
 
-import math
-import time
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
 from molcli.config.sections import Recipe, TrainConfig
-from molcli.errors import Interrupted, MolError
-from molcli.io.packing import RowOrder, load_rows
+from molcli.config.stages import Stage, resolve
+from molcli.errors import MolError
+from molcli.io.packing import TokenRows, load_rows
 from molcli.io.parent import Parent
 from molcli.io.tensors import TensorReader
+from molcli.io.text import read_documents
 from molcli.io.tokenizer import open_tokenizer
+from molcli.model import MoLForCausalLM
 from molcli.model.checkpoint import default_device, open_checkpoint
 from molcli.model.precision import fast_dtype
 from molcli.model.teacher import open_teacher
 from molcli.progress import Progress, silent
-from molcli.stages.train.finite import origin
-from molcli.stages.train.identity import refuse_another_run, run_identity
+from molcli.stages.train.align import Alignment, check_alignable
+from molcli.stages.train.balance import RouterLoads, routers, set_top_k
+from molcli.stages.train.identity import DATA, refuse_another_run, run_identity
 from molcli.stages.train.log import TrainLog
 from molcli.stages.train.objective import Objective, Student
-from molcli.stages.train.optimizer import (
-    freeze_inherited,
-    learning_rate_ratio,
-    make_optimizer,
-    set_learning_rates,
-)
+from molcli.stages.train.optimizer import make_optimizer, set_trainable
 from molcli.stages.train.output import refuse_folder, save_model
-from molcli.stages.train.signals import StopSignals
 from molcli.stages.train.state import (
     TrainState,
-    last_good,
     load_checkpoint,
     newest_checkpoint,
+    restore_counters,
     save_checkpoint,
 )
+from molcli.stages.train.steps import Run, run_stage, step_tokens, steps_of
 
 
 @dataclass(frozen=True)
@@ -62,128 +58,144 @@ class TrainResult:
 def train(
     checkpoint: Path,
     out: Path,
-    data: str,
+    data: str | None,
     recipe: Recipe,
     parent: Parent | None = None,
     resume: bool = False,
     progress: Progress = silent,
 ) -> TrainResult:
-    """Trains the model in `checkpoint` on `data` as recipe.train says, and leaves it in `out`.
+    """Trains the model in `checkpoint` as recipe.train says, and leaves it in `out`.
 
-    With a parent, the loss is kl_weight times the KL to it plus ce_weight times the next-token
-    loss; without, the next-token loss alone. The balance loss is added to either. While it runs,
-    `out` holds log.jsonl and checkpoints/, from which resume=True goes on bit for bit; config.json
-    appears there last. Under torchrun each rank takes its share of every batch.
-
+    data: takes the place of train.data where given. While it runs, `out` holds log.jsonl and
+    checkpoints/, from which resume=True goes on bit for bit; config.json appears there last. Under
+    torchrun each rank takes its share of every batch; another number of ranks may resume.
     SIGINT and SIGTERM end it after the step at hand, with a checkpoint and Interrupted.
     Raises MolError for a checkpoint, parent, data or output folder that cannot be used, after
     train.max_skipped steps in a row without a finite gradient, and where the disk takes no more.
     """
-    config = recipe.train
+    config = recipe.train if data is None else replace(recipe.train, data=data)
     accelerator = Accelerator(cpu=default_device().type == "cpu")
-    is_main = accelerator.is_main_process
-    _check_batch(config, accelerator.num_processes)
-    if is_main:
+    stages = resolve(config, has_parent=parent is not None)
+    for stage in stages:
+        _check_stage(stage, accelerator.num_processes, has_parent=parent is not None)
+    if accelerator.is_main_process:
         refuse_folder(out, resume=resume)
     torch.manual_seed(config.seed)
 
     model = open_checkpoint(checkpoint, accelerator.device).train()
     model.to(torch.float32)  # master weights: bf16 would swallow small updates
-    if config.trainable == "mol":
-        freeze_inherited(model)
+    _check_top_k(config, model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     dtype = _matmul_dtype(config, accelerator.device)
     teacher = None if parent is None else open_teacher(parent, model, dtype)
-    step_tokens = config.batch_size * config.context_length
-    steps = math.ceil(config.tokens / step_tokens)
-    rows = load_rows(
-        data,
-        open_tokenizer(checkpoint),
-        vocab_size=model.config.vocab_size,
-        length=config.context_length,
-        limit=steps * step_tokens,
-        seed=config.seed,
-        progress=progress,
-    )
-
-    state = TrainState(model, make_optimizer(model, config))
+    if teacher is not None and any(stage.kind == "align" for stage in stages):
+        check_alignable(model, teacher)
     identity = run_identity(
         config,
-        data=rows.fingerprint(),
+        stages,
         checkpoint=TensorReader(checkpoint).fingerprint(),
         parent="" if parent is None else parent.fingerprint(),
     )
-    checkpoints = out / "checkpoints"
-    saved = newest_checkpoint(checkpoints)
+    state = TrainState(model, _optimizer(model, stages[0]))
+    saved = newest_checkpoint(out / "checkpoints")
     if saved is not None:
         refuse_another_run(saved, identity)
-        load_checkpoint(state, saved)
-    ce_weight = 1.0 if teacher is None else config.ce_weight
-    student = Student(model, dtype, ce_weight=ce_weight, kl_weight=config.kl_weight)
-    objective = Objective(accelerator.prepare(student), teacher, config.balance_weight)
-    order = RowOrder(len(rows), config.seed)
-    if is_main:
-        out.mkdir(parents=True, exist_ok=True)
+        restore_counters(state, saved)
     log = TrainLog(out, accelerator, state)
-    clock = time.perf_counter() - state.seconds
+    total = sum(steps_of(stage.settings) * step_tokens(stage.settings) for stage in stages)
+    run = Run(accelerator, state, out / "checkpoints", log, RouterLoads(model), total, progress)
 
-    with StopSignals() as stop:
-        while state.step < steps:
-            ratio = learning_rate_ratio(state.step, steps, config)
-            set_learning_rates(state.optimizer, ratio)
-            index = order.take(state.row, config.batch_size)
-            batch = (rows, index, config.micro_batch_size, accelerator)
-            means = objective.backward(*batch)
-            trained = [p for p in model.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-            finite = bool(torch.isfinite(norm))  # ranks agree: they have averaged their gradients
-            if finite:
-                torch.nn.utils.clip_grads_with_norm_(trained, config.clip_norm, norm)
-                state.optimizer.step()
-                log.add(means)
-                state.skipped_in_a_row = 0
-            else:
-                trouble = origin(model, partial(objective.is_finite, *batch), accelerator)
-                log.skip(trouble)
-                state.skipped += 1
-                state.skipped_in_a_row += 1
-            state.optimizer.zero_grad()
-            state.step += 1
-            state.row += config.batch_size
-            state.tokens += step_tokens
-            state.seconds = time.perf_counter() - clock
+    for number in range(state.stage, len(stages)):
+        stage = stages[number]
+        if number > state.stage:
+            state.next_stage()
+        state.optimizer = _optimizer(model, stage)
+        here = saved if saved is not None and state.stage == saved.counters["stage"] else None
+        if here is not None:
+            load_checkpoint(state, here)
+        if state.stage_step == steps_of(stage.settings):
+            continue
+        rows = _load_rows(checkpoint, model, stage.settings, progress)
+        identity[DATA] = rows.fingerprint()
+        if here is not None:
+            refuse_another_run(here, identity)
+        objective = _objective(run, stage, model, teacher, dtype)
+        if accelerator.is_main_process:
+            out.mkdir(parents=True, exist_ok=True)
+        run_stage(run, stage, objective, rows, identity)
+        if accelerator.is_main_process and config.checkpoint_every and number + 1 < len(stages):
+            save_checkpoint(
+                state, run.checkpoints, identity
+            )  # what the next stage fails on is late
+        accelerator.free_memory()
 
-            if state.step % config.log_every == 0 or state.step == steps or not finite:
-                log.write(state, norm, ratio * config.learning_rate, kl=teacher is not None)
-            if is_main:
-                progress(state.tokens, steps * step_tokens, log.note)
-                if config.checkpoint_every and state.step % config.checkpoint_every == 0:
-                    save_checkpoint(state, checkpoints, identity)
-            if state.skipped_in_a_row >= config.max_skipped:
-                raise _not_finite(state, checkpoints, trouble)
-            if number := stop.agreed(accelerator):
-                if is_main:
-                    save_checkpoint(state, checkpoints, identity)
-                raise Interrupted(number, f"step {state.step} of {steps} is saved in {checkpoints}")
-
-    if is_main:
-        save_model(model, checkpoint, replace(recipe, train=replace(config, data=data)), out)
+    set_top_k(model, model.config.num_blocks_per_tok)
+    if accelerator.is_main_process:
+        save_model(model, checkpoint, replace(recipe, train=config), out)
     accelerator.wait_for_everyone()
     return TrainResult(state.step, state.skipped, state.tokens, state.seconds, state.loss)
 
 
-def _not_finite(state: TrainState, checkpoints: Path, trouble: str) -> MolError:
-    return MolError(
-        f"the gradients of {state.skipped_in_a_row} steps in a row were not finite, up to step "
-        f"{state.step}; the first value that is not is in {trouble}",
-        allowed="fewer than train.max_skipped such steps in a row",
-        hint="another output folder with smaller learning rates, or train.precision=fp32; the last "
-        f"good checkpoint is {last_good(checkpoints)}",
+def _objective(
+    run: Run,
+    stage: Stage,
+    model: MoLForCausalLM,
+    teacher: MoLForCausalLM | None,
+    dtype: torch.dtype,
+) -> Objective | Alignment:
+    config = stage.settings
+    balance_weight = config.balance_weight if config.balance == "loss" else 0.0
+    if stage.kind == "align":
+        assert teacher is not None
+        return Alignment(model, teacher, dtype, balance_weight, run.loads)
+    student = Student(
+        model,
+        dtype,
+        run.loads,
+        ce_weight=1.0 if stage.kind == "pretrain" else config.ce_weight,
+        kl_weight=config.kl_weight,
+        temperature=config.temperature,
+    )
+    learned = teacher if stage.kind == "distill" else None
+    return Objective(run.accelerator.prepare(student), learned, balance_weight)
+
+
+def _optimizer(model: MoLForCausalLM, stage: Stage) -> torch.optim.Optimizer:
+    """A fresh one: moments of another loss, and of other learning rates, would mislead it."""
+    set_trainable(model, "mol" if stage.kind == "align" else stage.settings.trainable)
+    return make_optimizer(model, stage.settings)
+
+
+def _load_rows(
+    checkpoint: Path, model: MoLForCausalLM, config: TrainConfig, progress: Progress
+) -> TokenRows:
+    assert config.data is not None
+    return load_rows(
+        config.data,
+        open_tokenizer(checkpoint),
+        vocab_size=model.config.vocab_size,
+        length=config.context_length,
+        limit=steps_of(config) * step_tokens(config),
+        seed=config.seed,
+        progress=progress,
     )
 
 
-def _check_batch(config: TrainConfig, ranks: int) -> None:
+def _check_stage(stage: Stage, ranks: int, *, has_parent: bool) -> None:
+    """Whatever can be known before any work. Raises MolError."""
+    config = stage.settings
+    if stage.kind != "pretrain" and not has_parent:
+        raise MolError(
+            f"a stage of kind {stage.kind} learns from the parent, and there is none",
+            allowed="--parent PARENT, or stages of kind pretrain",
+        )
+    if config.data is None:
+        raise MolError(
+            f"a stage of kind {stage.kind} has no data",
+            allowed="--data FILE, train.data, or data in every stage",
+        )
+    read_documents(config.data)  # only looks whether it is there
     share = config.micro_batch_size * ranks
     if config.batch_size % share:
         raise MolError(
@@ -191,6 +203,19 @@ def _check_batch(config: TrainConfig, ranks: int) -> None:
             f"`train.micro_batch_size` of {config.micro_batch_size}",
             allowed=f"multiples of {share}",
             hint=f"--set train.batch_size={-(-config.batch_size // share) * share}",
+        )
+
+
+def _check_top_k(config: TrainConfig, model: MoLForCausalLM) -> None:
+    start, routed = config.start_top_k, model.config.num_routed_blocks
+    if start is None:
+        return
+    if not routers(model) or not model.config.num_blocks_per_tok <= start <= routed:
+        raise MolError(
+            f"`train.start_top_k` is {start}; the model routes a token to "
+            f"{model.config.num_blocks_per_tok} of {routed} blocks",
+            allowed=f"{model.config.num_blocks_per_tok} to {routed}, on a model with a router",
+            hint="--set train.start_top_k=null",
         )
 
 

@@ -11,21 +11,33 @@ from molcli.io.packing import IGNORED, Batch, TokenRows
 from molcli.maths.balance import cv_squared
 from molcli.maths.losses import Head, TrainingLoss, training_loss
 from molcli.model import MoLForCausalLM
+from molcli.stages.train.balance import RouterLoads
 
 
 class Student(nn.Module):
     """The model and its losses in one module, whose forward is all that DDP has to watch.
 
     dtype: of its matrix products, float32 or bfloat16; the weights stay as they are.
-    ce_weight, kl_weight: of the two losses.
+    ce_weight, kl_weight, temperature: of the losses (`training_loss`). loads: counts the routing.
     """
 
     def __init__(
-        self, model: MoLForCausalLM, dtype: torch.dtype, *, ce_weight: float, kl_weight: float
+        self,
+        model: MoLForCausalLM,
+        dtype: torch.dtype,
+        loads: RouterLoads,
+        *,
+        ce_weight: float,
+        kl_weight: float,
+        temperature: float,
     ) -> None:
         super().__init__()
-        self.model, self.dtype = model, dtype
-        self.ce_weight, self.kl_weight = ce_weight, kl_weight
+        self.model, self.dtype, self.loads = model, dtype, loads
+        self.weights = {
+            "ce_weight": ce_weight,
+            "kl_weight": kl_weight,
+            "temperature": temperature,
+        }
 
     def forward(self, batch: Batch, parent: Head | None) -> tuple[TrainingLoss, Tensor]:
         """The losses, summed over predicted tokens in nats, and CV^2, mean of layers."""
@@ -33,9 +45,9 @@ class Student(nn.Module):
         with torch.autocast(device, self.dtype if low else None, enabled=low):
             out = self.model.model(**batch.inputs(), use_cache=False)
             head = Head(out.last_hidden_state, self.model.lm_head.weight)
-            losses = training_loss(
-                head, batch.labels, parent, ce_weight=self.ce_weight, kl_weight=self.kl_weight
-            )
+            losses = training_loss(head, batch.labels, parent, **self.weights)
+        for routing in out.routing:
+            self.loads.add(routing)
         terms = [cv_squared(r.weights, r.blocks, r.logits.shape[1]) for r in out.routing]
         balance = torch.stack(terms).mean() if terms else losses.kl.new_zeros(())
         return losses, balance
@@ -52,6 +64,11 @@ class Objective:
     parent: MoLForCausalLM | None
     balance_weight: float
 
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """Which of loss, ce, kl and balance `backward` fills."""
+        return ("loss", "ce", "balance") + (("kl",) if self.parent is not None else ())
+
     def backward(
         self, rows: TokenRows, index: Tensor, micro_batch_size: int, accelerator: Accelerator
     ) -> Tensor:
@@ -63,7 +80,7 @@ class Objective:
         ranks = accelerator.num_processes
         # Every rank holds all rows, so none has to ask the others for their counts.
         count = int((rows.batch(index).labels[:, 1:] != IGNORED).sum())
-        mine = _share(index, accelerator).split(micro_batch_size)
+        mine = share(index, accelerator).split(micro_batch_size)
         parts = torch.zeros(4, device=accelerator.device)
         for number, part in enumerate(mine, start=1):
             batch = rows.batch(part).to(accelerator.device)
@@ -85,7 +102,7 @@ class Objective:
         """Whether this rank's share of the rows `index` gives finite losses. No gradients."""
         student = accelerator.unwrap_model(self.student)
         sums = torch.zeros((), device=accelerator.device)
-        for part in _share(index, accelerator).split(micro_batch_size):
+        for part in share(index, accelerator).split(micro_batch_size):
             batch = rows.batch(part).to(accelerator.device)
             losses, balance = student(batch, self._parent_head(batch))
             sums += losses.loss + balance
@@ -99,6 +116,6 @@ class Objective:
         return Head(out.last_hidden_state, self.parent.lm_head.weight)
 
 
-def _share(index: Tensor, accelerator: Accelerator) -> Tensor:
+def share(index: Tensor, accelerator: Accelerator) -> Tensor:
     """This rank's part of the rows."""
     return index.view(accelerator.num_processes, -1)[accelerator.process_index]

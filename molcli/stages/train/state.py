@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from molcli.errors import MolError
 from molcli.io.folder import output_folder
+from molcli.model import MoLForCausalLM
 
 KEPT = 2  # checkpoints: the newest, and the one before it
 _TENSORS, _PROGRESS = "state.pt", "progress.json"
@@ -22,21 +23,27 @@ _TENSORS, _PROGRESS = "state.pt", "progress.json"
 class TrainState:
     """Everything that changes during a run. The learning rate and the data follow from it.
 
-    step: optimiser steps done, skipped ones included. row: place in the endless sequence of rows.
-    tokens: seen in training. skipped: steps left out because their gradient was not finite;
-    skipped_in_a_row: the newest ones. seconds: spent, over all resumptions. loss: of the newest
-    logged window.
+    step: optimiser steps done, skipped ones included. stage: the one at hand, from 0; stage_step:
+    steps done in it. row: place in its endless sequence of rows. tokens: seen in training.
+    skipped: steps left out because their gradient was not finite; skipped_in_a_row: the newest
+    ones. seconds: spent, over all resumptions. loss: of the newest logged window.
     """
 
-    model: nn.Module
+    model: MoLForCausalLM
     optimizer: torch.optim.Optimizer
     step: int = 0
+    stage: int = 0
+    stage_step: int = 0
     row: int = 0
     tokens: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
     seconds: float = 0.0
     loss: float = float("nan")
+
+    def next_stage(self) -> None:
+        """Stands before the first step of the stage after this one."""
+        self.stage, self.stage_step, self.row = self.stage + 1, 0, 0
 
 
 @dataclass(frozen=True)
@@ -113,6 +120,11 @@ def load_checkpoint(state: TrainState, checkpoint: Checkpoint) -> None:
     # Another number of GPUs is no reason to stop: nothing in training draws from their generators.
     if device.type == "cuda" and len(tensors["cuda_rng"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(tensors["cuda_rng"])
+    restore_counters(state, checkpoint)
+
+
+def restore_counters(state: TrainState, checkpoint: Checkpoint) -> None:
+    """Brings the numbers of `state` to the checkpoint's."""
     for name, value in checkpoint.counters.items():
         setattr(state, name, value)
 

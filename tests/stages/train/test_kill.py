@@ -124,7 +124,7 @@ def test_a_signal_finishes_the_step_and_saves_it(
     with pytest.raises(Interrupted) as stopped:
         train(checkpoint, out, data, recipe(checkpoint_every=0), progress=raise_in_step_three)
     assert stopped.value.signal == number
-    assert "step 3 of 10" in stopped.value.saved
+    assert "step 3 of 10 of stage 0 pretrain" in stopped.value.saved
     assert [folder.name for folder in (out / "checkpoints").iterdir()] == ["step-00000003"]
     assert signal.getsignal(number) == before
     train(checkpoint, out, data, recipe(checkpoint_every=0), resume=True)

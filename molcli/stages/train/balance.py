@@ -1,0 +1,70 @@
+"""Routed blocks kept in use without a loss, and more of them at the start."""
+
+import math
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from molcli.maths.balance import bias_step, block_counts
+from molcli.model import MoLForCausalLM
+from molcli.model.layers import MoLLayer
+from molcli.model.router import Router, Routing
+
+
+class RouterLoads:
+    """Tokens that each routed block received in the micro-batches of a step, on this rank.
+
+    After a step, every block's correction_bias moves by a fixed rate towards an even load of the
+    global batch. Clones of a cluster, which `upcycle` starts with equal router rows, receive the
+    same tokens, so their biases move together and a token goes on visiting one of each family.
+    Where the families differ in size an even load is not to be had that way: there the bias wins.
+    """
+
+    def __init__(self, model: MoLForCausalLM) -> None:
+        self.routers = {router.layer: router for router in routers(model)}
+        self._counts: dict[int, Tensor] = {}
+
+    def add(self, routing: Routing) -> None:
+        """Counts one layer's choices; padding is not among them. Only where gradients are taken."""
+        if torch.is_grad_enabled():
+            counts = block_counts(routing.blocks, routing.logits.shape[1])
+            before = self._counts.get(routing.layer)
+            self._counts[routing.layer] = counts if before is None else before + counts
+
+    @torch.no_grad()
+    def update(self, rate: float, accelerator: Accelerator) -> None:
+        """Moves the biases after a step, which all ranks end together, and counts anew."""
+        if self._counts:
+            layers = sorted(self._counts)
+            loads = torch.stack([self._counts[layer] for layer in layers])
+            loads = accelerator.reduce(loads, "sum")
+            for layer, load in zip(layers, loads, strict=True):
+                bias = self.routers[layer].correction_bias
+                bias.add_(bias_step(load, rate).to(bias))
+        self.clear()
+
+    def clear(self) -> None:
+        """Counts anew, after a step that was left out."""
+        self._counts = {}
+
+
+def routers(model: MoLForCausalLM) -> list[Router]:
+    """The routers of all layers that have one."""
+    layers = (layer for layer in model.model.layers if isinstance(layer, MoLLayer))
+    return [layer.router for layer in layers if layer.router is not None]
+
+
+def set_top_k(model: MoLForCausalLM, top_k: int) -> None:
+    """Routed blocks that a token visits from now on.
+
+    Their weights still sum to 1, and their sum is still divided by the model's own number: the
+    size of what a layer adds stays as it is, since most of the weight is on the first few.
+    """
+    for router in routers(model):
+        router.top_k = top_k
+
+
+def top_k_at(done: float, start: int, end: int) -> int:
+    """Linear from `start` to `end`, in equally long steps. done: share of the way, ends at 1."""
+    return end + math.ceil((start - end) * (1 - min(done, 1.0)))
