@@ -3,6 +3,7 @@
 import os
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +21,7 @@ from molcli.cli.options import (
 )
 from molcli.cli.parents import open_dense
 from molcli.config.sections import Recipe, TrainConfig
+from molcli.config.stages import resolve
 from molcli.errors import Interrupted, MolError
 
 if TYPE_CHECKING:  # torch comes with it
@@ -28,6 +30,18 @@ if TYPE_CHECKING:  # torch comes with it
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on from the last checkpoint of a stopped run in OUT.")
 ]
+
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Print parameters, FLOPs, memory by kind and hours; train nothing."
+    ),
+]
+# The keys of the train section that a plan leaves as they are.
+_BESIDE_A_PLAN = (
+    *("data", "tokens", "seed", "precision", "gradient_checkpointing"),
+    *("checkpoint_every", "log_every", "max_skipped"),
+)
 
 
 def train(
@@ -38,15 +52,23 @@ def train(
     recipe: RecipeName = None,
     overrides: Overrides = None,
     resume: Resume = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Train a Mixture of Layers model.
 
     With --parent, towards its predictions (train.kl_weight); without, on the text alone.
-    Without --recipe, the recipe saved in CKPT counts.
+    Without --recipe, the recipe saved in CKPT counts; where that says nothing about training but
+    how long, the stages are planned from the model's size and train.tokens.
     """
     settings = recipe_for(recipe, overrides, checkpoint)
-    _refuse_without_data(settings.train, data)
+    if not dry_run:
+        _refuse_without_data(settings.train, data)
     dense = None if parent is None else open_dense(parent)
+    if settings.train.stages == "auto" or (recipe is None and _says_nothing(settings.train)):
+        settings = _planned(settings, checkpoint, has_parent=dense is not None)
+    if dry_run:
+        _show_estimate(checkpoint, settings.train, dense)
+        return
     try:
         run_train(checkpoint, out, data, settings, dense, resume=resume)
     except Interrupted as stop:
@@ -69,6 +91,41 @@ def run_train(
 
     with bar("training") as progress:
         run(checkpoint, out, data, recipe, parent, resume, progress=progress)
+
+
+def _says_nothing(config: TrainConfig) -> bool:
+    """Whether all keys that a plan would set have their defaults."""
+    kept = {name: getattr(config, name) for name in _BESIDE_A_PLAN}
+    return config == TrainConfig(**kept)
+
+
+def _planned(recipe: Recipe, checkpoint: Path, *, has_parent: bool) -> Recipe:
+    """The recipe with stages planned for the model, which are printed."""
+    from rich.console import Console
+
+    from molcli.cli.train_tables import stages_table
+    from molcli.model.checkpoint import open_config
+    from molcli.stages.train.plan import Situation, plan
+
+    converted = (checkpoint / "receipt.json").is_file()
+    situation = Situation(has_parent, converted, int(os.environ.get("WORLD_SIZE", "1")))
+    config = plan(recipe.train, open_config(checkpoint), situation)
+    if os.environ.get("RANK", "0") == "0":
+        title = f"Stages planned for {config.tokens:,} tokens"
+        stages = resolve(config, has_parent=has_parent)
+        Console().print(stages_table(stages, title))
+    return replace(recipe, train=config)
+
+
+def _show_estimate(checkpoint: Path, config: TrainConfig, parent: "DenseParent | None") -> None:
+    from rich.console import Console
+
+    from molcli.cli.train_tables import estimate_tables
+    from molcli.stages.train.estimate import estimate
+
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    for table in estimate_tables(estimate(checkpoint, config, parent, ranks=ranks)):
+        Console().print(table)
 
 
 def _refuse_without_data(config: TrainConfig, data: str | None) -> None:

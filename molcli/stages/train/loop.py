@@ -15,8 +15,8 @@ from molcli.io.tensors import TensorReader
 from molcli.io.text import read_documents
 from molcli.io.tokenizer import open_tokenizer
 from molcli.model import MoLForCausalLM
-from molcli.model.checkpoint import default_device, open_checkpoint
-from molcli.model.precision import fast_dtype
+from molcli.model.checkpoint import default_device, open_checkpoint, open_config
+from molcli.model.precision import matmul_dtype
 from molcli.model.teacher import open_teacher
 from molcli.progress import Progress, silent
 from molcli.stages.train.align import Alignment, check_alignable
@@ -25,7 +25,8 @@ from molcli.stages.train.identity import DATA, refuse_another_run, run_identity
 from molcli.stages.train.log import TrainLog
 from molcli.stages.train.objective import Objective, Student
 from molcli.stages.train.optimizer import make_optimizer, set_trainable
-from molcli.stages.train.output import refuse_folder, save_model
+from molcli.stages.train.output import RECEIPT, refuse_folder, save_model
+from molcli.stages.train.plan import Situation, plan
 from molcli.stages.train.state import (
     TrainState,
     load_checkpoint,
@@ -75,6 +76,11 @@ def train(
     """
     config = recipe.train if data is None else replace(recipe.train, data=data)
     accelerator = Accelerator(cpu=default_device().type == "cpu")
+    if config.stages == "auto":
+        situation = Situation(
+            parent is not None, (checkpoint / RECEIPT).is_file(), accelerator.num_processes
+        )
+        config = plan(config, open_config(checkpoint), situation)
     stages = resolve(config, has_parent=parent is not None)
     for stage in stages:
         _check_stage(stage, accelerator.num_processes, has_parent=parent is not None)
@@ -87,7 +93,7 @@ def train(
     _check_top_k(config, model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    dtype = _matmul_dtype(config, accelerator.device)
+    dtype = matmul_dtype(config, accelerator.device)
     teacher = None if parent is None else open_teacher(parent, model, dtype)
     if teacher is not None and any(stage.kind == "align" for stage in stages):
         check_alignable(model, teacher)
@@ -217,10 +223,3 @@ def _check_top_k(config: TrainConfig, model: MoLForCausalLM) -> None:
             allowed=f"{model.config.num_blocks_per_tok} to {routed}, on a model with a router",
             hint="--set train.start_top_k=null",
         )
-
-
-def _matmul_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """What student and parent multiply in; the student's weights are fp32 in any case."""
-    if config.precision == "auto":
-        return fast_dtype(device)
-    return torch.bfloat16 if config.precision == "bf16" else torch.float32

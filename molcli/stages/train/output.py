@@ -13,7 +13,8 @@ from molcli.io.tensors import TensorReader
 from molcli.io.tokenizer import open_tokenizer
 from molcli.model import MoLForCausalLM
 
-_CONFIG, _RECEIPT = "config.json", "receipt.json"
+_CONFIG = "config.json"
+RECEIPT = "receipt.json"  # what `upcycle` leaves beside a converted model
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -52,8 +53,8 @@ def save_model(model: MoLForCausalLM, checkpoint: Path, recipe: Recipe, out: Pat
     tokenizer = open_tokenizer(checkpoint)
     if tokenizer is not None:
         tokenizer.save_pretrained(staging)
-    if (checkpoint / _RECEIPT).is_file():
-        shutil.copy(checkpoint / _RECEIPT, staging)
+    if (checkpoint / RECEIPT).is_file():
+        shutil.copy(checkpoint / RECEIPT, staging)
     save_recipe(recipe, staging / RECIPE_FILE)
     for file in sorted(staging.iterdir(), key=lambda file: file.name == _CONFIG):
         file.replace(out / file.name)

@@ -1,5 +1,6 @@
 """Being asked to stop: the step at hand is finished first."""
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -12,7 +13,8 @@ _STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals:
-    """While entered, SIGINT and SIGTERM are noted. A second one acts as if nobody had listened.
+    """While entered, SIGINT and SIGTERM are noted. A second one acts as if nobody had listened;
+    not under torchrun, which sends one more for every Ctrl-C.
 
     Python gives signals to its main thread alone; entered in another one, nothing is noted.
     """
@@ -42,7 +44,7 @@ class StopSignals:
         return int(accelerator.gather(mine).max())
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received:
+        if self.received and "LOCAL_WORLD_SIZE" not in os.environ:
             self._restore()
             signal.raise_signal(number)
         self.received = number

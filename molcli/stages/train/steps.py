@@ -110,6 +110,7 @@ def run_stage(
                 raise _not_finite(state, run.checkpoints, trouble)
             if number := stop.agreed(accelerator):
                 save()
+                accelerator.wait_for_everyone()  # torchrun kills the rest when one process ends
                 raise Interrupted(number, _where(state, name, steps, run.checkpoints))
 
 
