@@ -15,7 +15,7 @@ _KINDS = ("weights", "gradients", "optimizer", "activations", "parent", "logits"
 
 def stages_table(stages: list[Stage], title: str) -> Table:
     """One line per stage."""
-    names = ("tokens", "context", "rows a step", "learning rate", "of new weights", "trains")
+    names = ("tokens", "context", "batch", "lr", "lr of new", "trains")
     table = _table(title, "stage", *names)
     for number, stage in enumerate(stages):
         s = stage.settings
@@ -34,7 +34,7 @@ def stages_table(stages: list[Stage], title: str) -> Table:
 def estimate_tables(estimate: "Estimate") -> list[Table]:
     """Parameters and time, then memory by kind; a column per stage."""
     names = [f"{i} {stage.stage.kind}" for i, stage in enumerate(estimate.stages)]
-    work = _table(f"On {estimate.device}; tokens/s and hours are guesses", "", *names)
+    work = _table(f"On {estimate.device} (times: guesses)", "", *names)
     rows = {
         "parameters": [_millions(estimate.total)] * len(names),
         "active": [_millions(estimate.active)] * len(names),
@@ -47,8 +47,8 @@ def estimate_tables(estimate: "Estimate") -> list[Table]:
     for name, cells in rows.items():
         work.add_row(name, *cells)
     room = estimate.device_memory
-    has = "" if room is None else f" (the device has {room / 1e9:,.1f})"
-    memory = _table(f"GB on one GPU at the peak of a step{has}", "", *names)
+    has = "" if room is None else f" (of {room / 1e9:,.1f})"
+    memory = _table(f"GB at a step's peak{has}", "", *names)
     for kind in _KINDS:
         cells = [f"{getattr(stage.memory, kind) / 1e9:,.3f}" for stage in estimate.stages]
         memory.add_row(kind, *cells)
@@ -57,9 +57,9 @@ def estimate_tables(estimate: "Estimate") -> list[Table]:
 
 def _table(title: str, first: str, *others: str) -> Table:
     table = Table(title=title, box=SIMPLE_HEAD)
-    table.add_column(first)
+    table.add_column(first, no_wrap=True)
     for name in others:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     return table
 
 

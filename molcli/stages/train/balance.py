@@ -1,7 +1,5 @@
 """Routed blocks kept in use without a loss, and more of them at the start."""
 
-import math
-
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -65,6 +63,7 @@ def set_top_k(model: MoLForCausalLM, top_k: int) -> None:
         router.top_k = top_k
 
 
-def top_k_at(done: float, start: int, end: int) -> int:
-    """Linear from `start` to `end`, in equally long steps. done: share of the way, ends at 1."""
-    return end + math.ceil((start - end) * (1 - min(done, 1.0)))
+def top_k_at(done: int, way: int, start: int, end: int) -> int:
+    """Linear from `start` to `end`, in equally long steps. done: tokens, of `way` until `end`."""
+    left = max(0, way - done)
+    return end + -(-(start - end) * left // way) if left else end

@@ -10,8 +10,8 @@ from molcli.errors import MolError
 from molcli.stages.train.state import Checkpoint
 
 DATA = "the data"  # of the stage at hand: its rows' fingerprint
-# What may differ between a run and its resumption: it changes nothing that is trained, or the order
-# of sums alone, as another number of processes does.
+# What may differ between a run and its resumption: it changes nothing that is trained, or only the
+# order of sums, as another number of processes does (and over how many rows CV^2 is taken).
 _FREE_SETTINGS = (
     *("data", "checkpoint_every", "log_every", "max_skipped"),
     *("micro_batch_size", "gradient_checkpointing"),

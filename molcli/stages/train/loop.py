@@ -134,6 +134,7 @@ def train(
             save_checkpoint(
                 state, run.checkpoints, identity
             )  # what the next stage fails on is late
+        del objective  # or its DDP would go on exchanging gradients in the next stage
         accelerator.free_memory()
 
     set_top_k(model, model.config.num_blocks_per_tok)

@@ -116,10 +116,9 @@ def run_stage(
 
 def _anneal_top_k(run: Run, config: TrainConfig) -> None:
     if config.start_top_k is not None:
-        way = config.top_k_fraction * run.total_tokens
-        done = run.state.tokens / way if way else 1.0
-        model = run.state.model
-        set_top_k(model, top_k_at(done, config.start_top_k, model.config.num_blocks_per_tok))
+        way, model = int(config.top_k_fraction * run.total_tokens), run.state.model
+        end = model.config.num_blocks_per_tok
+        set_top_k(model, top_k_at(run.state.tokens, way, config.start_top_k, end))
 
 
 def _clip(state: TrainState, largest: float) -> torch.Tensor:

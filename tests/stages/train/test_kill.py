@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from molcli.config.recipe import save_recipe
 from molcli.config.sections import Recipe, TrainConfig
 from molcli.errors import Interrupted, MolError
+from molcli.model import MoLForCausalLM
 from molcli.stages.train import state, train
 
 # One process forks a child for every kill: the imports are paid for once.
@@ -173,6 +175,27 @@ def test_a_full_disk_costs_no_checkpoint(
     assert kept == ["step-00000002", "step-00000004"]
     train(checkpoint, out, data, recipe(), resume=True)
     assert equal(tmp_path / "whole", out)
+
+
+def test_a_disk_that_is_full_at_the_end_costs_the_steps_since_the_last_checkpoint(
+    tiny_mol: Callable[..., Path],
+    corpus: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checkpoint, data, out = tiny_mol(**SMALL), corpus(), tmp_path / "out"
+
+    def full(model: object, folder: Path) -> None:
+        (folder / "half.safetensors").write_bytes(b"half of it")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MoLForCausalLM, "save_pretrained", full)
+        with pytest.raises(MolError, match=r"could not be written to .*out: .*No space"):
+            train(checkpoint, out, data, recipe())
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoints", "log.jsonl"]
+    assert train(checkpoint, out, data, recipe(), resume=True).steps == 10
+    assert (out / "config.json").is_file()
 
 
 def test_a_damaged_checkpoint_is_named_with_the_way_out(

@@ -16,15 +16,32 @@ from molcli.io.parent import Parent
 from molcli.stages.train import train
 
 WORKER = """
-import sys
+import os, signal, sys
 from pathlib import Path
 from molcli.config.recipe import load_recipe
+from molcli.errors import Interrupted
+from molcli.io.packing import RowOrder
 from molcli.io.parent import open_parent
 from molcli.stages.train import train
 checkpoint, data, parent, *runs = sys.argv[1:]
-for recipe, out, resume in zip(runs[::3], runs[1::3], runs[2::3]):
+take = RowOrder.take
+
+def stopped(self, first, count):
+    if os.environ["RANK"] == "1" and first == 4:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # torchrun may repeat it
+    return take(self, first, count)
+
+for recipe, out, how in zip(runs[::3], runs[1::3], runs[2::3]):
     dense = open_parent(parent) if "stages" in recipe else None
-    train(Path(checkpoint), Path(out), data, load_recipe(recipe), dense, resume=resume == "resume")
+    RowOrder.take = stopped if how == "stop" else take
+    try:
+        run = Path(checkpoint), Path(out), data, load_recipe(recipe), dense
+        train(*run, resume=how == "resume")
+    except Interrupted as error:
+        assert (how, error.signal) == ("stop", signal.SIGTERM)
+    else:
+        assert how != "stop"
 """
 
 
@@ -44,7 +61,7 @@ def test_two_ranks_learn_what_one_learns(
     tmp_path: Path,
 ) -> None:
     """Same global batch, same micro-batches: the same sums, in another order. So for every kind of
-    stage, and for a run that began with one rank."""
+    stage, for a run that began with one rank, and for one in which one rank got a signal."""
     checkpoint, data = tiny_mol(), corpus()
     recipe = Recipe(
         train=TrainConfig(
@@ -57,7 +74,12 @@ def test_two_ranks_learn_what_one_learns(
             precision="fp32",
         )
     )
-    kinds = [StageConfig("align", tokens=2 * 4 * 32), StageConfig("distill", tokens=2 * 4 * 32)]
+    steps = 2 * 4 * 32
+    kinds = [
+        StageConfig("align", tokens=steps),
+        StageConfig("distill", tokens=steps),
+        StageConfig("pretrain", tokens=steps),
+    ]
     staged = replace(recipe, train=replace(recipe.train, stages=kinds))
     train(checkpoint, tmp_path / "one", data, recipe)
     train(checkpoint, tmp_path / "one-staged", data, staged, dense_parent)
@@ -71,6 +93,7 @@ def test_two_ranks_learn_what_one_learns(
     arguments = ["worker.py", checkpoint, data, dense_parent.folder]
     arguments += ["recipe.yaml", "two", "fresh", "stages.yaml", "two-staged", "fresh"]
     arguments += ["recipe.yaml", "two-resumed", "resume"]
+    arguments += ["recipe.yaml", "two-stopped", "stop", "recipe.yaml", "two-stopped", "resume"]
     environment = {
         "PATH": "/usr/bin:/bin",
         "PYTHONPATH": str(Path(__file__).parents[3]),
@@ -87,8 +110,9 @@ def test_two_ranks_learn_what_one_learns(
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    for one, two in (("one", "two"), ("one-staged", "two-staged"), ("one", "two-resumed")):
-        compare(tmp_path / one, tmp_path / two)
+    compare(tmp_path / "one-staged", tmp_path / "two-staged")
+    for two in ("two", "two-resumed", "two-stopped"):
+        compare(tmp_path / "one", tmp_path / two)
 
 
 def compare(first: Path, second: Path) -> None:
@@ -100,7 +124,7 @@ def compare(first: Path, second: Path) -> None:
         [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         for folder in (first, second)
     ]
-    assert len(logs[1]) == 2
+    assert len(logs[0]) == len(logs[1])
     for ours, theirs in zip(*logs, strict=True):
         for name in ("loss", "ce", "balance", "gradient_norm"):
             same = ours[name] is None or ours[name] == pytest.approx(theirs[name], rel=1e-4)
