@@ -8,11 +8,9 @@ from accelerate import Accelerator
 
 from molcli.config.sections import Recipe, TrainConfig
 from molcli.config.stages import Stage, resolve
-from molcli.errors import MolError
 from molcli.io.packing import TokenRows, load_rows
 from molcli.io.parent import Parent
 from molcli.io.tensors import TensorReader
-from molcli.io.text import read_documents
 from molcli.io.tokenizer import open_tokenizer
 from molcli.model import MoLForCausalLM
 from molcli.model.checkpoint import default_device, open_checkpoint, open_config
@@ -20,7 +18,8 @@ from molcli.model.precision import matmul_dtype
 from molcli.model.teacher import open_teacher
 from molcli.progress import Progress, silent
 from molcli.stages.train.align import Alignment, check_alignable
-from molcli.stages.train.balance import RouterLoads, routers, set_top_k
+from molcli.stages.train.balance import RouterLoads, set_top_k
+from molcli.stages.train.checks import check_stages, check_top_k
 from molcli.stages.train.identity import DATA, refuse_another_run, run_identity
 from molcli.stages.train.log import TrainLog
 from molcli.stages.train.objective import Objective, Student
@@ -82,15 +81,14 @@ def train(
         )
         config = plan(config, open_config(checkpoint), situation)
     stages = resolve(config, has_parent=parent is not None)
-    for stage in stages:
-        _check_stage(stage, accelerator.num_processes, has_parent=parent is not None)
+    check_stages(config, stages, accelerator.num_processes, has_parent=parent is not None)
     if accelerator.is_main_process:
         refuse_folder(out, resume=resume)
     torch.manual_seed(config.seed)
 
     model = open_checkpoint(checkpoint, accelerator.device).train()
     model.to(torch.float32)  # master weights: bf16 would swallow small updates
-    _check_top_k(config, model)
+    check_top_k(config, model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     dtype = matmul_dtype(config, accelerator.device)
@@ -187,40 +185,3 @@ def _load_rows(
         seed=config.seed,
         progress=progress,
     )
-
-
-def _check_stage(stage: Stage, ranks: int, *, has_parent: bool) -> None:
-    """Whatever can be known before any work. Raises MolError."""
-    config = stage.settings
-    if stage.kind != "pretrain" and not has_parent:
-        raise MolError(
-            f"a stage of kind {stage.kind} learns from the parent, and there is none",
-            allowed="--parent PARENT, or stages of kind pretrain",
-        )
-    if config.data is None:
-        raise MolError(
-            f"a stage of kind {stage.kind} has no data",
-            allowed="--data FILE, train.data, or data in every stage",
-        )
-    read_documents(config.data)  # only looks whether it is there
-    share = config.micro_batch_size * ranks
-    if config.batch_size % share:
-        raise MolError(
-            f"`train.batch_size` is {config.batch_size}, for {ranks} processes with a "
-            f"`train.micro_batch_size` of {config.micro_batch_size}",
-            allowed=f"multiples of {share}",
-            hint=f"--set train.batch_size={-(-config.batch_size // share) * share}",
-        )
-
-
-def _check_top_k(config: TrainConfig, model: MoLForCausalLM) -> None:
-    start, routed = config.start_top_k, model.config.num_routed_blocks
-    if start is None:
-        return
-    if not routers(model) or not model.config.num_blocks_per_tok <= start <= routed:
-        raise MolError(
-            f"`train.start_top_k` is {start}; the model routes a token to "
-            f"{model.config.num_blocks_per_tok} of {routed} blocks",
-            allowed=f"{model.config.num_blocks_per_tok} to {routed}, on a model with a router",
-            hint="--set train.start_top_k=null",
-        )

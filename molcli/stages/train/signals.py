@@ -16,7 +16,8 @@ class StopSignals:
     """While entered, SIGINT and SIGTERM are noted. A second one acts as if nobody had listened;
     not under torchrun, which sends one more for every Ctrl-C.
 
-    Python gives signals to its main thread alone; entered in another one, nothing is noted.
+    What is ignored, as SIGINT is by what a script starts in its background, stays so. Python gives
+    signals to its main thread alone; entered in another one, nothing is noted.
     """
 
     def __init__(self) -> None:
@@ -25,7 +26,8 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in _STOPPING}
+            heard = (n for n in _STOPPING if signal.getsignal(n) is not signal.SIG_IGN)
+            self._before = {number: signal.signal(number, self._note) for number in heard}
         return self
 
     def __exit__(

@@ -10,8 +10,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from molcli.config.sections import Recipe, TrainConfig
+from molcli.config.sections import Recipe, StageConfig, TrainConfig
 from molcli.errors import MolError
+from molcli.io.parent import Parent
 from molcli.model import MoLForCausalLM
 from molcli.model.checkpoint import open_checkpoint
 from molcli.stages.train import train
@@ -87,3 +88,25 @@ def test_too_many_in_a_row_stop_the_run_and_name_the_last_good_checkpoint(
     assert "the gradient of model.embed_tokens.weight" in stopped.value.found
     assert str(out / "checkpoints" / "step-00000007") in stopped.value.hint
     assert not (out / "config.json").exists()
+
+
+def test_an_overflow_is_traced_in_every_kind_of_stage(
+    tiny_mol: Callable[..., Path],
+    corpus: Callable[..., str],
+    dense_parent: Parent,
+    tmp_path: Path,
+) -> None:
+    checkpoint, data = tiny_mol(), corpus()
+    model = open_checkpoint(checkpoint, torch.device("cpu"))
+    model.model.layers[2].routed.block.mlp.up_proj.data.fill_(1e38)
+    model.save_pretrained(checkpoint)
+    for kind in ("align", "distill", "pretrain"):
+        tiny = TrainConfig(
+            context_length=16, batch_size=4, max_skipped=2, stages=[StageConfig(kind, tokens=640)]
+        )
+        where = (
+            r"2 steps in a row .* up to step 2; .* the output of model.layers.2.routed.block.mlp"
+        )
+        with pytest.raises(MolError, match=where) as stopped:
+            train(checkpoint, tmp_path / kind, data, Recipe(train=tiny), dense_parent)
+        assert "no checkpoint was written yet" in stopped.value.hint

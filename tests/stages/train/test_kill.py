@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,14 @@ def test_a_run_killed_again_and_again_ends_as_an_unkilled_one(
     assert equal(tmp_path / "whole", tmp_path / "killed")
 
 
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """SIGINT as in a terminal: a script's background processes are started with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_step_and_saves_it(
     tiny_mol: Callable[..., Path],
@@ -141,13 +149,19 @@ def test_a_second_signal_does_not_wait(
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
 
-    # A shell starts what runs in its background with SIGINT ignored.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            train(tiny_mol(**SMALL), tmp_path / "out", corpus(), recipe(), progress=raise_twice)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_mol(**SMALL), tmp_path / "out", corpus(), recipe(), progress=raise_twice)
+
+
+def test_an_ignored_signal_stays_ignored(
+    tiny_mol: Callable[..., Path], corpus: Callable[..., str], tmp_path: Path
+) -> None:
+    def interrupt(done: int, total: int | None, note: str = "") -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    result = train(tiny_mol(**SMALL), tmp_path / "out", corpus(), recipe(), progress=interrupt)
+    assert result.steps == 10
 
 
 def test_a_full_disk_costs_no_checkpoint(
