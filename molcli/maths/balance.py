@@ -1,38 +1,42 @@
-"""The load-balance loss of Mixture of Layers."""
+"""The balance of a Mixture of Layers: as a loss, and as a bias without one."""
 
+import torch
 from torch import Tensor
 
 
 def block_weights(weights: Tensor, blocks: Tensor, num_blocks: int) -> Tensor:
-    """Routing weight that each block received, summed over tokens: (num_blocks,).
+    """Routing weight that each block received, summed over tokens: (..., num_blocks).
 
-    weights: (n, k), blocks: (n, k) int64, of the n unpadded tokens of a batch.
+    weights: (..., n, k), blocks: (..., n, k) int64, distinct blocks of the n unpadded tokens of a
+    batch. No two summands go to one place at once: the same bits in every run.
     """
-    return weights.new_zeros(num_blocks).index_add(0, blocks.flatten(), weights.flatten())
+    dense = weights.new_zeros(*weights.shape[:-1], num_blocks)
+    return dense.scatter(-1, blocks, weights).sum(-2)
 
 
 def cv_squared(weights: Tensor, blocks: Tensor, num_blocks: int) -> Tensor:
-    """One layer's loss: population variance over squared mean of its blocks' routing weight.
+    """Each layer's loss: population variance over squared mean of its blocks' routing weight.
 
-    weights: (n, k), blocks: (n, k) int64, n >= 1, padding left out -> scalar, 0 when all blocks
-    receive the same, num_blocks - 1 when one receives everything. The gradient reaches the router
-    through the weights; the choice of blocks has none. Source: arXiv 2605.09516.
+    weights: (..., n, k), blocks: (..., n, k) int64, n >= 1, padding left out -> (...), 0 when all
+    blocks receive the same, num_blocks - 1 when one receives everything. The gradient reaches the
+    router through the weights; the choice of blocks has none. Source: arXiv 2605.09516.
     """
     loads = block_weights(weights, blocks, num_blocks)
-    return loads.var(correction=0) / loads.mean().square()
+    return loads.var(-1, correction=0) / loads.mean(-1).square()
 
 
 def block_counts(blocks: Tensor, num_blocks: int) -> Tensor:
-    """Tokens that visited each block: (num_blocks,) int64. blocks: (n, k), padding left out."""
-    # Not bincount, for which the host would wait.
-    ones = blocks.new_ones(blocks.numel())
-    return blocks.new_zeros(num_blocks).index_add(0, blocks.flatten(), ones)
+    """Tokens that visited each block: (..., num_blocks) int64.
+
+    blocks: (..., n, k) int64, distinct blocks of the n unpadded tokens of a batch.
+    """
+    return block_weights(torch.ones_like(blocks), blocks, num_blocks)
 
 
 def bias_step(loads: Tensor, rate: float) -> Tensor:
-    """What loss-free balancing adds to the bias of each block: rate * sign(mean load - load).
+    """What loss-free balancing adds to each block's bias: rate * sign(mean load - load).
 
-    loads: (num_blocks,) of a global batch -> (num_blocks,) float32. Source: arXiv 2408.15664.
+    loads: (..., num_blocks) of a global batch -> the same shape, float32. Source: arXiv 2408.15664.
     """
     loads = loads.float()
-    return rate * (loads.mean() - loads).sign()
+    return rate * (loads.mean(-1, keepdim=True) - loads).sign()

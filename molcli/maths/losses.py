@@ -5,11 +5,13 @@ and so is their gradient, at once: the memory for them is bounded at any batch s
 is taken twice.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED = -100  # the label that is left out of every sum
@@ -65,7 +67,8 @@ def token_losses(model: Head, labels: Tensor, parent: Head | None = None) -> Tok
     Logits are multiplied in the dtype of their inputs (or autocast's) and reduced in fp32.
     """
     sums = model.hidden.new_zeros(4, dtype=_at_least_fp32(model.hidden.dtype))
-    for log_q, log_p, targets, known in _chunks(model, labels, parent):
+    for _, q, p, targets, known in _chunks(model, labels, parent):
+        log_q, log_p = _log_softmax(q), None if p is None else _log_softmax(p)
         columns = torch.zeros(4, len(targets), dtype=sums.dtype, device=sums.device)
         columns[0] = -log_q.gather(1, targets)[:, 0]
         if log_p is not None:
@@ -85,17 +88,19 @@ def training_loss(
     ce_weight: float,
     kl_weight: float,
     temperature: float = 1.0,
+    compiled: bool = False,
 ) -> TrainingLoss:
     """The weighted sum of both losses; arguments as for `token_losses`.
 
     temperature: of the KL; its square keeps the gradient's size (arXiv 1503.02531).
 
     Gradients flow to model.hidden and model.weight only, and are multiplied in the same dtype as
-    the logits; that of the weight is summed over chunks in fp32.
+    the logits; that of the weight is summed over chunks in fp32. compiled: fuses what is done to
+    a chunk's logits (torch.compile); for long runs on a GPU.
     """
     return TrainingLoss(
         *_LossAndGradient.apply(  # type: ignore[no-untyped-call]
-            model.hidden, model.weight, labels, parent, ce_weight, kl_weight, temperature
+            model.hidden, model.weight, labels, parent, ce_weight, kl_weight, temperature, compiled
         )
     )
 
@@ -113,44 +118,36 @@ class _LossAndGradient(torch.autograd.Function):
         ce_weight: float,
         kl_weight: float,
         temperature: float,
+        compiled: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         high = _at_least_fp32(hidden.dtype)
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        states, matrix = hidden[:, :-1].flatten(0, 1), weight.to(_product_dtype(hidden))
-        for_hidden = torch.zeros_like(states) if wants_hidden else None
+        matrix = weight.to(_product_dtype(hidden))
+        states = hidden[:, :-1].flatten(0, 1).to(matrix.dtype)
+        for_hidden = torch.zeros_like(states, dtype=hidden.dtype) if wants_hidden else None
         for_weight = torch.zeros_like(weight, dtype=high) if wants_weight else None
-        sums = hidden.new_zeros(3, dtype=high)  # cross-entropy, KL, T^2 KL_T
+        chunk_loss = _compiled_chunk_loss() if compiled else _chunk_loss
         soft = parent is not None and temperature != 1
-        first = 0
-        for log_q, log_p, targets, known in _chunks(Head(hidden, matrix), labels, parent):
-            part = slice(first, first := first + len(targets))
-            at_one = ce_weight + (0 if log_p is None or soft else kl_weight)
-            gradient = log_q.exp().mul_(at_one)
-            sums[0] -= torch.where(known, log_q.gather(1, targets)[:, 0], 0).sum()
-            if log_p is not None and soft:
-                sums[1] += torch.where(known, (log_p.exp() * (log_p - log_q)).sum(1), 0).sum()
-                soft_q, soft_p = ((log / temperature).log_softmax(1) for log in (log_q, log_p))
-                p = soft_p.exp()
-                gradient.add_(soft_q.exp() - p, alpha=kl_weight * temperature)
-                divergence = p.mul_(soft_p.sub_(soft_q)).sum(1) * temperature**2
-                sums[2] += torch.where(known, divergence, 0).sum()
-            elif log_p is not None:
-                p = log_p.exp()
-                gradient.sub_(p, alpha=kl_weight)
-                sums[1] += torch.where(known, p.mul_(log_p.sub_(log_q)).sum(1), 0).sum()
-            gradient.scatter_add_(1, targets, torch.full_like(targets, -ce_weight, dtype=high))
-            gradient = gradient.mul_(known[:, None]).to(matrix.dtype)
+        softened = _compiled_softened_kl() if compiled else _softened_kl
+        sums = hidden.new_zeros(3, dtype=high)  # cross-entropy, KL, T^2 KL_T
+        for part, q, p, targets, known in _chunks(Head(hidden, matrix), labels, parent):
+            at_one = 0.0 if soft else kl_weight
+            gradient, cross_entropy, kl = chunk_loss(q, p, targets, known, ce_weight, at_one)
+            divergence = kl
+            if soft:
+                assert p is not None
+                towards_p, divergence = softened(q, p, known, kl_weight, temperature)
+                gradient = gradient + towards_p
+            sums += torch.stack([cross_entropy, kl, divergence])
             if for_hidden is not None:
                 for_hidden[part] = gradient @ matrix
             if for_weight is not None:
-                for_weight += gradient.mT @ states[part].to(matrix.dtype)
+                for_weight += gradient.mT @ states[part]
         if for_hidden is not None:  # the last position of every row predicts nothing
-            for_hidden = torch.nn.functional.pad(
-                for_hidden.unflatten(0, (hidden.shape[0], -1)), (0, 0, 0, 1)
-            )
+            for_hidden = F.pad(for_hidden.unflatten(0, (hidden.shape[0], -1)), (0, 0, 0, 1))
         ctx.save_for_backward(for_hidden, None if for_weight is None else for_weight.to(weight))
-        cross_entropy, kl, softened = sums.unbind()
-        loss = ce_weight * cross_entropy + kl_weight * (softened if soft else kl)
+        cross_entropy, kl, divergence = sums.unbind()
+        loss = ce_weight * cross_entropy + kl_weight * divergence
         ctx.mark_non_differentiable(cross_entropy, kl)
         return loss, cross_entropy, kl
 
@@ -160,32 +157,84 @@ class _LossAndGradient(torch.autograd.Function):
         return (
             None if for_hidden is None else for_hidden * upstream[0],
             None if for_weight is None else for_weight * upstream[0],
-            *(None, None, None, None, None),
+            *(None, None, None, None, None, None),
         )
+
+
+def _chunk_loss(
+    q: Tensor, p: Tensor | None, targets: Tensor, known: Tensor, ce_weight: float, kl_weight: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, p: (n, V) logits of model and parent; targets: (n, 1); known: (n,).
+
+    Returns the gradient of the weighted sum towards q, (n, V) in q's dtype, and both sums.
+    """
+    log_q = _log_softmax(q)
+    cross_entropy = -torch.where(known, log_q.gather(1, targets)[:, 0], 0).sum()
+    kl = torch.zeros_like(cross_entropy)
+    scale = known[:, None].to(log_q.dtype)
+    if p is None:
+        gradient = log_q.exp().mul_(ce_weight * scale)
+    else:
+        log_p = _log_softmax(p)
+        likely = log_p.exp()
+        kl = torch.where(known, (log_p.sub_(log_q)).mul_(likely).sum(1), 0).sum()
+        gradient = log_q.exp_().mul_((ce_weight + kl_weight) * scale)
+        gradient.sub_(likely.mul_(kl_weight * scale))
+    if ce_weight:
+        gradient.scatter_add_(1, targets, -ce_weight * scale)
+    return gradient.to(q.dtype), cross_entropy, kl
+
+
+def _softened_kl(
+    q: Tensor, p: Tensor, known: Tensor, kl_weight: float, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Arguments as for `_chunk_loss`. Returns kl_weight times the gradient of T^2 KL_T towards q,
+    (n, V) in q's dtype, and the sum of T^2 KL_T."""
+    log_q, log_p = (
+        _log_softmax(logits.to(_at_least_fp32(logits.dtype)) / temperature) for logits in (q, p)
+    )
+    likely = log_p.exp()
+    divergence = ((log_p - log_q) * likely).sum(1) * temperature**2
+    gradient = (log_q.exp() - likely) * (kl_weight * temperature * known[:, None])
+    return gradient.to(q.dtype), torch.where(known, divergence, 0).sum()
+
+
+@cache
+def _compiled_softened_kl() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(_softened_kl, dynamic=True)
+
+
+@cache
+def _compiled_chunk_loss() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    return torch.compile(_chunk_loss, dynamic=True)
 
 
 def _chunks(
     model: Head, labels: Tensor, parent: Head | None
-) -> Iterator[tuple[Tensor, Tensor | None, Tensor, Tensor]]:
-    """(n, V) log-probabilities of model and parent, (n, 1) targets, (n,) whether they count."""
+) -> Iterator[tuple[slice, Tensor, Tensor | None, Tensor, Tensor]]:
+    """Places in the flat (B * (T - 1),) tokens, (n, V) logits of model and parent, (n, 1) targets,
+    (n,) whether they count. In chunks of nearly one size."""
     with torch.no_grad():
         targets = labels[:, 1:].flatten()
         known = targets != IGNORED
         targets = torch.where(known, targets, 0)[:, None]
         heads = [head for head in (model, parent) if head is not None]
-        states = [head.hidden[:, :-1].flatten(0, 1) for head in heads]
         matrices = [head.weight.to(_product_dtype(head.hidden)) for head in heads]
+        states = [
+            head.hidden[:, :-1].flatten(0, 1).to(matrix.dtype)
+            for head, matrix in zip(heads, matrices, strict=True)
+        ]
         at_once = LOGITS_AT_ONCE.get(labels.device.type, LOGITS_AT_ONCE["cuda"])
-        chunk = max(1, at_once // len(model.weight))
-        for first in range(0, len(targets), chunk):
-            part = slice(first, first + chunk)
-            logs = [_log_softmax(x[part], w) for x, w in zip(states, matrices, strict=True)]
-            yield logs[0], None if parent is None else logs[1], targets[part], known[part]
+        count = -(-targets.numel() * len(model.weight) // at_once)
+        size = -(-targets.numel() // max(1, count))
+        for first in range(0, len(targets), max(1, size)):
+            part = slice(first, first + size)
+            logits = [x[part] @ w.mT for x, w in zip(states, matrices, strict=True)]
+            yield part, logits[0], None if parent is None else logits[1], targets[part], known[part]
 
 
-def _log_softmax(hidden: Tensor, weight: Tensor) -> Tensor:
-    """(n, V) log-probabilities, at least fp32."""
-    logits = hidden.to(weight.dtype) @ weight.mT
+def _log_softmax(logits: Tensor) -> Tensor:
+    """(n, V) log-probabilities, at least fp32, in memory of their own."""
     return logits.to(_at_least_fp32(logits.dtype)).log_softmax(1)
 
 

@@ -51,4 +51,6 @@ def test_the_bias_moves_against_the_load_at_a_fixed_rate() -> None:
     loads = block_counts(blocks, 4)
     assert loads.tolist() == [4, 3, 1, 0]
     assert torch.equal(bias_step(loads, 0.25), torch.tensor([-0.25, -0.25, 0.25, 0.25]))
-    assert torch.equal(bias_step(torch.tensor([3, 3]), 0.25), torch.zeros(2))
+    layers = torch.stack([loads, torch.full((4,), 3)])
+    assert torch.equal(bias_step(layers, 0.25)[1], torch.zeros(4))
+    assert torch.equal(bias_step(layers, 0.25)[0], bias_step(loads, 0.25))

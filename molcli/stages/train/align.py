@@ -98,6 +98,7 @@ class Alignment:
         )
         with torch.no_grad():
             x = context.stream.flatten(self.parent.model.embed_tokens(batch.input_ids)).float()
+        routed = 0  # layers so far that route
         pairs = zip(self.parent.model.layers, self.student.model.layers, strict=True)
         for dense, layer in pairs:
             with torch.no_grad(), self._products(device):
@@ -107,7 +108,8 @@ class Alignment:
                     out, routing = layer(x, context.shared_rows, context.rotary, context.stream)
                 balance = out.new_zeros(())
                 if routing is not None:
-                    self.loads.add(routing)
+                    self.loads.add([routing], routed)
+                    routed += 1
                     balance = cv_squared(routing.weights, routing.blocks, routing.logits.shape[1])
                 yield ((out - wanted).square().sum(-1) / wanted.square().sum(-1)).sum(), balance
             x = wanted

@@ -1,8 +1,9 @@
 """Routed blocks kept in use without a loss, and more of them at the start."""
 
+from collections.abc import Sequence
+
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from molcli.maths.balance import bias_step, block_counts
 from molcli.model import MoLForCausalLM
@@ -20,35 +21,37 @@ class RouterLoads:
     """
 
     def __init__(self, model: MoLForCausalLM) -> None:
-        self.routers = {router.layer: router for router in routers(model)}
-        self._counts: dict[int, Tensor] = {}
+        self.routers = routers(model)
+        blocks = model.config.num_routed_blocks
+        device = self.routers[0].weight.device if self.routers else None
+        self._counts = torch.zeros(len(self.routers), blocks, dtype=torch.int64, device=device)
 
-    def add(self, routing: Routing) -> None:
-        """Counts one layer's choices; padding is not among them. Only where gradients are taken."""
-        if torch.is_grad_enabled():
-            counts = block_counts(routing.blocks, routing.logits.shape[1])
-            before = self._counts.get(routing.layer)
-            self._counts[routing.layer] = counts if before is None else before + counts
+    def add(self, routing: Sequence[Routing], first: int = 0) -> None:
+        """Counts the choices of layers that route, from the first of those on.
+
+        Padding is not among them. Counts only where gradients are taken.
+        """
+        if routing and torch.is_grad_enabled():
+            blocks = torch.stack([layer.blocks for layer in routing])
+            counts = block_counts(blocks, self._counts.shape[1])
+            self._counts[first : first + len(routing)] += counts
 
     @torch.no_grad()
     def update(self, rate: float, accelerator: Accelerator) -> None:
         """Moves the biases after a step, which all ranks end together, and counts anew."""
-        if self._counts:
-            layers = sorted(self._counts)
-            loads = torch.stack([self._counts[layer] for layer in layers])
-            loads = accelerator.reduce(loads, "sum")
-            for layer, load in zip(layers, loads, strict=True):
-                bias = self.routers[layer].correction_bias
-                bias.add_(bias_step(load, rate).to(bias))
+        if self.routers:
+            steps = bias_step(accelerator.reduce(self._counts, "sum"), rate)
+            for router, step in zip(self.routers, steps, strict=True):
+                router.correction_bias.add_(step.to(router.correction_bias))
         self.clear()
 
     def clear(self) -> None:
         """Counts anew, after a step that was left out."""
-        self._counts = {}
+        self._counts.zero_()
 
 
 def routers(model: MoLForCausalLM) -> list[Router]:
-    """The routers of all layers that have one."""
+    """The routers of all layers that have one, in the order of the model's `routing`."""
     layers = (layer for layer in model.model.layers if isinstance(layer, MoLLayer))
     return [layer.router for layer in layers if layer.router is not None]
 

@@ -37,7 +37,9 @@ def _place(
         if not weights[name].isfinite().all():
             return number
     first = len(parameters)
-    with torch.no_grad(), _watched(model) as seen:
+    # Compiled modules would run past hooks that came after them.
+    eager = torch.compiler.set_stance("force_eager")
+    with eager, torch.no_grad(), _watched(model) as seen:
         finite = forward()
     if seen:
         return first + modules.index(seen[0])

@@ -33,11 +33,7 @@ class Student(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.dtype, self.loads = model, dtype, loads
-        self.weights = {
-            "ce_weight": ce_weight,
-            "kl_weight": kl_weight,
-            "temperature": temperature,
-        }
+        self.ce_weight, self.kl_weight, self.temperature = ce_weight, kl_weight, temperature
 
     def forward(self, batch: Batch, parent: Head | None) -> tuple[TrainingLoss, Tensor]:
         """The losses, summed over predicted tokens in nats, and CV^2, mean of layers."""
@@ -45,11 +41,22 @@ class Student(nn.Module):
         with torch.autocast(device, self.dtype if low else None, enabled=low):
             out = self.model.model(**batch.inputs(), use_cache=False)
             head = Head(out.last_hidden_state, self.model.lm_head.weight)
-            losses = training_loss(head, batch.labels, parent, **self.weights)
-        for routing in out.routing:
-            self.loads.add(routing)
-        terms = [cv_squared(r.weights, r.blocks, r.logits.shape[1]) for r in out.routing]
-        balance = torch.stack(terms).mean() if terms else losses.kl.new_zeros(())
+            losses = training_loss(
+                head,
+                batch.labels,
+                parent,
+                ce_weight=self.ce_weight,
+                kl_weight=self.kl_weight,
+                temperature=self.temperature,
+            )
+        self.loads.add(out.routing)
+        balance = losses.kl.new_zeros(())
+        if out.routing:
+            weights, blocks = (
+                torch.stack([getattr(r, name) for r in out.routing])
+                for name in ("weights", "blocks")
+            )
+            balance = cv_squared(weights, blocks, out.routing[0].logits.shape[1]).mean()
         return losses, balance
 
 

@@ -33,7 +33,7 @@ def balance(loads: RouterLoads, router: Router, x: Tensor, steps: int, rate: flo
     """Loads after so many updates on the same tokens, in two micro-batches."""
     for _ in range(steps):
         for part in x.chunk(2):
-            loads.add(router(part))
+            loads.add([router(part)])
         loads.update(rate, ONE)
     return block_counts(router(x).blocks, len(router.weight))
 
@@ -47,7 +47,7 @@ def test_a_skewed_router_is_balanced(model: MoLForCausalLM) -> None:
     before = block_counts(router(x).blocks, 8)
     with torch.no_grad():
         assert before.max() > 3 * before.float().mean()
-        RouterLoads(model).add(router(x))
+        RouterLoads(model).add([router(x)])
     after = balance(RouterLoads(model), router, x, steps=300, rate=0.01)
     assert after.max() < 1.2 * after.float().mean()
     assert after.min() > 0.8 * after.float().mean()
@@ -75,10 +75,10 @@ def test_clones_stay_together(model: MoLForCausalLM) -> None:
 def test_what_takes_no_gradient_is_not_counted(model: MoLForCausalLM) -> None:
     loads, router = RouterLoads(model), routers(model)[0]
     with torch.no_grad():
-        loads.add(router(torch.randn(5, 32)))
+        loads.add([router(torch.randn(5, 32))])
     loads.update(1.0, ONE)
     assert not router.correction_bias.any()
-    loads.add(router(torch.randn(5, 32)))
+    loads.add([router(torch.randn(5, 32))])
     loads.clear()
     loads.update(1.0, ONE)
     assert not router.correction_bias.any()
