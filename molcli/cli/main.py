@@ -51,7 +51,10 @@ app.command("calibrate")(calibrate)
 
 
 def main() -> None:
-    """Run the command line. Exit status: 0 done, 1 a bug, 2 the user's input, 130 interrupted."""
+    """Run the command line.
+
+    Exit status: 0 done, 1 a bug, 2 the user's input, 130 interrupted (143 by SIGTERM).
+    """
     try:
         app()
     except SystemExit as stop:

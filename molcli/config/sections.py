@@ -73,6 +73,35 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class StageConfig:
+    """One stage of training. What is null is as in the train section.
+
+    kind: "align" teaches every Mixture of Layers layer the parent layer's output on the parent's
+        own input, each on its own; it trains those layers alone. "distill" learns the parent's
+        predictions, "pretrain" the text.
+    tokens: of this stage. The other keys mean what they mean in the train section.
+    """
+
+    kind: Literal["align", "distill", "pretrain"]
+    data: str | None = None
+    tokens: int | None = None
+    context_length: int | None = None
+    batch_size: int | None = None
+    micro_batch_size: int | None = None
+    learning_rate: float | None = None
+    new_learning_rate: float | None = None
+    min_learning_rate_ratio: float | None = None
+    warmup_fraction: float | None = None
+    trainable: Literal["all", "mol"] | None = None
+    kl_weight: float | None = None
+    ce_weight: float | None = None
+    temperature: float | None = None
+    balance: Literal["bias", "loss", "none"] | None = None
+    balance_weight: float | None = None
+    bias_update_rate: float | None = None
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """The recovery run.
 
@@ -82,13 +111,22 @@ class TrainConfig:
     learning_rate: peak, for inherited weights; new_learning_rate for the router, thin_in and
         thin_out, and DeltaNet's gates and convolutions. Cosine to min_learning_rate_ratio of it.
     kl_weight: weight of the forward KL to the parent; ce_weight of the next-token loss.
-    balance_weight: weight of the CV^2 load-balance loss (arXiv 2605.09516: 0.05).
+    temperature: at which the KL compares the two, times its square (arXiv 1503.02531).
+    balance: how routed blocks are kept in use. "bias": after a step, the bias of each block's logit
+        moves by bias_update_rate towards an even load (arXiv 2408.15664); "loss": the CV^2 loss
+        (arXiv 2605.09516) with weight balance_weight; "none".
+    start_top_k: routed blocks that run on a token at first, falling linearly to the model's own
+        number over top_k_fraction of all tokens; null keeps the model's.
     trainable: "mol" trains the Mixture of Layers layers alone and keeps the rest as inherited; on a
         model with dense layers below them, the backward pass ends early.
     checkpoint_every: optimiser steps between checkpoints; 0 writes none.
     compile: torch.compile for layers and loss, which takes a minute; "auto": on a GPU, in runs that
-        are long enough.
+        are long enough and keep one number of blocks (start_top_k: null).
+    max_skipped: the run stops after so many steps in a row whose gradient was not finite.
     precision: "auto" is bf16 where the device multiplies matrices in it natively, else fp32.
+    stages: one after another, each with a fresh optimiser, warm-up and decay; null is one stage,
+        distill with a parent and pretrain without; "auto" plans them from the model's size and
+        `tokens`, then the tokens of all stages together.
     """
 
     data: str | None = None
@@ -105,14 +143,21 @@ class TrainConfig:
     clip_norm: float = 1.0
     kl_weight: float = 1.0
     ce_weight: float = 0.0
+    temperature: float = 1.0
+    balance: Literal["bias", "loss", "none"] = "bias"
     balance_weight: float = 0.05
+    bias_update_rate: float = 1e-3
+    start_top_k: int | None = None
+    top_k_fraction: float = 0.5
     trainable: Literal["all", "mol"] = "all"
     checkpoint_every: int = 200
     log_every: int = 10
+    max_skipped: int = 10
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     compile: Literal["auto"] | bool = "auto"
     gradient_checkpointing: bool = False
     seed: int = 0
+    stages: Literal["auto"] | list[StageConfig] | None = None
 
 
 @dataclass(frozen=True)

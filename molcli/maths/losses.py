@@ -49,7 +49,8 @@ class Head:
 class TrainingLoss:
     """Sums over the predicted tokens; scalars, fp32 (float64 for float64 inputs).
 
-    loss: ce_weight * cross_entropy + kl_weight * kl, the only one with a gradient.
+    loss: ce_weight * cross_entropy + kl_weight * T^2 KL_T, the only one with a gradient; KL_T is
+    the KL between both distributions at temperature T. kl: at temperature 1, whatever T is.
     """
 
     loss: Tensor
@@ -86,9 +87,12 @@ def training_loss(
     *,
     ce_weight: float,
     kl_weight: float,
+    temperature: float = 1.0,
     compiled: bool = False,
 ) -> TrainingLoss:
     """The weighted sum of both losses; arguments as for `token_losses`.
+
+    temperature: of the KL; its square keeps the gradient's size (arXiv 1503.02531).
 
     Gradients flow to model.hidden and model.weight only, and are multiplied in the same dtype as
     the logits; that of the weight is summed over chunks in fp32. compiled: fuses what is done to
@@ -96,7 +100,7 @@ def training_loss(
     """
     return TrainingLoss(
         *_LossAndGradient.apply(  # type: ignore[no-untyped-call]
-            model.hidden, model.weight, labels, parent, ce_weight, kl_weight, compiled
+            model.hidden, model.weight, labels, parent, ce_weight, kl_weight, temperature, compiled
         )
     )
 
@@ -113,6 +117,7 @@ class _LossAndGradient(torch.autograd.Function):
         parent: Head | None,
         ce_weight: float,
         kl_weight: float,
+        temperature: float,
         compiled: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         high = _at_least_fp32(hidden.dtype)
@@ -122,10 +127,18 @@ class _LossAndGradient(torch.autograd.Function):
         for_hidden = torch.zeros_like(states, dtype=hidden.dtype) if wants_hidden else None
         for_weight = torch.zeros_like(weight, dtype=high) if wants_weight else None
         chunk_loss = _compiled_chunk_loss() if compiled else _chunk_loss
-        sums = hidden.new_zeros(2, dtype=high)
+        soft = parent is not None and temperature != 1
+        softened = _compiled_softened_kl() if compiled else _softened_kl
+        sums = hidden.new_zeros(3, dtype=high)  # cross-entropy, KL, T^2 KL_T
         for part, q, p, targets, known in _chunks(Head(hidden, matrix), labels, parent):
-            gradient, cross_entropy, kl = chunk_loss(q, p, targets, known, ce_weight, kl_weight)
-            sums += torch.stack([cross_entropy, kl])
+            at_one = 0.0 if soft else kl_weight
+            gradient, cross_entropy, kl = chunk_loss(q, p, targets, known, ce_weight, at_one)
+            divergence = kl
+            if soft:
+                assert p is not None
+                towards_p, divergence = softened(q, p, known, kl_weight, temperature)
+                gradient = gradient + towards_p
+            sums += torch.stack([cross_entropy, kl, divergence])
             if for_hidden is not None:
                 for_hidden[part] = gradient @ matrix
             if for_weight is not None:
@@ -133,8 +146,8 @@ class _LossAndGradient(torch.autograd.Function):
         if for_hidden is not None:  # the last position of every row predicts nothing
             for_hidden = F.pad(for_hidden.unflatten(0, (hidden.shape[0], -1)), (0, 0, 0, 1))
         ctx.save_for_backward(for_hidden, None if for_weight is None else for_weight.to(weight))
-        cross_entropy, kl = sums.unbind()
-        loss = ce_weight * cross_entropy + kl_weight * kl
+        cross_entropy, kl, divergence = sums.unbind()
+        loss = ce_weight * cross_entropy + kl_weight * divergence
         ctx.mark_non_differentiable(cross_entropy, kl)
         return loss, cross_entropy, kl
 
@@ -144,7 +157,7 @@ class _LossAndGradient(torch.autograd.Function):
         return (
             None if for_hidden is None else for_hidden * upstream[0],
             None if for_weight is None else for_weight * upstream[0],
-            *(None, None, None, None, None),
+            *(None, None, None, None, None, None),
         )
 
 
@@ -170,6 +183,25 @@ def _chunk_loss(
     if ce_weight:
         gradient.scatter_add_(1, targets, -ce_weight * scale)
     return gradient.to(q.dtype), cross_entropy, kl
+
+
+def _softened_kl(
+    q: Tensor, p: Tensor, known: Tensor, kl_weight: float, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Arguments as for `_chunk_loss`. Returns kl_weight times the gradient of T^2 KL_T towards q,
+    (n, V) in q's dtype, and the sum of T^2 KL_T."""
+    log_q, log_p = (
+        _log_softmax(logits.to(_at_least_fp32(logits.dtype)) / temperature) for logits in (q, p)
+    )
+    likely = log_p.exp()
+    divergence = ((log_p - log_q) * likely).sum(1) * temperature**2
+    gradient = (log_q.exp() - likely) * (kl_weight * temperature * known[:, None])
+    return gradient.to(q.dtype), torch.where(known, divergence, 0).sum()
+
+
+@cache
+def _compiled_softened_kl() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(_softened_kl, dynamic=True)
 
 
 @cache

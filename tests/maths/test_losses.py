@@ -142,3 +142,37 @@ def test_autocast_multiplies_in_its_dtype() -> None:
     for ours, theirs, right in zip(gradients, eager, true, strict=True):
         assert (ours - right).norm() < 1.5 * (theirs - right).norm()
         assert not torch.equal(ours, right.float())
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    temperature=st.floats(0.3, 4),
+    ce_weight=st.sampled_from([0.0, 0.4]),
+    chunk=st.integers(1, 30),
+    seed=st.integers(0, 2**16),
+)
+def test_a_temperature_softens_both_distributions(
+    temperature: float, ce_weight: float, chunk: int, seed: int
+) -> None:
+    """T^2 times the KL at T and the cross-entropy at 1, in float64; the KL reported is at 1."""
+    model, parent = random_head(2, 6, 4, seed), random_head(2, 6, 5, seed + 1)
+    labels = torch.randint(VOCAB, (2, 6), generator=torch.Generator().manual_seed(seed))
+    labels[0, 3] = IGNORED
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(losses.LOGITS_AT_ONCE, "cpu", chunk * VOCAB)
+        ours = training_loss(
+            model, labels, parent, ce_weight=ce_weight, kl_weight=0.7, temperature=temperature
+        )
+    soft_model = Head(model.hidden / temperature, model.weight)
+    soft_parent = Head(parent.hidden / temperature, parent.weight)
+    soft = naive(soft_model, labels, soft_parent)["kl"] * temperature**2
+    exact = naive(model, labels, parent)
+    loss = 0.7 * soft + ce_weight * exact["cross_entropy"]
+    torch.testing.assert_close(ours.loss, loss)
+    torch.testing.assert_close(ours.kl, exact["kl"])
+    torch.testing.assert_close(ours.cross_entropy, exact["cross_entropy"])
+    leaves = [model.hidden, model.weight]
+    for a, b in zip(
+        torch.autograd.grad(ours.loss, leaves), torch.autograd.grad(loss, leaves), strict=True
+    ):
+        torch.testing.assert_close(a, b)

@@ -11,30 +11,32 @@ from molcli.io.packing import IGNORED, Batch, TokenRows
 from molcli.maths.balance import cv_squared
 from molcli.maths.losses import Head, TrainingLoss, training_loss
 from molcli.model import MoLForCausalLM
-from molcli.model.compiled import compile_layers
+from molcli.stages.train.balance import RouterLoads
 
 
 class Student(nn.Module):
     """The model and its losses in one module, whose forward is all that DDP has to watch.
 
     dtype: of its matrix products, float32 or bfloat16; the weights stay as they are.
-    ce_weight, kl_weight: of the two losses. compiled: layers and loss run as torch.compile'd code.
+    loads: counts the routing. ce_weight, kl_weight, temperature, compiled: of the losses
+    (`training_loss`).
     """
 
     def __init__(
         self,
         model: MoLForCausalLM,
         dtype: torch.dtype,
+        loads: RouterLoads,
         *,
         ce_weight: float,
         kl_weight: float,
+        temperature: float = 1.0,
         compiled: bool = False,
     ) -> None:
         super().__init__()
-        self.model, self.dtype = model, dtype
-        self.ce_weight, self.kl_weight, self.compiled = ce_weight, kl_weight, compiled
-        if compiled:
-            compile_layers(model)
+        self.model, self.dtype, self.loads = model, dtype, loads
+        self.ce_weight, self.kl_weight = ce_weight, kl_weight
+        self.temperature, self.compiled = temperature, compiled
 
     def forward(self, batch: Batch, parent: Head | None) -> tuple[TrainingLoss, Tensor]:
         """The losses, summed over predicted tokens in nats, and CV^2, mean of layers."""
@@ -48,6 +50,7 @@ class Student(nn.Module):
                 parent,
                 ce_weight=self.ce_weight,
                 kl_weight=self.kl_weight,
+                temperature=self.temperature,
                 compiled=self.compiled,
             )
         balance = losses.kl.new_zeros(())
@@ -56,6 +59,7 @@ class Student(nn.Module):
                 torch.stack([getattr(r, name) for r in out.routing])
                 for name in ("weights", "blocks")
             )
+            self.loads.add(blocks)
             balance = cv_squared(weights, blocks, out.routing[0].logits.shape[1]).mean()
         return losses, balance
 
@@ -71,6 +75,11 @@ class Objective:
     parent: MoLForCausalLM | None
     balance_weight: float
 
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """Which of loss, ce, kl and balance `backward` fills."""
+        return ("loss", "ce", "balance") + (("kl",) if self.parent is not None else ())
+
     def backward(
         self, rows: TokenRows, index: Tensor, micro_batch_size: int, accelerator: Accelerator
     ) -> Tensor:
@@ -82,7 +91,7 @@ class Objective:
         ranks = accelerator.num_processes
         # Every rank holds all rows, so none has to ask the others for their counts.
         count = int((rows.batch(index).labels[:, 1:] != IGNORED).sum())
-        mine = index.view(ranks, -1)[accelerator.process_index].split(micro_batch_size)
+        mine = share(index, accelerator).split(micro_batch_size)
         parts = torch.zeros(4, device=accelerator.device)
         for number, part in enumerate(mine, start=1):
             batch = rows.batch(part).to(accelerator.device)
@@ -98,8 +107,26 @@ class Objective:
         return parts
 
     @torch.no_grad()
+    def is_finite(
+        self, rows: TokenRows, index: Tensor, micro_batch_size: int, accelerator: Accelerator
+    ) -> bool:
+        """Whether this rank's share of the rows `index` gives finite losses. No gradients."""
+        student = accelerator.unwrap_model(self.student)
+        sums = torch.zeros((), device=accelerator.device)
+        for part in share(index, accelerator).split(micro_batch_size):
+            batch = rows.batch(part).to(accelerator.device)
+            losses, balance = student(batch, self._parent_head(batch))
+            sums += losses.loss + balance
+        return bool(sums.isfinite())
+
+    @torch.no_grad()
     def _parent_head(self, batch: Batch) -> Head | None:
         if self.parent is None:
             return None
         out = self.parent.model(**batch.inputs(), use_cache=False)
         return Head(out.last_hidden_state, self.parent.lm_head.weight)
+
+
+def share(index: Tensor, accelerator: Accelerator) -> Tensor:
+    """This rank's part of the rows."""
+    return index.view(accelerator.num_processes, -1)[accelerator.process_index]
