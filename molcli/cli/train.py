@@ -13,9 +13,11 @@ from molcli.cli.options import (
     Overrides,
     ParentOption,
     RecipeName,
+    data_for,
     recipe_for,
 )
 from molcli.cli.parents import open_dense
+from molcli.config.sections import Data as DataSpec
 from molcli.config.sections import Recipe
 from molcli.errors import MolError
 
@@ -42,12 +44,12 @@ def train(
     Without --recipe, the recipe saved in CKPT counts.
     """
     settings = recipe_for(recipe, overrides, checkpoint)
-    text = data if data is not None else settings.train.data
+    text = data_for(data) or settings.train.data
     if text is None:
         raise MolError(
             "there is nothing to train on",
-            allowed="--data FILE, or train.data in the recipe",
-            hint="molcli sample PARENT text.jsonl draws text from the parent",
+            allowed="--data SOURCE, or train.data in the recipe",
+            hint="molcli data sample PARENT text.jsonl draws text from the parent",
         )
     dense = None if parent is None else open_dense(parent)
     run_train(checkpoint, out, text, settings, dense, resume=resume)
@@ -57,7 +59,7 @@ def train(
 def run_train(
     checkpoint: Path,
     out: Path,
-    data: str,
+    data: DataSpec,
     recipe: Recipe,
     parent: "DenseParent | None",
     *,

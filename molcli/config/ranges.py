@@ -2,6 +2,7 @@
 
 from molcli.config.sections import (
     CalibrateConfig,
+    Data,
     EvaluateConfig,
     InspectConfig,
     ModelConfig,
@@ -46,6 +47,7 @@ def _upcycle(c: UpcycleConfig) -> None:
 
 
 def _calibrate(c: CalibrateConfig) -> None:
+    _weights("calibrate.data", c.data)
     _at_least("calibrate.tokens", c.tokens, 1)
     _at_least("calibrate.heldout_tokens", c.heldout_tokens, 1)
     _at_least("calibrate.context_length", c.context_length, 2)
@@ -61,6 +63,7 @@ def _sample(c: SampleConfig) -> None:
 
 
 def _train(c: TrainConfig) -> None:
+    _weights("train.data", c.data)
     _at_least("train.tokens", c.tokens, 1)
     _at_least("train.context_length", c.context_length, 2)
     _at_least("train.batch_size", c.batch_size, 1)
@@ -152,6 +155,15 @@ def _multiple(name: str, value: int, unit: int, reason: str) -> None:
             allowed=f"a multiple of {unit} ({reason})",
             hint=f"{name}={below}",
         )
+
+
+def _weights(name: str, data: Data | None) -> None:
+    if not isinstance(data, dict):
+        return
+    if not data:
+        raise MolError(f"`{name}` maps nothing", allowed="at least one source and its weight")
+    for source, weight in data.items():
+        _positive(f"{name}: {source}", weight)
 
 
 def _indices(name: str, layers: list[int]) -> None:

@@ -3,6 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+Data = str | dict[str, float]
+"""A source, or a mapping from sources to weights, a source's share of the tokens in any unit. A
+source is a .txt, .jsonl or .parquet file, a folder of `molcli data tokenize`, or a data set on the
+Hub as hf://org/name[:config[:split]]."""
+
 
 @dataclass(frozen=True)
 class UpcycleConfig:
@@ -36,13 +41,13 @@ class UpcycleConfig:
 class CalibrateConfig:
     """Text that the conversion looks at.
 
-    data: a .txt, .jsonl or .parquet file; null samples text from the parent itself.
+    data: a source or a mapping from sources to weights; null samples text from the parent itself.
     tokens: calibration tokens. heldout_tokens: further tokens, never fitted, for the receipt.
     context_length: tokens in a calibration sequence.
     seed: draws the documents, the sampled text and the clusters.
     """
 
-    data: str | None = None
+    data: Data | None = None
     tokens: int = 65_536
     heldout_tokens: int = 8_192
     context_length: int = 512
@@ -68,7 +73,8 @@ class SampleConfig:
 class TrainConfig:
     """The recovery run.
 
-    data: a .txt, .jsonl or .parquet file (the command line's --data wins).
+    data: a source or a mapping from sources to weights such as {a.jsonl: 0.7, b.txt: 0.3} (the
+        command line's --data wins). A source that runs out begins again, in another order.
     tokens: training tokens in all. context_length: tokens in a packed row.
     batch_size: rows in an optimiser step. micro_batch_size: rows in a forward pass.
     learning_rate: peak, for inherited weights; new_learning_rate for the router, thin_in and
@@ -81,7 +87,7 @@ class TrainConfig:
     precision: "auto" is bf16 where the device multiplies matrices in it natively, else fp32.
     """
 
-    data: str | None = None
+    data: Data | None = None
     tokens: int = 1_000_000
     context_length: int = 512
     batch_size: int = 16

@@ -8,7 +8,8 @@ import torch
 
 from molcli.config.sections import EvaluateConfig
 from molcli.errors import MolError
-from molcli.io.packing import Batch, load_rows
+from molcli.io.data import load_rows
+from molcli.io.packing import Batch
 from molcli.io.parent import Parent
 from molcli.io.tokenizer import open_tokenizer
 from molcli.maths.losses import Head, token_losses

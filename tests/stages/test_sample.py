@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, DynamicCache, GenerationConfig, PreTrain
 
 from molcli.config.sections import SampleConfig
 from molcli.errors import MolError
-from molcli.io.packing import load_rows
+from molcli.io.data import load_rows
 from molcli.io.parent import open_parent
 from molcli.stages.sample import _documents, _draw, sample
 

@@ -17,7 +17,8 @@ class TrainLog:
 
     A line has: step, tokens, seconds, loss (what is minimised), ce and kl (nats a token; kl null
     without a parent), balance (CV^2, mean of layers), learning_rate (inherited weights'),
-    gradient_norm (before clipping, of the last step), tokens_per_second, skipped (in all).
+    gradient_norm (before clipping, of the last step), tokens_per_second, skipped (in all),
+    passes (over each source of the data, since the run began).
     """
 
     def __init__(self, out: Path, accelerator: Accelerator, state: TrainState) -> None:
@@ -33,7 +34,15 @@ class TrainLog:
         self._sums = self._sums + means
         self._steps += 1
 
-    def write(self, state: TrainState, norm: Tensor, learning_rate: float, *, kl: bool) -> None:
+    def write(
+        self,
+        state: TrainState,
+        norm: Tensor,
+        learning_rate: float,
+        passes: dict[str, float],
+        *,
+        kl: bool,
+    ) -> None:
         """Ends a window; every rank calls it, the main one writes."""
         sums = self.accelerator.reduce(self._sums, "sum")
         values = [total / self._steps if self._steps else None for total in sums.tolist()]
@@ -49,6 +58,7 @@ class TrainLog:
                 "gradient_norm": float(norm) if torch.isfinite(norm) else None,
                 "tokens_per_second": rate,
                 "skipped": state.skipped,
+                "passes": passes,
             }
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from molcli.config.sections import Recipe, TrainConfig
+from molcli.config.sections import Data, Recipe, TrainConfig
 from molcli.errors import MolError
-from molcli.io.packing import RowOrder, load_rows
+from molcli.io.data import load_rows
 from molcli.io.parent import Parent
 from molcli.io.tensors import TensorReader
 from molcli.io.tokenizer import open_tokenizer
@@ -52,7 +52,7 @@ class TrainResult:
 def train(
     checkpoint: Path,
     out: Path,
-    data: str,
+    data: Data,
     recipe: Recipe,
     parent: Parent | None = None,
     resume: bool = False,
@@ -106,7 +106,7 @@ def train(
     ce_weight = 1.0 if teacher is None else config.ce_weight
     student = Student(model, dtype, ce_weight=ce_weight, kl_weight=config.kl_weight)
     objective = Objective(accelerator.prepare(student), teacher, config.balance_weight)
-    order = RowOrder(len(rows), config.seed)
+    order = rows.order(config.seed)
     if is_main:
         out.mkdir(parents=True, exist_ok=True)
     log = TrainLog(out, accelerator, state)
@@ -130,7 +130,8 @@ def train(
         state.seconds = time.perf_counter() - clock
 
         if state.step % config.log_every == 0 or state.step == steps:
-            log.write(state, norm, ratio * config.learning_rate, kl=teacher is not None)
+            passes = rows.passes(state.row)
+            log.write(state, norm, ratio * config.learning_rate, passes, kl=teacher is not None)
         if is_main:
             progress(state.tokens, steps * step_tokens, log.note)
             if config.checkpoint_every and state.step % config.checkpoint_every == 0:

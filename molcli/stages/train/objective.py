@@ -7,7 +7,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from molcli.io.packing import IGNORED, Batch, TokenRows
+from molcli.io.data import Corpus
+from molcli.io.packing import IGNORED, Batch
 from molcli.maths.balance import cv_squared
 from molcli.maths.losses import Head, TrainingLoss, training_loss
 from molcli.model import MoLForCausalLM
@@ -53,7 +54,7 @@ class Objective:
     balance_weight: float
 
     def backward(
-        self, rows: TokenRows, index: Tensor, micro_batch_size: int, accelerator: Accelerator
+        self, rows: Corpus, index: Tensor, micro_batch_size: int, accelerator: Accelerator
     ) -> Tensor:
         """Adds the gradient of the rows `index`, (batch_size,), of which each rank takes a share.
 
