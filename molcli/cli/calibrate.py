@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import typer
 
 from molcli.cli.bars import bar
+from molcli.cli.data.sample import run_sample
 from molcli.cli.options import Data, Out, Overrides, Parent, RecipeName, data_for, recipe_for
 from molcli.cli.parents import open_dense
-from molcli.cli.sample import run_sample
 from molcli.config.sections import Data as DataSpec
 from molcli.config.sections import Recipe
 

@@ -60,12 +60,15 @@ class SampleConfig:
 
     tokens: how many to sample. length: tokens in a document. batch_size: documents at a time.
     temperature: 1.0 samples the parent's own distribution.
+    prompts: what the documents begin with, a source like train.data; in its order, and from its
+        first again when they run out. null begins with the parent's BOS alone.
     """
 
     tokens: int = 100_000
     length: int = 512
     batch_size: int = 64
     temperature: float = 1.0
+    prompts: str | None = None
     seed: int = 0
 
 

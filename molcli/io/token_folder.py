@@ -1,8 +1,8 @@
 """Tokens on the disk: a folder of memory-mapped shards, written once and read at random.
 
-`tokens-N.npy` holds documents end to end, uint16 where every id fits, else int32; `documents-N.npy`
-their sizes, int64. No document crosses shards. `tokens.json` names them, with sha256 sums, and the
-tokenizer that made them.
+`tokens-N.npy` holds documents end to end, uint16 where all of them fit, else int32, and
+`documents-N.npy` their sizes, int64. No document crosses shards. `tokens.json` has their sha256
+sums, and the fingerprint of the tokenizer that made them.
 """
 
 import hashlib
@@ -140,7 +140,6 @@ def write_token_folder(
 
     shard_tokens: a shard is written when it has at least so many.
     """
-    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.int32
     with output_folder(out) as staging:
         shards: list[dict[str, Any]] = []
         pending: list[np.ndarray] = []
@@ -148,7 +147,8 @@ def write_token_folder(
 
         def flush() -> None:
             sizes = np.array([len(document) for document in pending], dtype=np.int64)
-            tokens = np.concatenate(pending).astype(dtype)
+            tokens = np.concatenate(pending)
+            tokens = tokens.astype(np.uint16 if tokens.max() < 2**16 else np.int32)
             number, digest = len(shards), hashlib.sha256()
             for name, array in (("tokens", tokens), ("documents", sizes)):
                 np.save(staging / _file(name, number), array)
@@ -176,7 +176,6 @@ def write_token_folder(
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "vocab_size": len(tokenizer),
             "highest_id": highest,
-            "dtype": np.dtype(dtype).name,
             "tokens": tokens,
             "documents": sum(shard["documents"] for shard in shards),
             "shards": shards,

@@ -19,6 +19,25 @@ _PROBE = (
 )
 
 
+def find_tokenizer(spec: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model's folder or Hub id. Raises MolError if there is none."""
+    folder = Path(spec).expanduser()
+    if folder.is_dir():
+        found = open_tokenizer(folder)
+        if found is None:
+            raise MolError(f"{spec} has no tokenizer", allowed="a folder with a tokenizer.json")
+        return found
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(spec)
+    except Exception as error:  # of the Hub, the network or the tokenizers library
+        raise MolError(
+            f"{spec} is no folder, and the Hub gave no tokenizer of that name",
+            allowed="the folder or Hub id of a model",
+            hint="check the name and the network; for a gated model: hf auth login",
+        ) from error
+    return tokenizer
+
+
 def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """The folder's tokenizer, None if it has none. Raises MolError if it cannot be read."""
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):

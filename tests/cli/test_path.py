@@ -41,7 +41,7 @@ def test_from_a_parent_to_a_trained_and_inspected_model(
     small = [word for setting in SMALL for word in ("--set", setting)]
     data = tmp_path / "text.jsonl"
     draw = ["--set", "sample.tokens=640", "--set", "sample.length=32"]
-    assert molcli(monkeypatch, "sample", parent, data, *draw) == 0
+    assert molcli(monkeypatch, "data", "sample", parent, data, *draw) == 0
     assert molcli(monkeypatch, "upcycle", parent, out / "upcycled", *small) == 0
     # The recipe that the checkpoint carries is in force from here on.
     recipe = load_recipe(out / "upcycled" / "recipe.yaml")
