@@ -64,6 +64,12 @@ def _sample(c: SampleConfig) -> None:
 
 def _train(c: TrainConfig) -> None:
     _weights("train.data", c.data)
+    if c.data is not None and c.logits is not None:
+        raise MolError(
+            "`train.data` and `train.logits` are both set",
+            allowed="one of them: cached logits come with their own text",
+            hint="train.data=null",
+        )
     _at_least("train.tokens", c.tokens, 1)
     _at_least("train.context_length", c.context_length, 2)
     _at_least("train.batch_size", c.batch_size, 1)

@@ -78,6 +78,7 @@ class TrainConfig:
 
     data: a source or a mapping from sources to weights such as {a.jsonl: 0.7, b.txt: 0.3} (the
         command line's --data wins). A source that runs out begins again, in another order.
+    logits: a folder of `molcli data cache-logits`, which stands for both data and parent.
     tokens: training tokens in all. context_length: tokens in a packed row.
     batch_size: rows in an optimiser step. micro_batch_size: rows in a forward pass.
     learning_rate: peak, for inherited weights; new_learning_rate for the router, thin_in and
@@ -91,6 +92,7 @@ class TrainConfig:
     """
 
     data: Data | None = None
+    logits: str | None = None
     tokens: int = 1_000_000
     context_length: int = 512
     batch_size: int = 16

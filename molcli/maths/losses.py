@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from molcli.maths.top_k import TopK, keep_top_k, top_k_kl
+
 IGNORED = -100  # the label that is left out of every sum
 # tokens x vocabulary of one chunk: 256 MiB in fp32 on a GPU, which wants few launches; on a CPU
 # what its cache holds.
@@ -76,11 +78,29 @@ def token_losses(model: Head, labels: Tensor, parent: Head | None = None) -> Tok
     return TokenLosses(sums[0], sums[1], sums[2], sums[3], count)
 
 
+@torch.no_grad()
+def top_k_predictions(model: Head, k: int) -> TopK:
+    """The k most likely next tokens of every position, (B, T, k); fp32 (float64 for float64)."""
+    weight = model.weight.to(_product_dtype(model.hidden))
+    at_once = LOGITS_AT_ONCE.get(weight.device.type, LOGITS_AT_ONCE["cuda"])
+    states = model.hidden.flatten(0, 1).split(max(1, at_once // len(weight)))
+    kept = [keep_top_k(_log_softmax(x, weight), k) for x in states]
+    shape = model.hidden.shape[:2]
+    fields = zip(*((part.ids, part.log_probs, part.rest) for part in kept), strict=True)
+    return TopK(*(torch.cat(field).unflatten(0, shape) for field in fields))
+
+
 def training_loss(
-    model: Head, labels: Tensor, parent: Head | None, *, ce_weight: float, kl_weight: float
+    model: Head,
+    labels: Tensor,
+    parent: Head | TopK | None,
+    *,
+    ce_weight: float,
+    kl_weight: float,
 ) -> TrainingLoss:
     """The weighted sum of both losses; arguments as for `token_losses`.
 
+    A parent's TopK, (B, T, k), gives the KL of `top_k_kl`.
     Gradients flow to model.hidden and model.weight only, and are multiplied in the same dtype as
     the logits; that of the weight is summed over chunks in fp32.
     """
@@ -100,7 +120,7 @@ class _LossAndGradient(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         labels: Tensor,
-        parent: Head | None,
+        parent: Head | TopK | None,
         ce_weight: float,
         kl_weight: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,9 +131,14 @@ class _LossAndGradient(torch.autograd.Function):
         for_weight = torch.zeros_like(weight, dtype=high) if wants_weight else None
         sums = hidden.new_zeros(2, dtype=high)
         first = 0
-        for log_q, log_p, targets, known in _chunks(Head(hidden, matrix), labels, parent):
+        head, kept = (None, parent) if isinstance(parent, TopK) else (parent, None)
+        for log_q, log_p, targets, known in _chunks(Head(hidden, matrix), labels, head):
             part = slice(first, first := first + len(targets))
             gradient = log_q.exp().mul_(ce_weight + (0 if log_p is None else kl_weight))
+            if kept is not None:
+                kl, by_logits = top_k_kl(log_q, _rows_of(kept, part).exact(high))
+                gradient.add_(by_logits, alpha=kl_weight)
+                sums[1] += torch.where(known, kl, 0).sum()
             sums[0] -= torch.where(known, log_q.gather(1, targets)[:, 0], 0).sum()
             if log_p is not None:
                 p = log_p.exp()
@@ -162,6 +187,12 @@ def _chunks(
             part = slice(first, first + chunk)
             logs = [_log_softmax(x[part], w) for x, w in zip(states, matrices, strict=True)]
             yield logs[0], None if parent is None else logs[1], targets[part], known[part]
+
+
+def _rows_of(kept: TopK, part: slice) -> TopK:
+    """(n, k) of the predicted positions, counted as `_chunks` does: without the last of a row."""
+    fields = (x[:, :-1].flatten(0, 1)[part] for x in (kept.ids, kept.log_probs, kept.rest))
+    return TopK(*fields)
 
 
 def _log_softmax(hidden: Tensor, weight: Tensor) -> Tensor:

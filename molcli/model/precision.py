@@ -1,5 +1,7 @@
 """Which number formats a device is good at."""
 
+from typing import Literal
+
 import torch
 
 
@@ -10,3 +12,10 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     else:
         native = torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32
+
+
+def matmul_dtype(precision: Literal["auto", "bf16", "fp32"], device: torch.device) -> torch.dtype:
+    """What `train.precision` makes student and parent multiply in."""
+    if precision == "auto":
+        return fast_dtype(device)
+    return torch.bfloat16 if precision == "bf16" else torch.float32

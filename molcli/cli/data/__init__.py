@@ -2,6 +2,7 @@
 
 import typer
 
+from molcli.cli.data.cache_logits import cache_logits
 from molcli.cli.data.sample import sample
 from molcli.cli.data.tokenize import tokenize
 
@@ -11,3 +12,4 @@ app = typer.Typer(
 )
 app.command("sample")(sample)
 app.command("tokenize")(tokenize)
+app.command("cache-logits")(cache_logits)

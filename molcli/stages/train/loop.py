@@ -11,11 +11,12 @@ from accelerate import Accelerator
 from molcli.config.sections import Data, Recipe, TrainConfig
 from molcli.errors import MolError
 from molcli.io.data import load_rows
+from molcli.io.logits import open_logits
 from molcli.io.parent import Parent
 from molcli.io.tensors import TensorReader
 from molcli.io.tokenizer import open_tokenizer
 from molcli.model.checkpoint import default_device, open_checkpoint
-from molcli.model.precision import fast_dtype
+from molcli.model.precision import matmul_dtype
 from molcli.model.teacher import open_teacher
 from molcli.progress import Progress, silent
 from molcli.stages.train.log import TrainLog
@@ -52,7 +53,7 @@ class TrainResult:
 def train(
     checkpoint: Path,
     out: Path,
-    data: Data,
+    data: Data | None,
     recipe: Recipe,
     parent: Parent | None = None,
     resume: bool = False,
@@ -61,7 +62,8 @@ def train(
     """Trains the model in `checkpoint` on `data` as recipe.train says, and leaves it in `out`.
 
     With a parent, the loss is kl_weight times the KL to it plus ce_weight times the next-token
-    loss; without, the next-token loss alone. The balance loss is added to either. While it runs,
+    loss; without, the next-token loss alone. recipe.train.logits stands for both data and parent,
+    which are None then. The balance loss is added to either. While it runs,
     `out` holds log.jsonl and checkpoints/, from which resume=True goes on bit for bit; config.json
     appears there last. Under torchrun each rank takes its share of every batch.
 
@@ -81,26 +83,35 @@ def train(
         freeze_inherited(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    dtype = _matmul_dtype(config, accelerator.device)
-    teacher = None if parent is None else open_teacher(parent, model, dtype)
+    dtype = matmul_dtype(config.precision, accelerator.device)
+    tokenizer, cache = open_tokenizer(checkpoint), None
+    if config.logits is not None:
+        vocabulary, length = model.config.vocab_size, config.context_length
+        cache = open_logits(Path(config.logits), tokenizer, vocab_size=vocabulary, length=length)
+    teacher = cache if parent is None else open_teacher(parent, model, dtype)
     step_tokens = config.batch_size * config.context_length
     steps = math.ceil(config.tokens / step_tokens)
-    rows = load_rows(
-        data,
-        open_tokenizer(checkpoint),
-        vocab_size=model.config.vocab_size,
-        length=config.context_length,
-        limit=steps * step_tokens,
-        seed=config.seed,
-        progress=progress,
-    )
+    if cache is not None:
+        rows = cache.corpus()
+    else:
+        assert data is not None, "train.data or train.logits"
+        rows = load_rows(
+            data,
+            tokenizer,
+            vocab_size=model.config.vocab_size,
+            length=config.context_length,
+            limit=steps * step_tokens,
+            seed=config.seed,
+            progress=progress,
+        )
+    taught = cache if cache is not None else parent
 
     state = TrainState(model, make_optimizer(model, config))
     identity = run_identity(
         config,
         data=rows.fingerprint(),
         checkpoint=TensorReader(checkpoint).fingerprint(),
-        parent="" if parent is None else parent.fingerprint(),
+        parent="" if taught is None else taught.fingerprint(),
     )
     load_checkpoint(state, out / "checkpoints", identity)
     ce_weight = 1.0 if teacher is None else config.ce_weight
@@ -152,10 +163,3 @@ def _check_batch(config: TrainConfig, ranks: int) -> None:
             allowed=f"multiples of {share}",
             hint=f"--set train.batch_size={-(-config.batch_size // share) * share}",
         )
-
-
-def _matmul_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """What student and parent multiply in; the student's weights are fp32 in any case."""
-    if config.precision == "auto":
-        return fast_dtype(device)
-    return torch.bfloat16 if config.precision == "bf16" else torch.float32

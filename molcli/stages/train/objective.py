@@ -8,9 +8,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from molcli.io.data import Corpus
+from molcli.io.logits import LogitCache
 from molcli.io.packing import IGNORED, Batch
 from molcli.maths.balance import cv_squared
 from molcli.maths.losses import Head, TrainingLoss, training_loss
+from molcli.maths.top_k import TopK
 from molcli.model import MoLForCausalLM
 
 
@@ -28,7 +30,7 @@ class Student(nn.Module):
         self.model, self.dtype = model, dtype
         self.ce_weight, self.kl_weight = ce_weight, kl_weight
 
-    def forward(self, batch: Batch, parent: Head | None) -> tuple[TrainingLoss, Tensor]:
+    def forward(self, batch: Batch, parent: Head | TopK | None) -> tuple[TrainingLoss, Tensor]:
         """The losses, summed over predicted tokens in nats, and CV^2, mean of layers."""
         device, low = batch.input_ids.device.type, self.dtype != torch.float32
         with torch.autocast(device, self.dtype if low else None, enabled=low):
@@ -46,11 +48,12 @@ class Student(nn.Module):
 class Objective:
     """What is minimised. student: a Student, wrapped by accelerate where there are more ranks.
 
-    parent: the dense model whose predictions are learned, in evaluation mode, or None.
+    parent: the dense model whose predictions are learned, in evaluation mode; its predictions for
+    the rows, from the disk; or None.
     """
 
     student: nn.Module
-    parent: MoLForCausalLM | None
+    parent: MoLForCausalLM | LogitCache | None
     balance_weight: float
 
     def backward(
@@ -68,7 +71,7 @@ class Objective:
         parts = torch.zeros(4, device=accelerator.device)
         for number, part in enumerate(mine, start=1):
             batch = rows.batch(part).to(accelerator.device)
-            parent = self._parent_head(batch)
+            parent = self._predictions(batch, part)
             # Gradients are exchanged once, with the last micro-batch.
             with nullcontext() if number == len(mine) else accelerator.no_sync(self.student):
                 losses, balance = self.student(batch, parent)
@@ -80,8 +83,11 @@ class Objective:
         return parts
 
     @torch.no_grad()
-    def _parent_head(self, batch: Batch) -> Head | None:
+    def _predictions(self, batch: Batch, index: Tensor) -> Head | TopK | None:
         if self.parent is None:
             return None
+        if isinstance(self.parent, LogitCache):
+            device = batch.input_ids.device
+            return TopK(*(field.to(device) for field in self.parent.predictions(index)))
         out = self.parent.model(**batch.inputs(), use_cache=False)
         return Head(out.last_hidden_state, self.parent.lm_head.weight)

@@ -16,7 +16,7 @@ from molcli.io.folder import output_folder
 KEPT = 2  # checkpoints: the newest, and the one before it
 _TENSORS, _PROGRESS = "state.pt", "progress.json"
 # What may differ between a run and its resumption without changing what is trained.
-_FREE_SETTINGS = ("data", "checkpoint_every", "log_every")
+_FREE_SETTINGS = ("data", "logits", "checkpoint_every", "log_every")
 
 
 @dataclass
