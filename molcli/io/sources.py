@@ -71,7 +71,8 @@ def _read(source: str, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
         rows: Iterable[dict[str, Any]] = load_dataset(streaming=True, **arguments)
         yield from rows
     except Exception as error:  # whatever the format's reader raises: the file is the user's
-        if not source.startswith(HUB) and Path(source).stat().st_size == 0:
+        path = Path(source)
+        if path.is_file() and path.stat().st_size == 0:
             return  # some of the readers take an empty file for a broken one
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         hint = "check the name and the network; for a gated data set: hf auth login"
