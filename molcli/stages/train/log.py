@@ -62,7 +62,7 @@ class TrainLog:
             }
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-        self.note = _note(line, rate, state.skipped)
+        self.note = _note(line, rate, state.skipped, passes)
         self._sums = torch.zeros_like(self._sums)
         self._steps, self._tokens, self._seconds = 0, state.tokens, state.seconds
 
@@ -74,7 +74,9 @@ class TrainLog:
             self.path.write_text("".join(line + "\n" for line in kept))
 
 
-def _note(line: dict[str, float | None], rate: float, skipped: int) -> str:
+def _note(
+    line: dict[str, float | None], rate: float, skipped: int, passes: dict[str, float]
+) -> str:
     words = [
         f"{name} {line[name]:.3f}"
         for name in ("loss", "ce", "kl", "balance")
@@ -83,4 +85,9 @@ def _note(line: dict[str, float | None], rate: float, skipped: int) -> str:
     words.append(f"{rate:,.0f} tokens/s")
     if skipped:
         words.append(f"{skipped} steps skipped")
+    words += [
+        f"{count:.1f} passes over {Path(source).name}"
+        for source, count in passes.items()
+        if count > 1
+    ]
     return ", ".join(words)

@@ -148,7 +148,11 @@ def test_a_mixture_is_resumed_and_its_passes_are_logged(
         train(checkpoint, out, mixed, recipe(), progress=stop_after(5 * 4 * 32))
     with pytest.raises(MolError, match="the data was another one"):
         train(checkpoint, out, {small: 1.0, large: 2.0}, recipe(), resume=True)
-    train(checkpoint, out, mixed, recipe(), resume=True)
+    notes: list[str] = []
+    train(
+        checkpoint, out, mixed, recipe(), resume=True, progress=lambda *said: notes.append(said[-1])
+    )
+    assert "8.0 passes over a.jsonl" in notes[-1] and "b.jsonl" not in notes[-1]
     assert log_lines(out)[-1]["passes"] == {small: 8.0, large: 1.0}
     whole, resumed = weights(tmp_path / "whole"), weights(out)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
