@@ -13,8 +13,6 @@ from torch import Tensor
 
 from molcli.io.packing import RowOrder
 
-_FINEST_WEIGHT = 10**6  # of a share's denominator: exact integers, the same on every machine
-
 
 class Shares:
     """Which source each entry of an endless sequence takes: no randomness, no drift.
@@ -25,7 +23,8 @@ class Shares:
 
     def __init__(self, weights: Sequence[float]) -> None:
         """weights: above 0, in any unit."""
-        exact = [Fraction(weight).limit_denominator(_FINEST_WEIGHT) for weight in weights]
+        # As they are written, 0.7 for 7/10: exact, and so the same on every machine.
+        exact = [Fraction(repr(float(weight))) for weight in weights]
         left = [sum(exact[k:], Fraction()) for k in range(len(exact))]
         # Source k takes this share of the entries that the sources before it leave.
         self._splits = [(weight / rest) for weight, rest in zip(exact, left, strict=True)]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from molcli.io.order import MixedOrder, Shares
 from molcli.io.packing import RowOrder
 
-WEIGHTS = st.lists(st.floats(0.01, 100), min_size=1, max_size=5)
+WEIGHTS = st.lists(st.floats(0.01, 100) | st.just(1e-12), min_size=1, max_size=5)
 
 
 @given(weights=WEIGHTS, entries=st.integers(0, 200))
@@ -46,6 +46,11 @@ def test_a_mixture_repeats_each_source_in_passes_of_its_own() -> None:
     for first in (31, 3):
         assert torch.equal(later.take(first, 9), taken[first : first + 9])
     assert not torch.equal(MixedOrder([4, 10], Shares([1, 1]), seed=1).take(0, 40), taken)
+
+
+def test_decimal_weights_are_exact() -> None:
+    assert Shares([0.1, 0.2, 0.7]).counts(10) == [1, 2, 7]
+    assert Shares([0.7, 0.2, 0.1]).counts(10**15) == [7 * 10**14, 2 * 10**14, 10**14]
 
 
 def test_one_source_is_ordered_as_alone() -> None:
