@@ -93,6 +93,13 @@ class Corpus:
         return Shares(list(self.weights.values()))
 
 
+def check_data(data: str | dict[str, float]) -> None:
+    """Raises MolError if a source is missing or of another kind; looks at names alone."""
+    for source in [data] if isinstance(data, str) else data:
+        if not Path(source).is_dir():
+            read_documents(source)
+
+
 def load_rows(
     data: str | dict[str, float],
     tokenizer: PreTrainedTokenizerBase | None,
@@ -110,6 +117,7 @@ def load_rows(
     length, seed, keep_short: as for `pack`. limit: only so many tokens, of each source its first.
     Raises MolError as `read_documents`, `tokenize`, `pack` and `load_folder_rows` do.
     """
+    check_data(data)  # the last of several, too, before the first is read
     weights = {data: 1.0} if isinstance(data, str) else data
     if limit is None or len(weights) == 1:
         limits: list[int | None] = [limit] * len(weights)

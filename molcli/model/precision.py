@@ -1,8 +1,8 @@
 """Which number formats a device is good at."""
 
-from typing import Literal
-
 import torch
+
+from molcli.config.sections import TrainConfig
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
@@ -14,8 +14,8 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def matmul_dtype(precision: Literal["auto", "bf16", "fp32"], device: torch.device) -> torch.dtype:
-    """What `train.precision` makes student and parent multiply in."""
-    if precision == "auto":
+def matmul_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """What student and parent multiply in; the student's weights are fp32 in any case."""
+    if config.precision == "auto":
         return fast_dtype(device)
-    return torch.bfloat16 if precision == "bf16" else torch.float32
+    return torch.bfloat16 if config.precision == "bf16" else torch.float32

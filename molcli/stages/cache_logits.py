@@ -70,7 +70,7 @@ def cache_logits(
         "rows_per_shard": max(1, shard_bytes // per_row),
     }
     device = default_device()
-    model = load_dense(parent, matmul_dtype(config.precision, device), device)
+    model = load_dense(parent, matmul_dtype(config, device), device)
 
     def predict(first: int, last: int) -> dict[str, Tensor]:
         packed = rows.rows(torch.arange(first, last))

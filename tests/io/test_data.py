@@ -178,6 +178,17 @@ def test_a_mixture_has_its_weights_in_tokens(
     assert torch.equal(every, rows.rows(torch.arange(len(rows))).input_ids)
 
 
+def test_a_missing_source_is_refused_before_another_is_read(
+    tmp_path: Path, numbered: Write
+) -> None:
+    def progress(done: int, total: int | None, note: str = "") -> None:
+        raise AssertionError("something was read")
+
+    weights = {numbered("a.jsonl", 7): 1.0, str(tmp_path / "gone.jsonl"): 1.0}
+    with pytest.raises(MolError, match=r"gone.jsonl` does not exist"):
+        load_rows(weights, None, vocab_size=10, length=4, progress=progress)
+
+
 def test_a_limit_is_shared_by_weight(numbered: Write) -> None:
     weights = {numbered("a.jsonl", 7): 3.0, numbered("b.jsonl", 9): 1.0}
     rows = load_rows(weights, None, vocab_size=10, length=4, limit=32)

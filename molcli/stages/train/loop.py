@@ -83,7 +83,7 @@ def train(
         freeze_inherited(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    dtype = matmul_dtype(config.precision, accelerator.device)
+    dtype = matmul_dtype(config, accelerator.device)
     tokenizer, cache = open_tokenizer(checkpoint), None
     if config.logits is not None:
         vocabulary, length = model.config.vocab_size, config.context_length
