@@ -17,9 +17,11 @@ from molcli.cli.options import (
     Overrides,
     ParentOption,
     RecipeName,
+    data_for,
     recipe_for,
 )
 from molcli.cli.parents import open_dense
+from molcli.config.sections import Data as DataSpec
 from molcli.config.sections import Recipe, TrainConfig
 from molcli.config.stages import resolve
 from molcli.errors import Interrupted, MolError
@@ -30,11 +32,18 @@ if TYPE_CHECKING:  # torch comes with it
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on from the last checkpoint of a stopped run in OUT.")
 ]
-
 DryRun = Annotated[
     bool,
     typer.Option(
         "--dry-run", help="Print parameters, FLOPs, memory by kind and hours; train nothing."
+    ),
+]
+Logits = Annotated[
+    str | None,
+    typer.Option(
+        "--logits",
+        metavar="DIR",
+        help="A folder of `molcli data cache-logits`, in place of --data and --parent.",
     ),
 ]
 # The keys of the train section that a plan leaves as they are.
@@ -49,6 +58,7 @@ def train(
     out: Out,
     data: Data = None,
     parent: ParentOption = None,
+    logits: Logits = None,
     recipe: RecipeName = None,
     overrides: Overrides = None,
     resume: Resume = False,
@@ -56,13 +66,26 @@ def train(
 ) -> None:
     """Train a Mixture of Layers model.
 
-    With --parent, towards its predictions (train.kl_weight); without, on the text alone.
+    With --parent or --logits, towards the parent's predictions (train.kl_weight); without, on the
+    text alone.
     Without --recipe, the recipe saved in CKPT counts; where that says nothing about training but
     how long, the stages are planned from the model's size and train.tokens.
     """
     settings = recipe_for(recipe, overrides, checkpoint)
+    text = data_for(data)
+    if logits is not None and (text is not None or parent is not None):
+        raise MolError(
+            "--logits comes with its own text and predictions",
+            allowed="--logits alone, or --data with or without --parent",
+        )
+    if logits is not None or text is not None:
+        settings = replace(settings, train=replace(settings.train, data=text, logits=logits))
+    if settings.train.logits is not None and parent is not None:
+        raise MolError(
+            "`train.logits` is set, and there is a --parent", hint="--set train.logits=null"
+        )
     if not dry_run:
-        _refuse_without_data(settings.train, data)
+        _refuse_without_data(settings.train)
     dense = None if parent is None else open_dense(parent)
     if settings.train.stages == "auto" or (recipe is None and _says_nothing(settings.train)):
         settings = _planned(settings, checkpoint, has_parent=dense is not None)
@@ -70,7 +93,7 @@ def train(
         _show_estimate(checkpoint, settings.train, dense)
         return
     try:
-        run_train(checkpoint, out, data, settings, dense, resume=resume)
+        run_train(checkpoint, out, None, settings, dense, resume=resume)
     except Interrupted as stop:
         stop.resume = _resume_command()
         raise
@@ -80,13 +103,13 @@ def train(
 def run_train(
     checkpoint: Path,
     out: Path,
-    data: str | None,
+    data: DataSpec | None,
     recipe: Recipe,
     parent: "DenseParent | None",
     *,
     resume: bool = False,
 ) -> None:
-    """Trains under a bar; towards the parent's predictions if there is one."""
+    """Trains under a bar; towards a parent's predictions if it or its cached logits are there."""
     from molcli.stages.train import train as run
 
     with bar("training") as progress:
@@ -128,14 +151,15 @@ def _show_estimate(checkpoint: Path, config: TrainConfig, parent: "DenseParent |
         Console().print(table)
 
 
-def _refuse_without_data(config: TrainConfig, data: str | None) -> None:
+def _refuse_without_data(config: TrainConfig) -> None:
     """Raises MolError if a stage has nothing to train on."""
     stages = config.stages if isinstance(config.stages, list) else [config]
-    if data is None and config.data is None and any(stage.data is None for stage in stages):
+    common = config.data is not None or config.logits is not None
+    if not common and any(stage.data is None for stage in stages):
         raise MolError(
             "there is nothing to train on",
-            allowed="--data FILE, or train.data in the recipe",
-            hint="molcli sample PARENT text.jsonl draws text from the parent",
+            allowed="--data SOURCE, --logits DIR, or train.data in the recipe",
+            hint="molcli data sample PARENT text.jsonl draws text from the parent",
         )
 
 

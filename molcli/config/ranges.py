@@ -2,6 +2,7 @@
 
 from molcli.config.sections import (
     CalibrateConfig,
+    Data,
     EvaluateConfig,
     InspectConfig,
     ModelConfig,
@@ -53,6 +54,7 @@ def _upcycle(c: UpcycleConfig) -> None:
 
 
 def _calibrate(c: CalibrateConfig) -> None:
+    _weights("calibrate.data", c.data)
     _at_least("calibrate.tokens", c.tokens, 1)
     _at_least("calibrate.heldout_tokens", c.heldout_tokens, 1)
     _at_least("calibrate.context_length", c.context_length, 2)
@@ -69,6 +71,12 @@ def _sample(c: SampleConfig) -> None:
 
 def _train(c: TrainConfig) -> None:
     _stage("train", c)
+    if c.data is not None and c.logits is not None:
+        raise MolError(
+            "`train.data` and `train.logits` are both set",
+            allowed="one of them: cached logits come with their own text",
+            hint="train.data=null",
+        )
     for beta in c.betas:
         _between("train.betas", beta, 0, 0.999_999)
     _at_least("train.weight_decay", c.weight_decay, 0)
@@ -91,6 +99,7 @@ def _train(c: TrainConfig) -> None:
 
 def _stage(name: str, c: TrainConfig) -> None:
     """The values that a stage may have of its own."""
+    _weights(f"{name}.data", c.data)
     _at_least(f"{name}.tokens", c.tokens, 1)
     _at_least(f"{name}.context_length", c.context_length, 2)
     _at_least(f"{name}.batch_size", c.batch_size, 1)
@@ -193,6 +202,15 @@ def _multiple(name: str, value: int, unit: int, reason: str) -> None:
             allowed=f"a multiple of {unit} ({reason})",
             hint=f"{name}={below}",
         )
+
+
+def _weights(name: str, data: Data | None) -> None:
+    if not isinstance(data, dict):
+        return
+    if not data:
+        raise MolError(f"`{name}` maps nothing", allowed="at least one source and its weight")
+    for source, weight in data.items():
+        _positive(f"{name}: {source}", weight)
 
 
 def _indices(name: str, layers: list[int]) -> None:

@@ -3,6 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+Data = str | dict[str, float]
+"""A source, or a mapping from sources to weights, a source's share of the tokens in any unit. A
+source is a .txt, .jsonl or .parquet file, a folder of `molcli data tokenize`, or a data set on the
+Hub as hf://org/name[:config[:split]]."""
+
 
 @dataclass(frozen=True)
 class UpcycleConfig:
@@ -44,13 +49,13 @@ class UpcycleConfig:
 class CalibrateConfig:
     """Text that the conversion looks at.
 
-    data: a .txt, .jsonl or .parquet file; null samples text from the parent itself.
+    data: a source or a mapping from sources to weights; null samples text from the parent itself.
     tokens: calibration tokens. heldout_tokens: further tokens, never fitted, for the receipt.
     context_length: tokens in a calibration sequence.
     seed: draws the documents, the sampled text and the clusters.
     """
 
-    data: str | None = None
+    data: Data | None = None
     tokens: int = 65_536
     heldout_tokens: int = 8_192
     context_length: int = 512
@@ -63,12 +68,15 @@ class SampleConfig:
 
     tokens: how many to sample. length: tokens in a document. batch_size: documents at a time.
     temperature: 1.0 samples the parent's own distribution.
+    prompts: what the documents begin with, a source like train.data; in its order, and from its
+        first again when they run out. null begins with the parent's BOS alone.
     """
 
     tokens: int = 100_000
     length: int = 512
     batch_size: int = 64
     temperature: float = 1.0
+    prompts: str | None = None
     seed: int = 0
 
 
@@ -83,7 +91,7 @@ class StageConfig:
     """
 
     kind: Literal["align", "distill", "pretrain"]
-    data: str | None = None
+    data: Data | None = None
     tokens: int | None = None
     context_length: int | None = None
     batch_size: int | None = None
@@ -105,7 +113,10 @@ class StageConfig:
 class TrainConfig:
     """The recovery run.
 
-    data: a .txt, .jsonl or .parquet file (the command line's --data wins).
+    data: a source or a mapping from sources to weights such as {a.jsonl: 0.7, b.txt: 0.3} (the
+        command line's --data wins). A source that runs out begins again, in another order.
+    logits: a folder of `molcli data cache-logits`, which stands for both data and parent in stages
+        without data of their own; not for align, and at temperature 1 alone.
     tokens: training tokens in all. context_length: tokens in a packed row.
     batch_size: rows in an optimiser step. micro_batch_size: rows in a forward pass.
     learning_rate: peak, for inherited weights; new_learning_rate for the router, thin_in and
@@ -129,7 +140,8 @@ class TrainConfig:
         `tokens`, then the tokens of all stages together.
     """
 
-    data: str | None = None
+    data: Data | None = None
+    logits: str | None = None
     tokens: int = 1_000_000
     context_length: int = 512
     batch_size: int = 16

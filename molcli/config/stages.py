@@ -19,16 +19,19 @@ class Stage:
 def resolve(train: TrainConfig, *, has_parent: bool) -> list[Stage]:
     """The stages of a train section whose `stages` is a list or null.
 
-    Null is one stage: distill with a parent, pretrain without.
+    Null is one stage: distill with a parent or its cached logits, pretrain without.
     """
     assert not isinstance(train.stages, str)
     if train.stages is None:
-        return [Stage("distill" if has_parent else "pretrain", train)]
+        taught = has_parent or train.logits is not None
+        return [Stage("distill" if taught else "pretrain", train)]
     return [Stage(stage.kind, merged(train, stage)) for stage in train.stages]
 
 
 def merged(train: TrainConfig, stage: StageConfig) -> TrainConfig:
-    """The train section as it counts in this stage."""
+    """The train section as it counts in this stage. Its own data leaves no use for `logits`."""
     own = {field.name: getattr(stage, field.name) for field in fields(stage)}
     given = {key: value for key, value in own.items() if key != "kind" and value is not None}
+    if "data" in given:
+        given["logits"] = None
     return replace(train, stages=None, **given)

@@ -14,7 +14,8 @@ def checked(name: str, value: object, hint: Any) -> Any:
     """The value as the type `hint` holds it.
 
     name: dotted, as the user writes it ("upcycle.d_thin"). hint: int, float, str, bool, None, a
-    Literal of strings, list[int], tuple[float, float], a list of a dataclass, or a union of them.
+    Literal of strings, list[int], tuple[float, float], dict[str, float], a list of a dataclass, or
+    a union of them.
     Raises MolError with the allowed values, and the nearest one for a mistyped word.
     """
     for alternative in _alternatives(hint):
@@ -99,6 +100,11 @@ def _match(value: Any, hint: Any) -> tuple[bool, Any]:
     if hint == tuple[float, float]:
         fits = isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_finite, value))
         return fits, tuple(map(float, value)) if fits else value
+    if hint == dict[str, float]:
+        fits = isinstance(value, dict) and all(
+            isinstance(key, str) and _is_finite(number) for key, number in value.items()
+        )
+        return fits, {key: float(number) for key, number in value.items()} if fits else value
     if _is_table(hint):
         return False, value  # lists are taken in `checked`
     raise TypeError(f"no check for fields of type {hint}")
@@ -125,6 +131,7 @@ def _describe_one(hint: Any) -> str:
         bool: "true or false",
         list[int]: "a list of integers such as [0, 2]",
         tuple[float, float]: "two numbers such as [0.9, 0.95]",
+        dict[str, float]: "a mapping to numbers such as {a.jsonl: 0.7, b.txt: 0.3}",
     }
     return names[hint]
 

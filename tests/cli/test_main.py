@@ -11,7 +11,7 @@ from molcli import __version__
 from molcli.cli import main as command
 from molcli.errors import Interrupted, MolError
 
-COMMANDS = ["demo", "upcycle", "train", "inspect", "eval", "init", "sample", "calibrate"]
+COMMANDS = ["demo", "upcycle", "train", "inspect", "eval", "init", "data", "calibrate"]
 HEAVY = ["torch", "transformers", "datasets", "accelerate", "numpy"]
 
 
@@ -165,4 +165,4 @@ def test_train_without_data_says_where_text_comes_from(
 ) -> None:
     code, text = stopped(monkeypatch, capsys, "train", str(tmp_path), str(tmp_path / "out"))
     assert code == 2
-    assert "molcli sample" in text
+    assert "molcli data sample" in text

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from molcli.cli import main as command
 from molcli.config.recipe import load_recipe
-from molcli.io.packing import RowOrder
+from molcli.io.order import MixedOrder
 
 SMALL = [
     "upcycle.num_blocks=3",
@@ -51,7 +51,7 @@ def test_from_a_parent_to_a_trained_and_inspected_model(
     small = [word for setting in SMALL for word in ("--set", setting)]
     data = tmp_path / "text.jsonl"
     draw = ["--set", "sample.tokens=640", "--set", "sample.length=32"]
-    assert molcli(monkeypatch, "sample", parent, data, *draw) == 0
+    assert molcli(monkeypatch, "data", "sample", parent, data, *draw) == 0
     assert molcli(monkeypatch, "upcycle", parent, out / "upcycled", *small) == 0
     # The recipe that the checkpoint carries is in force from here on.
     recipe = load_recipe(out / "upcycled" / "recipe.yaml")
@@ -85,17 +85,17 @@ def test_an_interrupted_run_prints_the_command_that_resumes_it(
     small = [word for setting in SMALL + whole for word in ("--set", setting)]
     parent, upcycled, out = tiny_parent("llama"), tmp_path / "upcycled", tmp_path / "a folder"
     data = tmp_path / "text.jsonl"
-    assert molcli(monkeypatch, "sample", parent, data, "--set", "sample.tokens=320") == 0
+    assert molcli(monkeypatch, "data", "sample", parent, data, "--set", "sample.tokens=320") == 0
     assert molcli(monkeypatch, "upcycle", parent, upcycled, "--data", data, *small) == 0
-    take, calls = RowOrder.take, []
+    take, calls = MixedOrder.take, []
 
-    def interrupted(self: RowOrder, first: int, count: int) -> Tensor:
+    def interrupted(self: MixedOrder, first: int, count: int) -> Tensor:
         calls.append(first)
         if len(calls) == 1:
             signal.raise_signal(signal.SIGTERM)
         return take(self, first, count)
 
-    monkeypatch.setattr(RowOrder, "take", interrupted)
+    monkeypatch.setattr(MixedOrder, "take", interrupted)
     capsys.readouterr()
     assert molcli(monkeypatch, "train", upcycled, out, "--data", data) == 143
     said = capsys.readouterr().err

@@ -59,6 +59,7 @@ def test_set_wins_over_the_file_and_the_last_set_wins(tmp_path: Path) -> None:
         ("train.betas=[0, .5]", "train", "betas", (0.0, 0.5)),
         ("train.gradient_checkpointing=true", "train", "gradient_checkpointing", True),
         ("calibrate.data=a=b.txt", "calibrate", "data", "a=b.txt"),
+        ("train.data={a.txt: 2, b.txt: 0.5}", "train", "data", {"a.txt": 2.0, "b.txt": 0.5}),
         ("calibrate.tokens=1_000", "calibrate", "tokens", 1000),
     ],
 )
@@ -89,6 +90,9 @@ def test_a_slip_is_answered_with_the_nearest_valid_name(
     assert error.allowed
 
 
+DATA = "text or a mapping to numbers such as {a.jsonl: 0.7, b.txt: 0.3} or null"
+
+
 @pytest.mark.parametrize(
     "override, allowed",
     [
@@ -99,7 +103,8 @@ def test_a_slip_is_answered_with_the_nearest_valid_name(
         ("upcycle.d_thin=wide", "an integer or null"),
         ("upcycle.layers=[0, true]", "all or a list of integers such as [0, 2]"),
         ("upcycle.layers=3", "all or a list of integers such as [0, 2]"),
-        ("calibrate.data=7", "text or null"),
+        ("train.data={a.txt: much}", DATA),
+        ("calibrate.data=7", DATA),
         ("train.learning_rate=true", "a finite number"),
         ("train.learning_rate=.inf", "a finite number"),
         ("train.learning_rate=.nan", "a finite number"),
@@ -119,6 +124,8 @@ def test_an_ill_typed_value_is_refused(override: str, allowed: str) -> None:
     "override, allowed",
     [
         ("upcycle.num_blocks=0", "1 or more"),
+        ("train.data={}", "at least one source and its weight"),
+        ("train.data={a.txt: 1, b.txt: 0}", "more than 0"),
         ("upcycle.num_shared_blocks=10", "0 to 9"),
         ("upcycle.num_shared_blocks=-1", "0 to 9"),
         ("upcycle.top_k=9", "1 to 8 routed blocks"),
@@ -283,7 +290,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         ridge=draw(positive),
     )
     train = TrainConfig(
-        data=draw(st.none() | texts),
+        data=draw(st.none() | texts | st.dictionaries(texts, positive, min_size=1, max_size=3)),
         learning_rate=draw(positive),
         betas=(draw(st.floats(0, 0.99)), draw(st.floats(0, 0.99))),
         gradient_checkpointing=draw(st.booleans()),

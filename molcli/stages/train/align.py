@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from molcli.errors import MolError
-from molcli.io.packing import Batch, TokenRows
+from molcli.io.packing import Batch, Rows
 from molcli.maths.balance import cv_squared
 from molcli.model import MoLForCausalLM
 from molcli.model.context import token_context
@@ -49,17 +49,18 @@ class Alignment:
     measures = ("loss", "balance")
 
     def backward(
-        self, rows: TokenRows, index: Tensor, micro_batch_size: int, accelerator: Accelerator
+        self, rows: Rows, index: Tensor, micro_batch_size: int, accelerator: Accelerator
     ) -> Tensor:
         """Adds the gradient of the rows `index`, (batch_size,), of which each rank takes a share.
 
         Returns (4,) this rank's part of the mean loss, 0, 0, and balance, means over layers.
         """
-        ranks, tokens = accelerator.num_processes, int(rows.lengths[index].sum())
-        mine = share(index, accelerator).split(micro_batch_size)
+        ranks, packed = accelerator.num_processes, rows.rows(index)
+        tokens = packed.tokens
+        mine = share(len(index), micro_batch_size, accelerator)
         sums, layers = torch.zeros(4, device=accelerator.device), 0
         for part in mine:
-            batch = rows.batch(part).to(accelerator.device)
+            batch = packed.batch(part).to(accelerator.device)
             for error, balance in self._layers(batch):
                 error, balance = error / tokens, balance / (len(mine) * ranks)
                 loss = error + self.balance_weight * balance
@@ -75,11 +76,11 @@ class Alignment:
 
     @torch.no_grad()
     def is_finite(
-        self, rows: TokenRows, index: Tensor, micro_batch_size: int, accelerator: Accelerator
+        self, rows: Rows, index: Tensor, micro_batch_size: int, accelerator: Accelerator
     ) -> bool:
         """Whether this rank's share of the rows `index` gives finite losses. No gradients."""
-        parts = share(index, accelerator).split(micro_batch_size)
-        batches = (rows.batch(part).to(accelerator.device) for part in parts)
+        packed, parts = rows.rows(index), share(len(index), micro_batch_size, accelerator)
+        batches = (packed.batch(part).to(accelerator.device) for part in parts)
         return all(
             bool((error + balance).isfinite())
             for batch in batches

@@ -14,7 +14,7 @@ DATA = "the data"  # of the stage at hand: its rows' fingerprint
 # order of sums, as another number of processes or compiled code does (and over how many rows CV^2
 # is taken).
 _FREE_SETTINGS = (
-    *("data", "checkpoint_every", "log_every", "max_skipped"),
+    *("data", "logits", "checkpoint_every", "log_every", "max_skipped"),
     *("micro_batch_size", "gradient_checkpointing", "compile"),
 )
 
@@ -24,7 +24,7 @@ def run_identity(
 ) -> dict[str, Any]:
     """What a resumed run must share with the one that it continues, as plain JSON values.
 
-    checkpoint, parent: fingerprints of the two models.
+    checkpoint, parent: fingerprints of the two models; the parent's may be its cached logits'.
     """
     identity: dict[str, Any] = {"the checkpoint": checkpoint, "the parent": parent}
     for number, stage in enumerate(stages):

@@ -19,7 +19,7 @@ class TrainLog:
     minimised), ce and kl (nats a token; null where the stage has none), balance (CV^2, mean of
     layers), learning_rate (inherited weights'), gradient_norm (before clipping, of the last step),
     tokens_per_second, skipped (in all), not_finite (where that began in the window's last skipped
-    step, or null).
+    step, or null), passes (over each source of the stage's data, since the stage began).
     """
 
     def __init__(self, out: Path, accelerator: Accelerator, state: TrainState) -> None:
@@ -47,6 +47,7 @@ class TrainLog:
         norm: Tensor,
         learning_rate: float,
         measures: tuple[str, ...],
+        passes: dict[str, float],
     ) -> None:
         """Ends a window; every rank calls it, the main one writes. measures: those not null."""
         sums = self.accelerator.reduce(self._sums, "sum")
@@ -55,7 +56,7 @@ class TrainLog:
         line = {n: x if n in measures else None for n, x in zip(names, values, strict=True)}
         rate = (state.tokens - self._tokens) / max(state.seconds - self._seconds, 1e-9)
         state.loss = line["loss"] if line["loss"] is not None else state.loss
-        self.note = _note(stage, line, rate, state.skipped, self._trouble)
+        self.note = _note(stage, line, rate, state.skipped, self._trouble, passes)
         if self.accelerator.is_main_process:
             whole = {
                 "step": state.step,
@@ -68,6 +69,7 @@ class TrainLog:
                 "tokens_per_second": rate,
                 "skipped": state.skipped,
                 "not_finite": self._trouble or None,
+                "passes": passes,
             }
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(whole) + "\n")
@@ -84,11 +86,21 @@ class TrainLog:
 
 
 def _note(
-    stage: str, line: dict[str, float | None], rate: float, skipped: int, trouble: str
+    stage: str,
+    line: dict[str, float | None],
+    rate: float,
+    skipped: int,
+    trouble: str,
+    passes: dict[str, float],
 ) -> str:
     words = [stage]
     words += [f"{name} {value:.3f}" for name, value in line.items() if value is not None]
     words.append(f"{rate:,.0f} tokens/s")
     if skipped:
         words.append(f"{skipped} steps skipped" + (f" for {trouble}" if trouble else ""))
+    words += [
+        f"{count:.1f} passes over {Path(source).name}"
+        for source, count in passes.items()
+        if count > 1
+    ]
     return ", ".join(words)

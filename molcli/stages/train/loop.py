@@ -6,12 +6,11 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from molcli.config.sections import Recipe, TrainConfig
+from molcli.config.sections import Data, Recipe, TrainConfig
 from molcli.config.stages import Stage, resolve
-from molcli.io.packing import TokenRows, load_rows
+from molcli.io.logits import LogitCache
 from molcli.io.parent import Parent
 from molcli.io.tensors import TensorReader
-from molcli.io.tokenizer import open_tokenizer
 from molcli.model import MoLForCausalLM
 from molcli.model.checkpoint import default_device, open_checkpoint, open_config
 from molcli.model.compiled import compile_layers
@@ -27,6 +26,7 @@ from molcli.stages.train.objective import Objective, Student
 from molcli.stages.train.optimizer import make_optimizer, set_trainable
 from molcli.stages.train.output import RECEIPT, refuse_folder, save_model
 from molcli.stages.train.plan import Situation, plan
+from molcli.stages.train.rows import open_cache, stage_rows
 from molcli.stages.train.state import (
     TrainState,
     load_checkpoint,
@@ -62,7 +62,7 @@ class TrainResult:
 def train(
     checkpoint: Path,
     out: Path,
-    data: str | None,
+    data: Data | None,
     recipe: Recipe,
     parent: Parent | None = None,
     resume: bool = False,
@@ -70,14 +70,16 @@ def train(
 ) -> TrainResult:
     """Trains the model in `checkpoint` as recipe.train says, and leaves it in `out`.
 
-    data: takes the place of train.data where given. While it runs, `out` holds log.jsonl and
+    data: takes the place of train.data and train.logits where given. parent: None where those
+    logits stand for it. While it runs, `out` holds log.jsonl and
     checkpoints/, from which resume=True goes on bit for bit; config.json appears there last. Under
     torchrun each rank takes its share of every batch; another number of ranks may resume.
     SIGINT and SIGTERM end it after the step at hand, with a checkpoint and Interrupted.
     Raises MolError for a checkpoint, parent, data or output folder that cannot be used, after
     train.max_skipped steps in a row without a finite gradient, and where the disk takes no more.
     """
-    config = recipe.train if data is None else replace(recipe.train, data=data)
+    config = recipe.train if data is None else replace(recipe.train, data=data, logits=None)
+    assert parent is None or config.logits is None
     accelerator = Accelerator(cpu=default_device().type == "cpu")
     if config.stages == "auto":
         situation = Situation(
@@ -99,11 +101,13 @@ def train(
     teacher = None if parent is None else open_teacher(parent, model, dtype)
     if teacher is not None and any(stage.kind == "align" for stage in stages):
         check_alignable(model, teacher)
+    cache = open_cache(stages, checkpoint, model.config.vocab_size)
+    taught = parent if cache is None else cache
     identity = run_identity(
         config,
         stages,
         checkpoint=TensorReader(checkpoint).fingerprint(),
-        parent="" if parent is None else parent.fingerprint(),
+        parent="" if taught is None else taught.fingerprint(),
     )
     state = TrainState(model, _optimizer(model, stages[0]))
     saved = newest_checkpoint(out / "checkpoints")
@@ -113,7 +117,7 @@ def train(
     log = TrainLog(out, accelerator, state)
     total = sum(steps_of(stage.settings) * step_tokens(stage.settings) for stage in stages)
     run = Run(accelerator, state, out / "checkpoints", log, RouterLoads(model), total, progress)
-    compiled = _worth_compiling(config, total, accelerator.device)
+    compiled = worth_compiling(config, total, accelerator.device)
     for whole in (model, teacher) if compiled else ():
         if whole is not None:
             compile_layers(whole)  # once for all stages
@@ -128,11 +132,12 @@ def train(
             load_checkpoint(state, here)
         if state.stage_step == steps_of(stage.settings):
             continue
-        rows = _load_rows(checkpoint, model, stage.settings, progress)
+        rows = stage_rows(stage.settings, cache, checkpoint, model.config.vocab_size, progress)
         identity[DATA] = rows.fingerprint()
         if here is not None:
             refuse_another_run(here, identity)
-        objective = _objective(run, stage, model, teacher, dtype, compiled=compiled)
+        learned = teacher if stage.settings.logits is None else cache
+        objective = _objective(run, stage, model, learned, dtype, compiled=compiled)
         if accelerator.is_main_process:
             out.mkdir(parents=True, exist_ok=True)
         run_stage(run, stage, objective, rows, identity)
@@ -153,7 +158,7 @@ def _objective(
     run: Run,
     stage: Stage,
     model: MoLForCausalLM,
-    teacher: MoLForCausalLM | None,
+    parent: MoLForCausalLM | LogitCache | None,
     dtype: torch.dtype,
     *,
     compiled: bool,
@@ -161,8 +166,8 @@ def _objective(
     config = stage.settings
     balance_weight = config.balance_weight if config.balance == "loss" else 0.0
     if stage.kind == "align":
-        assert teacher is not None
-        return Alignment(model, teacher, dtype, balance_weight, run.loads)
+        assert isinstance(parent, MoLForCausalLM)
+        return Alignment(model, parent, dtype, balance_weight, run.loads)
     student = Student(
         model,
         dtype,
@@ -172,12 +177,12 @@ def _objective(
         temperature=config.temperature,
         compiled=compiled,
     )
-    learned = teacher if stage.kind == "distill" else None
+    learned = parent if stage.kind == "distill" else None
     return Objective(run.accelerator.prepare(student), learned, balance_weight)
 
 
-def _worth_compiling(config: TrainConfig, tokens: int, device: torch.device) -> bool:
-    """tokens: of all stages."""
+def worth_compiling(config: TrainConfig, tokens: int, device: torch.device) -> bool:
+    """Whether layers and loss are to be compiled. tokens: of all stages."""
     if isinstance(config.compile, bool):
         return config.compile
     # Every other number of blocks would be compiled anew.
@@ -189,18 +194,3 @@ def _optimizer(model: MoLForCausalLM, stage: Stage) -> torch.optim.Optimizer:
     """A fresh one: moments of another loss, and of other learning rates, would mislead it."""
     set_trainable(model, "mol" if stage.kind == "align" else stage.settings.trainable)
     return make_optimizer(model, stage.settings)
-
-
-def _load_rows(
-    checkpoint: Path, model: MoLForCausalLM, config: TrainConfig, progress: Progress
-) -> TokenRows:
-    assert config.data is not None
-    return load_rows(
-        config.data,
-        open_tokenizer(checkpoint),
-        vocab_size=model.config.vocab_size,
-        length=config.context_length,
-        limit=steps_of(config) * step_tokens(config),
-        seed=config.seed,
-        progress=progress,
-    )

@@ -7,9 +7,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from molcli.io.packing import IGNORED, Batch, TokenRows
+from molcli.io.logits import LogitCache
+from molcli.io.packing import Batch, Rows
 from molcli.maths.balance import cv_squared
 from molcli.maths.losses import Head, TrainingLoss, training_loss
+from molcli.maths.top_k import TopK
 from molcli.model import MoLForCausalLM
 from molcli.stages.train.balance import RouterLoads
 
@@ -38,7 +40,7 @@ class Student(nn.Module):
         self.ce_weight, self.kl_weight = ce_weight, kl_weight
         self.temperature, self.compiled = temperature, compiled
 
-    def forward(self, batch: Batch, parent: Head | None) -> tuple[TrainingLoss, Tensor]:
+    def forward(self, batch: Batch, parent: Head | TopK | None) -> tuple[TrainingLoss, Tensor]:
         """The losses, summed over predicted tokens in nats, and CV^2, mean of layers."""
         device, low = batch.input_ids.device.type, self.dtype != torch.float32
         with torch.autocast(device, self.dtype if low else None, enabled=low):
@@ -68,11 +70,12 @@ class Student(nn.Module):
 class Objective:
     """What is minimised. student: a Student, wrapped by accelerate where there are more ranks.
 
-    parent: the dense model whose predictions are learned, in evaluation mode, or None.
+    parent: the dense model whose predictions are learned, in evaluation mode; its predictions for
+    the rows, from the disk; or None.
     """
 
     student: nn.Module
-    parent: MoLForCausalLM | None
+    parent: MoLForCausalLM | LogitCache | None
     balance_weight: float
 
     @property
@@ -81,21 +84,21 @@ class Objective:
         return ("loss", "ce", "balance") + (("kl",) if self.parent is not None else ())
 
     def backward(
-        self, rows: TokenRows, index: Tensor, micro_batch_size: int, accelerator: Accelerator
+        self, rows: Rows, index: Tensor, micro_batch_size: int, accelerator: Accelerator
     ) -> Tensor:
         """Adds the gradient of the rows `index`, (batch_size,), of which each rank takes a share.
 
         Returns (4,) this rank's part of the mean loss, cross-entropy, KL and balance. The first
         three are means over the batch's predicted tokens, the balance over its micro-batches.
         """
-        ranks = accelerator.num_processes
+        ranks, packed = accelerator.num_processes, rows.rows(index)
         # Every rank holds all rows, so none has to ask the others for their counts.
-        count = int((rows.batch(index).labels[:, 1:] != IGNORED).sum())
-        mine = share(index, accelerator).split(micro_batch_size)
+        count = packed.predicted
+        mine = share(len(index), micro_batch_size, accelerator)
         parts = torch.zeros(4, device=accelerator.device)
         for number, part in enumerate(mine, start=1):
-            batch = rows.batch(part).to(accelerator.device)
-            parent = self._parent_head(batch)
+            batch = packed.batch(part).to(accelerator.device)
+            parent = self._predictions(batch, index[part])
             # Gradients are exchanged once, with the last micro-batch.
             with nullcontext() if number == len(mine) else accelerator.no_sync(self.student):
                 losses, balance = self.student(batch, parent)
@@ -108,25 +111,29 @@ class Objective:
 
     @torch.no_grad()
     def is_finite(
-        self, rows: TokenRows, index: Tensor, micro_batch_size: int, accelerator: Accelerator
+        self, rows: Rows, index: Tensor, micro_batch_size: int, accelerator: Accelerator
     ) -> bool:
         """Whether this rank's share of the rows `index` gives finite losses. No gradients."""
-        student = accelerator.unwrap_model(self.student)
+        student, packed = accelerator.unwrap_model(self.student), rows.rows(index)
         sums = torch.zeros((), device=accelerator.device)
-        for part in share(index, accelerator).split(micro_batch_size):
-            batch = rows.batch(part).to(accelerator.device)
-            losses, balance = student(batch, self._parent_head(batch))
+        for part in share(len(index), micro_batch_size, accelerator):
+            batch = packed.batch(part).to(accelerator.device)
+            losses, balance = student(batch, self._predictions(batch, index[part]))
             sums += losses.loss + balance
         return bool(sums.isfinite())
 
     @torch.no_grad()
-    def _parent_head(self, batch: Batch) -> Head | None:
+    def _predictions(self, batch: Batch, index: Tensor) -> Head | TopK | None:
         if self.parent is None:
             return None
+        if isinstance(self.parent, LogitCache):
+            device = batch.input_ids.device
+            return TopK(*(field.to(device) for field in self.parent.predictions(index)))
         out = self.parent.model(**batch.inputs(), use_cache=False)
         return Head(out.last_hidden_state, self.parent.lm_head.weight)
 
 
-def share(index: Tensor, accelerator: Accelerator) -> Tensor:
-    """This rank's part of the rows."""
-    return index.view(accelerator.num_processes, -1)[accelerator.process_index]
+def share(rows: int, micro_batch_size: int, accelerator: Accelerator) -> tuple[Tensor, ...]:
+    """This rank's part of a batch of so many rows, by micro-batch: places in the batch."""
+    places = torch.arange(rows).view(accelerator.num_processes, -1)
+    return places[accelerator.process_index].split(micro_batch_size)

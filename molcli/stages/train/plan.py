@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from molcli.config.sections import StageConfig, TrainConfig
+from molcli.errors import MolError
 from molcli.maths.parameters import count_parameters
 from molcli.model.configuration_mol import MoLConfig
 
@@ -29,8 +30,16 @@ class Situation:
 def plan(config: TrainConfig, model: MoLConfig, situation: Situation) -> TrainConfig:
     """The train section with a list of stages whose tokens sum to config.tokens.
 
-    A pure function: a resumed run plans what it planned at first.
+    A pure function: a resumed run plans what it planned at first. Raises MolError for cached
+    logits, whose context length is given.
     """
+    if config.logits is not None:
+        raise MolError(
+            "`train.stages` is auto and would choose the context length, which `train.logits` has "
+            "already",
+            allowed="a list of stages, or null for one",
+            hint="--set train.stages=null",
+        )
     total = count_parameters(model).total
     shrink = min(1.0, (_REFERENCE / total) ** 0.5)
     rate = _LEARNING_RATE if situation.converted or situation.has_parent else _FROM_SCRATCH

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from molcli.config.sections import TrainConfig
 from molcli.config.stages import Stage
 from molcli.errors import Interrupted, MolError
-from molcli.io.packing import RowOrder, TokenRows
+from molcli.io.data import Corpus
 from molcli.progress import Progress
 from molcli.stages.train.align import Alignment
 from molcli.stages.train.balance import RouterLoads, set_top_k, top_k_at
@@ -52,7 +52,7 @@ def run_stage(
     run: Run,
     stage: Stage,
     objective: Objective | Alignment,
-    rows: TokenRows,
+    rows: Corpus,
     identity: dict[str, Any],
 ) -> None:
     """Trains from state.stage_step to the stage's end.
@@ -62,7 +62,7 @@ def run_stage(
     """
     state, config, accelerator = run.state, stage.settings, run.accelerator
     model, name, steps = state.model, f"{state.stage} {stage.kind}", steps_of(config)
-    order = RowOrder(len(rows), config.seed + state.stage)
+    order = rows.order(config.seed + state.stage)
     clock = time.perf_counter() - state.seconds
 
     def save() -> None:
@@ -101,7 +101,8 @@ def run_stage(
             last = state.stage_step == steps
             if state.step % config.log_every == 0 or last or not finite:
                 rate = ratio * config.learning_rate
-                run.log.write(state, name, norm, rate, objective.measures)
+                passes = rows.passes(state.row)
+                run.log.write(state, name, norm, rate, objective.measures, passes)
             if accelerator.is_main_process:
                 run.progress(state.tokens, run.total_tokens, run.log.note)
             if config.checkpoint_every and state.step % config.checkpoint_every == 0:

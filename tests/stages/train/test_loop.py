@@ -136,6 +136,30 @@ def test_a_stopped_run_ends_as_an_unstopped_one(
     assert kept == ["step-00000003", "step-00000006"]
 
 
+def test_a_mixture_is_resumed_and_its_passes_are_logged(
+    tiny_mol: Make, corpus: Corpus, tmp_path: Path
+) -> None:
+    """Half of 32 rows from 2 rows, half from 31: the first is repeated, the second is not."""
+    checkpoint, out = tiny_mol(), tmp_path / "out"
+    small, large = corpus("a.jsonl", documents=3), corpus("b.jsonl", documents=40)
+    mixed = {small: 1.0, large: 1.0}
+    train(checkpoint, tmp_path / "whole", mixed, recipe())
+    with pytest.raises(Stopped):
+        train(checkpoint, out, mixed, recipe(), progress=stop_after(5 * 4 * 32))
+    with pytest.raises(MolError, match="the data was another one"):
+        train(checkpoint, out, {small: 1.0, large: 2.0}, recipe(), resume=True)
+    notes: list[str] = []
+    train(
+        checkpoint, out, mixed, recipe(), resume=True, progress=lambda *said: notes.append(said[-1])
+    )
+    assert "8.0 passes over a.jsonl" in notes[-1] and "b.jsonl" not in notes[-1]
+    assert log_lines(out)[-1]["passes"] == {small: 8.0, large: 1.0}
+    whole, resumed = weights(tmp_path / "whole"), weights(out)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    saved = load_recipe(out / "recipe.yaml").train.data
+    assert saved == mixed
+
+
 def test_only_the_newest_two_checkpoints_stay(
     tiny_mol: Make, corpus: Corpus, tmp_path: Path
 ) -> None:

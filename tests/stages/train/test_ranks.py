@@ -20,11 +20,11 @@ import os, signal, sys
 from pathlib import Path
 from molcli.config.recipe import load_recipe
 from molcli.errors import Interrupted
-from molcli.io.packing import RowOrder
+from molcli.io.order import MixedOrder
 from molcli.io.parent import open_parent
 from molcli.stages.train import train
 checkpoint, data, parent, *runs = sys.argv[1:]
-take = RowOrder.take
+take = MixedOrder.take
 
 def stopped(self, first, count):
     if os.environ["RANK"] == "1" and first == 4:
@@ -34,7 +34,7 @@ def stopped(self, first, count):
 
 for recipe, out, how in zip(runs[::3], runs[1::3], runs[2::3]):
     dense = open_parent(parent) if "stages" in recipe else None
-    RowOrder.take = stopped if how == "stop" else take
+    MixedOrder.take = stopped if how == "stop" else take
     try:
         run = Path(checkpoint), Path(out), data, load_recipe(recipe), dense
         train(*run, resume=how == "resume")

@@ -15,6 +15,7 @@ from molcli.config.sections import Recipe, StageConfig, TrainConfig
 from molcli.errors import MolError
 from molcli.io.parent import Parent
 from molcli.stages.train import train
+from molcli.stages.train.loop import COMPILED_FROM, worth_compiling
 
 STAGES = [
     StageConfig("align", tokens=4 * 2 * 16, new_learning_rate=1e-2, learning_rate=1e-2),
@@ -154,3 +155,14 @@ def test_a_stage_that_needs_a_parent_says_so(
         train(tiny_mol(), tmp_path / "out", corpus(), recipe())
     with pytest.raises(MolError, match="pretrain has no data"):
         train(tiny_mol(), tmp_path / "out", None, recipe(stages=STAGES[2:]))
+
+
+def test_compiling_pays_by_the_tokens_of_all_stages() -> None:
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert worth_compiling(TrainConfig(), COMPILED_FROM, gpu)
+    assert not worth_compiling(TrainConfig(), COMPILED_FROM - 1, gpu)
+    assert not worth_compiling(TrainConfig(), COMPILED_FROM, cpu)
+    # Every number of blocks would be compiled anew.
+    assert not worth_compiling(TrainConfig(start_top_k=4), COMPILED_FROM, gpu)
+    assert worth_compiling(TrainConfig(compile=True, start_top_k=4), 1, cpu)
+    assert not worth_compiling(TrainConfig(compile=False), COMPILED_FROM, gpu)
