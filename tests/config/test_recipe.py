@@ -221,6 +221,15 @@ def test_a_stage_has_the_train_sections_values_but_for_its_own(tmp_path: Path) -
     ]
 
 
+def test_cached_logits_serve_the_stages_without_data_of_their_own() -> None:
+    shared = "train.stages=[{kind: distill}, {kind: pretrain, data: {a.txt: 1, b.txt: 3}}]"
+    config = load_recipe(None, [shared, "train.logits=cache"]).train
+    kept, own = (stage.settings for stage in resolve(config, has_parent=False))
+    assert (kept.data, kept.logits) == (None, "cache")
+    assert (own.data, own.logits) == ({"a.txt": 1.0, "b.txt": 3.0}, None)
+    assert resolve(replace(config, stages=None), has_parent=False)[0].kind == "distill"
+
+
 def test_without_stages_the_train_section_is_the_one() -> None:
     config = TrainConfig(tokens=5)
     assert resolve(config, has_parent=True) == [Stage("distill", config)]
@@ -238,6 +247,7 @@ def test_without_stages_the_train_section_is_the_one() -> None:
         ("train.stages.0.tokens=0", "`train.stages.0.tokens` is 0", "1 or more"),
         ("train.stages.0.micro_batch_size=3", "`train.stages.0.batch_size` is 16", "a multiple"),
         ("train.stages.0.temperature=0", "`train.stages.0.temperature` is 0.0", "more than 0"),
+        ("train.stages.0.data={a.txt: 0}", "`train.stages.0.data: a.txt` is 0.0", "more than 0"),
         ("train.stages=[]", "`train.stages` is empty", "at least one stage"),
         ("train.stages=[{tokens: 1}]", "`train.stages.0` has no `kind`", "align, distill"),
         ("train.stages=[align]", "`train.stages.0` is 'align'", "`key: value` lines"),
