@@ -21,3 +21,17 @@ class MolError(Exception):
         if self.hint:
             lines.append(f"try: {self.hint}")
         return "\n".join(lines)
+
+
+class Interrupted(Exception):
+    """A signal stopped a run after it had saved its state; the exit status is 128 + signal.
+
+    signal: the number, such as 15 for SIGTERM. saved: what was left, in words. resume: the command
+    that goes on, where the command line knows one.
+    """
+
+    def __init__(self, signal: int, saved: str, resume: str = "") -> None:
+        super().__init__(saved)
+        self.signal = signal
+        self.saved = saved
+        self.resume = resume

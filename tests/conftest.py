@@ -1,6 +1,7 @@
 """Fixtures that several areas share: tiny random parents with a tiny tokenizer."""
 
 import itertools
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, Protocol
@@ -110,6 +111,12 @@ def tiny_tokenizer(vocab_size: int = 120) -> PreTrainedTokenizerFast:
         eos_token="</s>",
         pad_token="</s>",
     )
+
+
+@pytest.fixture(scope="session", name="tiny_tokenizer")
+def tiny_tokenizer_fixture() -> Callable[..., PreTrainedTokenizerFast]:
+    """`tiny_tokenizer`, for test modules: they cannot import one another."""
+    return tiny_tokenizer
 
 
 def randomize(model: torch.nn.Module, seed: int = 0) -> None:

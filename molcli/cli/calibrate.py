@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import typer
 
 from molcli.cli.bars import bar
-from molcli.cli.options import Data, Out, Overrides, Parent, RecipeName, recipe_for
+from molcli.cli.data.sample import run_sample
+from molcli.cli.options import Data, Out, Overrides, Parent, RecipeName, data_for, recipe_for
 from molcli.cli.parents import open_dense
-from molcli.cli.sample import run_sample
+from molcli.config.sections import Data as DataSpec
 from molcli.config.sections import Recipe
 
 if TYPE_CHECKING:  # torch comes with it
@@ -30,12 +31,12 @@ def calibrate(
 
     Without --data, the text is sampled from the parent itself.
     """
-    settings = with_data(recipe_for(recipe, overrides), data)
+    settings = with_data(recipe_for(recipe, overrides), data_for(data))
     run_calibrate(open_dense(parent), settings, out)
     typer.echo(f"Calibration in {out}")
 
 
-def with_data(recipe: Recipe, data: str | None) -> Recipe:
+def with_data(recipe: Recipe, data: DataSpec | None) -> Recipe:
     """The recipe with `--data` in place of its calibrate.data."""
     return (
         recipe if data is None else replace(recipe, calibrate=replace(recipe.calibrate, data=data))

@@ -12,11 +12,11 @@ import typer
 
 from molcli.cli.bars import bar
 from molcli.cli.calibrate import with_data
+from molcli.cli.data.sample import run_sample
 from molcli.cli.evaluate import run_evaluate
 from molcli.cli.inspect import run_inspect
 from molcli.cli.options import Overrides, ParentOption, RecipeName, recipe_for
 from molcli.cli.parents import open_dense
-from molcli.cli.sample import run_sample
 from molcli.cli.train import run_train
 from molcli.cli.upcycle import run_upcycle
 from molcli.config.sections import Recipe

@@ -10,8 +10,8 @@ import typer
 from molcli.cli.bars import bar
 from molcli.cli.options import (
     Checkpoint,
-    Data,
     Json,
+    OneSource,
     Overrides,
     ParentOption,
     RecipeName,
@@ -39,7 +39,7 @@ IncludePath = Annotated[
 
 def evaluate(
     checkpoint: Checkpoint,
-    data: Data = None,
+    data: OneSource = None,
     parent: ParentOption = None,
     tasks: TaskNames = None,
     include_path: IncludePath = None,

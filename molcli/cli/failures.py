@@ -3,7 +3,7 @@
 import os
 import traceback
 
-from molcli.errors import MolError
+from molcli.errors import Interrupted, MolError
 
 DEBUG = "MOLCLI_DEBUG"
 
@@ -11,8 +11,8 @@ DEBUG = "MOLCLI_DEBUG"
 def explain(error: BaseException) -> int:
     """Prints the error to stderr and returns the exit status. `MOLCLI_DEBUG=1` adds the traceback.
 
-    2: the user can mend it (MolError). 130: interrupted. 1: the machine ran out of something, or
-    a bug.
+    2: the user can mend it (MolError). 128 + signal: interrupted, 130 by Ctrl-C. 1: the machine ran
+    out of something, or a bug.
     """
     from rich.console import Console
     from rich.text import Text
@@ -30,6 +30,11 @@ def explain(error: BaseException) -> int:
 def _lines(error: BaseException) -> tuple[int, list[tuple[str, str, str]]]:
     if isinstance(error, KeyboardInterrupt):
         return 130, [("bold yellow", "interrupted: ", "no output was left half-written")]
+    if isinstance(error, Interrupted):
+        lines = [("bold yellow", "interrupted: ", error.saved)]
+        if error.resume:
+            lines.append(("bold green", "resume: ", error.resume))
+        return 128 + error.signal, lines
     if isinstance(error, MolError):
         lines = [("bold red", "error: ", error.found)]
         if error.allowed:

@@ -7,12 +7,12 @@ import typer
 
 from molcli import __version__
 from molcli.cli.calibrate import calibrate
+from molcli.cli.data import app as data
 from molcli.cli.demo import demo
 from molcli.cli.evaluate import evaluate
 from molcli.cli.failures import explain
 from molcli.cli.init import init
 from molcli.cli.inspect import inspect
-from molcli.cli.sample import sample
 from molcli.cli.train import train
 from molcli.cli.upcycle import upcycle
 
@@ -46,12 +46,15 @@ app.command("train")(train)
 app.command("inspect")(inspect)
 app.command("eval")(evaluate)
 app.command("init")(init)
-app.command("sample")(sample)
 app.command("calibrate")(calibrate)
+app.add_typer(data, name="data")
 
 
 def main() -> None:
-    """Run the command line. Exit status: 0 done, 1 a bug, 2 the user's input, 130 interrupted."""
+    """Run the command line.
+
+    Exit status: 0 done, 1 a bug, 2 the user's input, 130 interrupted (143 by SIGTERM).
+    """
     try:
         app()
     except SystemExit as stop:

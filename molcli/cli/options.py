@@ -5,7 +5,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from molcli.errors import MolError
+
 if TYPE_CHECKING:  # imported when needed: help answers without a YAML parser
+    from molcli.config.sections import Data as DataSpec
     from molcli.config.sections import Recipe
 
 
@@ -53,13 +56,18 @@ Overrides = Annotated[
         autocompletion=_complete_key,
     ),
 ]
+_SOURCE = "A .txt, .jsonl or .parquet file, a folder of `molcli data tokenize`, or hf://org/name."
 Data = Annotated[
-    str | None,
-    typer.Option("--data", "-d", metavar="FILE", help="A .txt, .jsonl or .parquet file."),
+    list[str] | None,
+    typer.Option(
+        "--data",
+        "-d",
+        metavar="SOURCE[=WEIGHT]",
+        help=f"{_SOURCE} Repeatable; WEIGHT is a source's share of the tokens.",
+    ),
 ]
-RequiredData = Annotated[
-    str, typer.Option("--data", "-d", metavar="FILE", help="A .txt, .jsonl or .parquet file.")
-]
+OneSource = Annotated[str | None, typer.Option("--data", "-d", metavar="SOURCE", help=_SOURCE)]
+RequiredData = Annotated[str, typer.Option("--data", "-d", metavar="SOURCE", help=_SOURCE)]
 ParentOption = Annotated[
     str | None,
     typer.Option("--parent", "-p", metavar="PARENT", help="The dense model it came from."),
@@ -67,6 +75,42 @@ ParentOption = Annotated[
 Json = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here, too.")
 ]
+
+
+def data_for(sources: list[str] | None) -> "DataSpec | None":
+    """What a repeated `--data` means: nothing, one source, or sources and their weights.
+
+    Raises MolError if a source comes twice, or some of several have a weight and others do not.
+    """
+    if not sources:
+        return None
+    weights = dict(map(_weighted, sources))
+    if len(weights) < len(sources):
+        raise MolError("`--data` names a source twice", allowed="each source once")
+    if len(weights) == 1:
+        return next(iter(weights))
+    bare = [source for source, weight in weights.items() if weight is None]
+    if bare and len(bare) < len(weights):
+        raise MolError(
+            f"`--data {bare[0]}` has no weight, though others have",
+            allowed="a weight for each source, or for none (equal shares)",
+            hint=f"--data {bare[0]}=0.5",
+        )
+    return {source: 1.0 if weight is None else weight for source, weight in weights.items()}
+
+
+def _weighted(source: str) -> tuple[str, float | None]:
+    """What follows the last `=` is a weight if it is a number and no file has the whole name."""
+    name, _, text = source.rpartition("=")
+    if not name or Path(source).exists():
+        return source, None
+    try:
+        weight = float(text)
+    except ValueError:
+        return source, None
+    if not 0 < weight < float("inf"):
+        raise MolError(f"`--data {source}` has weight {text}", allowed="a number above 0")
+    return name, weight
 
 
 def recipe_for(

@@ -7,7 +7,7 @@ import typer
 
 from molcli.cli.bars import bar
 from molcli.cli.calibrate import run_calibrate, scratch_beside, with_data
-from molcli.cli.options import Data, Out, Overrides, Parent, RecipeName, recipe_for
+from molcli.cli.options import Data, Out, Overrides, Parent, RecipeName, data_for, recipe_for
 from molcli.cli.parents import open_dense
 from molcli.config.sections import Recipe
 
@@ -36,7 +36,7 @@ def upcycle(
 
     --data is the text to calibrate on; without it, the text is sampled from the parent itself.
     """
-    settings = with_data(recipe_for(recipe, overrides), data)
+    settings = with_data(recipe_for(recipe, overrides), data_for(data))
     from molcli.io.folder import refuse_taken
 
     refuse_taken(out)

@@ -2,6 +2,7 @@
 
 from molcli.config.sections import (
     CalibrateConfig,
+    Data,
     EvaluateConfig,
     InspectConfig,
     ModelConfig,
@@ -10,6 +11,7 @@ from molcli.config.sections import (
     TrainConfig,
     UpcycleConfig,
 )
+from molcli.config.stages import merged
 from molcli.errors import MolError
 
 
@@ -52,6 +54,7 @@ def _upcycle(c: UpcycleConfig) -> None:
 
 
 def _calibrate(c: CalibrateConfig) -> None:
+    _weights("calibrate.data", c.data)
     _at_least("calibrate.tokens", c.tokens, 1)
     _at_least("calibrate.heldout_tokens", c.heldout_tokens, 1)
     _at_least("calibrate.context_length", c.context_length, 2)
@@ -67,36 +70,62 @@ def _sample(c: SampleConfig) -> None:
 
 
 def _train(c: TrainConfig) -> None:
-    _at_least("train.tokens", c.tokens, 1)
-    _at_least("train.context_length", c.context_length, 2)
-    _at_least("train.batch_size", c.batch_size, 1)
-    _at_least("train.micro_batch_size", c.micro_batch_size, 1)
-    if c.batch_size % c.micro_batch_size:
+    _stage("train", c)
+    if c.data is not None and c.logits is not None:
         raise MolError(
-            f"`train.batch_size` is {c.batch_size}, `train.micro_batch_size` {c.micro_batch_size}",
-            allowed="a batch_size that is a multiple of micro_batch_size",
-            hint=f"train.batch_size={-(-c.batch_size // c.micro_batch_size) * c.micro_batch_size}",
+            "`train.data` and `train.logits` are both set",
+            allowed="one of them: cached logits come with their own text",
+            hint="train.data=null",
         )
-    _positive("train.learning_rate", c.learning_rate)
-    _positive("train.new_learning_rate", c.new_learning_rate)
-    _between("train.min_learning_rate_ratio", c.min_learning_rate_ratio, 0, 1)
-    _between("train.warmup_fraction", c.warmup_fraction, 0, 1)
     for beta in c.betas:
         _between("train.betas", beta, 0, 0.999_999)
     _at_least("train.weight_decay", c.weight_decay, 0)
     _positive("train.clip_norm", c.clip_norm)
-    _at_least("train.kl_weight", c.kl_weight, 0)
-    _at_least("train.ce_weight", c.ce_weight, 0)
-    _at_least("train.balance_weight", c.balance_weight, 0)
-    if c.kl_weight == 0 and c.ce_weight == 0:
-        raise MolError(
-            "`train.kl_weight` and `train.ce_weight` are both 0",
-            allowed="at least one above 0, else nothing is learned",
-            hint="train.ce_weight=1",
-        )
+    if c.start_top_k is not None:
+        _at_least("train.start_top_k", c.start_top_k, 1)
+    _between("train.top_k_fraction", c.top_k_fraction, 0, 1)
     _at_least("train.checkpoint_every", c.checkpoint_every, 0)
     _at_least("train.log_every", c.log_every, 1)
+    _at_least("train.max_skipped", c.max_skipped, 1)
     _at_least("train.seed", c.seed, 0)
+    if isinstance(c.stages, list):
+        if not c.stages:
+            raise MolError(
+                "`train.stages` is empty", allowed="at least one stage, auto, or null for one"
+            )
+        for number, stage in enumerate(c.stages):
+            _stage(f"train.stages.{number}", merged(c, stage))
+
+
+def _stage(name: str, c: TrainConfig) -> None:
+    """The values that a stage may have of its own."""
+    _weights(f"{name}.data", c.data)
+    _at_least(f"{name}.tokens", c.tokens, 1)
+    _at_least(f"{name}.context_length", c.context_length, 2)
+    _at_least(f"{name}.batch_size", c.batch_size, 1)
+    _at_least(f"{name}.micro_batch_size", c.micro_batch_size, 1)
+    if c.batch_size % c.micro_batch_size:
+        size = c.micro_batch_size
+        raise MolError(
+            f"`{name}.batch_size` is {c.batch_size}, `{name}.micro_batch_size` {size}",
+            allowed="a batch_size that is a multiple of micro_batch_size",
+            hint=f"{name}.batch_size={-(-c.batch_size // size) * size}",
+        )
+    _positive(f"{name}.learning_rate", c.learning_rate)
+    _positive(f"{name}.new_learning_rate", c.new_learning_rate)
+    _between(f"{name}.min_learning_rate_ratio", c.min_learning_rate_ratio, 0, 1)
+    _between(f"{name}.warmup_fraction", c.warmup_fraction, 0, 1)
+    _at_least(f"{name}.kl_weight", c.kl_weight, 0)
+    _at_least(f"{name}.ce_weight", c.ce_weight, 0)
+    _positive(f"{name}.temperature", c.temperature)
+    _at_least(f"{name}.balance_weight", c.balance_weight, 0)
+    _at_least(f"{name}.bias_update_rate", c.bias_update_rate, 0)
+    if c.kl_weight == 0 and c.ce_weight == 0:
+        raise MolError(
+            f"`{name}.kl_weight` and `{name}.ce_weight` are both 0",
+            allowed="at least one above 0, else nothing is learned",
+            hint=f"{name}.ce_weight=1",
+        )
 
 
 def _evaluate(c: EvaluateConfig) -> None:
@@ -173,6 +202,15 @@ def _multiple(name: str, value: int, unit: int, reason: str) -> None:
             allowed=f"a multiple of {unit} ({reason})",
             hint=f"{name}={below}",
         )
+
+
+def _weights(name: str, data: Data | None) -> None:
+    if not isinstance(data, dict):
+        return
+    if not data:
+        raise MolError(f"`{name}` maps nothing", allowed="at least one source and its weight")
+    for source, weight in data.items():
+        _positive(f"{name}: {source}", weight)
 
 
 def _indices(name: str, layers: list[int]) -> None:

@@ -10,7 +10,7 @@ from molcli.config import yaml_text
 from molcli.config.find import find_recipe
 from molcli.config.ranges import validate
 from molcli.config.sections import Recipe
-from molcli.config.typed import checked, nearest
+from molcli.config.typed import build, nearest
 from molcli.errors import MolError
 
 RECIPE_FILE = "recipe.yaml"
@@ -23,13 +23,14 @@ def load_recipe(source: str | Path | None, overrides: Iterable[str] = ()) -> Rec
     """The recipe of a YAML file, with the defaults where it is silent.
 
     source: a path or the name of a bundled recipe; None takes the defaults. overrides: `a.b=c`
-    texts, the value in YAML; the last one wins. Raises MolError for an unknown section or key
+    texts, the value in YAML, entries of lists by number (`train.stages.0.tokens=1`); the last one
+    wins. Raises MolError for an unknown section or key
     (naming the nearest), an ill-typed value, or one out of range.
     """
     values = _read(find_recipe(str(source))) if source is not None else {}
     for override in overrides:
         section, key, value = _parse_override(override)
-        values.setdefault(section, {})[key] = value
+        _put(values.setdefault(section, {}), section, key.split("."), value)
     recipe = Recipe(**{name: _section(name, values.get(name, {})) for name in _SECTIONS})
     validate(recipe)
     return recipe
@@ -81,8 +82,29 @@ def _parse_override(override: str) -> tuple[str, str, Any]:
             hint="--set upcycle.d_thin=192",
         )
     _check_section(section)
-    _check_key(section, key)
+    _check_key(section, key.split(".")[0])
     return section, key, yaml_text.parse(text, f"the value of `--set {name}`")
+
+
+def _put(values: dict[str, Any], section: str, path: list[str], value: Any) -> None:
+    """Sets the value of a key, or of a key in an entry of a list that the recipe has."""
+    key, *rest = path
+    if not rest:
+        values[key] = value
+        return
+    entries, name = values.get(key), f"{section}.{key}"
+    numbers = [str(i) for i in range(len(entries))] if isinstance(entries, list) else []
+    number, *inner = rest
+    if number not in numbers or len(inner) != 1:
+        raise MolError(
+            f"the recipe has no `{section}.{'.'.join(path)}`",
+            allowed=f"{name}.NUMBER.KEY, NUMBER of {', '.join(numbers)}"
+            if numbers
+            else f"a recipe with a list of {name}",
+        )
+    entry = values[key][int(number)]
+    if isinstance(entry, dict):  # anything else is refused when it is read
+        entry[inner[0]] = value
 
 
 def _check_section(section: str) -> None:
@@ -106,8 +128,4 @@ def _check_key(section: str, key: str) -> None:
 
 
 def _section(name: str, values: dict[str, Any]) -> Any:
-    section = _SECTIONS[name]
-    hints = get_type_hints(section)
-    return section(
-        **{key: checked(f"{name}.{key}", value, hints[key]) for key, value in values.items()}
-    )
+    return build(name, values, _SECTIONS[name])

@@ -3,6 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+Data = str | dict[str, float]
+"""A source, or a mapping from sources to weights, a source's share of the tokens in any unit. A
+source is a .txt, .jsonl or .parquet file, a folder of `molcli data tokenize`, or a data set on the
+Hub as hf://org/name[:config[:split]]."""
+
 
 @dataclass(frozen=True)
 class UpcycleConfig:
@@ -44,13 +49,13 @@ class UpcycleConfig:
 class CalibrateConfig:
     """Text that the conversion looks at.
 
-    data: a .txt, .jsonl or .parquet file; null samples text from the parent itself.
+    data: a source or a mapping from sources to weights; null samples text from the parent itself.
     tokens: calibration tokens. heldout_tokens: further tokens, never fitted, for the receipt.
     context_length: tokens in a calibration sequence.
     seed: draws the documents, the sampled text and the clusters.
     """
 
-    data: str | None = None
+    data: Data | None = None
     tokens: int = 65_536
     heldout_tokens: int = 8_192
     context_length: int = 512
@@ -63,35 +68,80 @@ class SampleConfig:
 
     tokens: how many to sample. length: tokens in a document. batch_size: documents at a time.
     temperature: 1.0 samples the parent's own distribution.
+    prompts: what the documents begin with, a source like train.data; in its order, and from its
+        first again when they run out. null begins with the parent's BOS alone.
     """
 
     tokens: int = 100_000
     length: int = 512
     batch_size: int = 64
     temperature: float = 1.0
+    prompts: str | None = None
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stage of training. What is null is as in the train section.
+
+    kind: "align" teaches every Mixture of Layers layer the parent layer's output on the parent's
+        own input, each on its own; it trains those layers alone. "distill" learns the parent's
+        predictions, "pretrain" the text.
+    tokens: of this stage. The other keys mean what they mean in the train section.
+    """
+
+    kind: Literal["align", "distill", "pretrain"]
+    data: Data | None = None
+    tokens: int | None = None
+    context_length: int | None = None
+    batch_size: int | None = None
+    micro_batch_size: int | None = None
+    learning_rate: float | None = None
+    new_learning_rate: float | None = None
+    min_learning_rate_ratio: float | None = None
+    warmup_fraction: float | None = None
+    trainable: Literal["all", "mol"] | None = None
+    kl_weight: float | None = None
+    ce_weight: float | None = None
+    temperature: float | None = None
+    balance: Literal["bias", "loss", "none"] | None = None
+    balance_weight: float | None = None
+    bias_update_rate: float | None = None
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """The recovery run.
 
-    data: a .txt, .jsonl or .parquet file (the command line's --data wins).
+    data: a source or a mapping from sources to weights such as {a.jsonl: 0.7, b.txt: 0.3} (the
+        command line's --data wins). A source that runs out begins again, in another order.
+    logits: a folder of `molcli data cache-logits`, which stands for both data and parent in stages
+        without data of their own; not for align, and at temperature 1 alone.
     tokens: training tokens in all. context_length: tokens in a packed row.
     batch_size: rows in an optimiser step. micro_batch_size: rows in a forward pass.
     learning_rate: peak, for inherited weights; new_learning_rate for the router, thin_in and
         thin_out, and DeltaNet's gates and convolutions. Cosine to min_learning_rate_ratio of it.
     kl_weight: weight of the forward KL to the parent; ce_weight of the next-token loss.
-    balance_weight: weight of the CV^2 load-balance loss (arXiv 2605.09516: 0.05).
+    temperature: at which the KL compares the two, times its square (arXiv 1503.02531).
+    balance: how routed blocks are kept in use. "bias": after a step, the bias of each block's logit
+        moves by bias_update_rate towards an even load (arXiv 2408.15664); "loss": the CV^2 loss
+        (arXiv 2605.09516) with weight balance_weight; "none".
+    start_top_k: routed blocks that run on a token at first, falling linearly to the model's own
+        number over top_k_fraction of all tokens; null keeps the model's.
     trainable: "mol" trains the Mixture of Layers layers alone and keeps the rest as inherited; on a
         model with dense layers below them, the backward pass ends early.
     checkpoint_every: optimiser steps between checkpoints; 0 writes none.
     compile: torch.compile for layers and loss, which takes a minute; "auto": on a GPU, in runs that
-        are long enough.
+        are long enough and keep one number of blocks (start_top_k: null).
+    max_skipped: the run stops after so many steps in a row whose gradient was not finite.
     precision: "auto" is bf16 where the device multiplies matrices in it natively, else fp32.
+    stages: one after another, each with a fresh optimiser, warm-up and decay; null is one stage,
+        distill with a parent and pretrain without; "auto" plans them from the model's size and
+        `tokens`, then the tokens of all stages together.
     """
 
-    data: str | None = None
+    data: Data | None = None
+    logits: str | None = None
     tokens: int = 1_000_000
     context_length: int = 512
     batch_size: int = 16
@@ -105,14 +155,21 @@ class TrainConfig:
     clip_norm: float = 1.0
     kl_weight: float = 1.0
     ce_weight: float = 0.0
+    temperature: float = 1.0
+    balance: Literal["bias", "loss", "none"] = "bias"
     balance_weight: float = 0.05
+    bias_update_rate: float = 1e-3
+    start_top_k: int | None = None
+    top_k_fraction: float = 0.5
     trainable: Literal["all", "mol"] = "all"
     checkpoint_every: int = 200
     log_every: int = 10
+    max_skipped: int = 10
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     compile: Literal["auto"] | bool = "auto"
     gradient_checkpointing: bool = False
     seed: int = 0
+    stages: Literal["auto"] | list[StageConfig] | None = None
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 import math
 import sys
+from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from molcli.errors import MolError
 
@@ -13,9 +14,14 @@ def checked(name: str, value: object, hint: Any) -> Any:
     """The value as the type `hint` holds it.
 
     name: dotted, as the user writes it ("upcycle.d_thin"). hint: int, float, str, bool, None, a
-    Literal of strings, list[int], tuple[float, float], or a union of them.
+    Literal of strings, list[int], tuple[float, float], dict[str, float], a list of a dataclass, or
+    a union of them.
     Raises MolError with the allowed values, and the nearest one for a mistyped word.
     """
+    for alternative in _alternatives(hint):
+        if isinstance(value, list) and _is_table(alternative):
+            (kind,) = get_args(alternative)
+            return [build(f"{name}.{i}", entry, kind) for i, entry in enumerate(value)]
     for alternative in _alternatives(hint):
         accepted, result = _match(value, alternative)
         if accepted:
@@ -26,6 +32,30 @@ def checked(name: str, value: object, hint: Any) -> Any:
         allowed=describe(hint),
         hint=_suggestion(name, value, hint, words),
     )
+
+
+def build(name: str, values: object, kind: Any) -> Any:
+    """The dataclass `kind` from a mapping of its fields, each one checked.
+
+    Raises MolError for what is no mapping, for an unknown key (naming the nearest), and for a
+    missing one that has no default.
+    """
+    if not isinstance(values, dict):
+        raise MolError(f"`{name}` is {_shown(values)}", allowed="`key: value` lines")
+    hints = get_type_hints(kind)
+    for key in values:
+        if key not in hints:
+            guess = nearest(str(key), list(hints))
+            raise MolError(
+                f"`{name}` has no key `{key}`",
+                allowed=", ".join(hints),
+                hint=f"{name}.{guess}" if guess else "",
+            )
+    for field in fields(kind):
+        missing = field.default is MISSING and field.default_factory is MISSING
+        if missing and field.name not in values:
+            raise MolError(f"`{name}` has no `{field.name}`", allowed=describe(hints[field.name]))
+    return kind(**{k: checked(f"{name}.{k}", value, hints[k]) for k, value in values.items()})
 
 
 def nearest(word: str, candidates: list[str]) -> str:
@@ -41,6 +71,11 @@ def describe(hint: Any) -> str:
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _is_table(hint: Any) -> bool:
+    """Whether it is a list of a dataclass."""
+    return get_origin(hint) is list and is_dataclass(get_args(hint)[0])
 
 
 def _words(hint: Any) -> tuple[str, ...]:
@@ -65,6 +100,13 @@ def _match(value: Any, hint: Any) -> tuple[bool, Any]:
     if hint == tuple[float, float]:
         fits = isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_finite, value))
         return fits, tuple(map(float, value)) if fits else value
+    if hint == dict[str, float]:
+        fits = isinstance(value, dict) and all(
+            isinstance(key, str) and _is_finite(number) for key, number in value.items()
+        )
+        return fits, {key: float(number) for key, number in value.items()} if fits else value
+    if _is_table(hint):
+        return False, value  # lists are taken in `checked`
     raise TypeError(f"no check for fields of type {hint}")
 
 
@@ -79,6 +121,8 @@ def _is_finite(value: Any) -> bool:
 def _describe_one(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return ", ".join(get_args(hint))
+    if _is_table(hint):
+        return "a list with a mapping in each entry"
     names: dict[Any, str] = {
         NoneType: "null",
         int: "an integer",
@@ -87,6 +131,7 @@ def _describe_one(hint: Any) -> str:
         bool: "true or false",
         list[int]: "a list of integers such as [0, 2]",
         tuple[float, float]: "two numbers such as [0.9, 0.95]",
+        dict[str, float]: "a mapping to numbers such as {a.jsonl: 0.7, b.txt: 0.3}",
     }
     return names[hint]
 

@@ -3,14 +3,12 @@
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from molcli.errors import MolError
-from molcli.io.text import read_documents, tokenize
-from molcli.progress import Progress, silent
 
 IGNORED = -100  # the label that Hugging Face losses leave out
 
@@ -57,9 +55,25 @@ class Batch:
         )
 
 
+class Rows(Protocol):
+    """Packed rows of one length, in memory or on the disk."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all rows, padding left out."""
+
+    def rows(self, index: slice | Tensor) -> "TokenRows":
+        """Some of the rows, by slice or by (n,) indices."""
+
+    def fingerprint(self) -> str:
+        """sha256 that tells these rows from others."""
+
+
 @dataclass(frozen=True)
 class TokenRows:
-    """Every row of a run, in memory: 8 bytes a token.
+    """Rows in memory: 8 bytes a token.
 
     input_ids, document_ids: (rows, T) int32; document ids count up within a row, from 0.
     lengths: (rows,) tokens that are not padding, which is at the right.
@@ -161,24 +175,3 @@ def pack(
     lengths = torch.full((count,), length)
     lengths[-1] -= padding
     return TokenRows(stream[: count * length].view(count, length), ids - ids[:, :1], lengths)
-
-
-def load_rows(
-    data: str,
-    tokenizer: PreTrainedTokenizerBase | None,
-    *,
-    vocab_size: int,
-    length: int,
-    limit: int | None = None,
-    seed: int | None = None,
-    keep_short: bool = False,
-    progress: Progress = silent,
-) -> TokenRows:
-    """Read, tokenise and pack a file: read_documents, tokenize and pack in one call.
-
-    limit: only the file's first so many tokens. Raises MolError as those three do.
-    """
-    documents = tokenize(
-        read_documents(data), tokenizer, vocab_size=vocab_size, limit=limit, progress=progress
-    )
-    return pack(documents, length, seed=seed, keep_short=keep_short)

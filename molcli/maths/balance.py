@@ -1,5 +1,6 @@
-"""The load-balance loss of Mixture of Layers."""
+"""The balance of a Mixture of Layers: as a loss, and as a bias without one."""
 
+import torch
 from torch import Tensor
 
 
@@ -22,3 +23,20 @@ def cv_squared(weights: Tensor, blocks: Tensor, num_blocks: int) -> Tensor:
     """
     loads = block_weights(weights, blocks, num_blocks)
     return loads.var(-1, correction=0) / loads.mean(-1).square()
+
+
+def block_counts(blocks: Tensor, num_blocks: int) -> Tensor:
+    """Tokens that visited each block: (..., num_blocks) int64.
+
+    blocks: (..., n, k) int64, distinct blocks of the n unpadded tokens of a batch.
+    """
+    return block_weights(torch.ones_like(blocks), blocks, num_blocks)
+
+
+def bias_step(loads: Tensor, rate: float) -> Tensor:
+    """What loss-free balancing adds to each block's bias: rate * sign(mean load - load).
+
+    loads: (..., num_blocks) of a global batch -> the same shape, float32. Source: arXiv 2408.15664.
+    """
+    loads = loads.float()
+    return rate * (loads.mean(-1, keepdim=True) - loads).sign()

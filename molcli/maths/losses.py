@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from molcli.maths.top_k import TopK, keep_top_k, top_k_kl
+
 IGNORED = -100  # the label that is left out of every sum
 # tokens x vocabulary of one chunk: 256 MiB in fp32 on a GPU, which wants few launches; on a CPU
 # what its cache holds.
@@ -49,7 +51,8 @@ class Head:
 class TrainingLoss:
     """Sums over the predicted tokens; scalars, fp32 (float64 for float64 inputs).
 
-    loss: ce_weight * cross_entropy + kl_weight * kl, the only one with a gradient.
+    loss: ce_weight * cross_entropy + kl_weight * T^2 KL_T, the only one with a gradient; KL_T is
+    the KL between both distributions at temperature T. kl: at temperature 1, whatever T is.
     """
 
     loss: Tensor
@@ -79,24 +82,42 @@ def token_losses(model: Head, labels: Tensor, parent: Head | None = None) -> Tok
     return TokenLosses(sums[0], sums[1], sums[2], sums[3], count)
 
 
+@torch.no_grad()
+def top_k_predictions(model: Head, k: int) -> TopK:
+    """The k most likely next tokens of every position, (B, T, k); fp32 (float64 for float64)."""
+    weight = model.weight.to(_product_dtype(model.hidden))
+    at_once = LOGITS_AT_ONCE.get(weight.device.type, LOGITS_AT_ONCE["cuda"])
+    states = model.hidden.flatten(0, 1).split(max(1, at_once // len(weight)))
+    kept = [keep_top_k(_log_softmax(x.to(weight.dtype) @ weight.mT), k) for x in states]
+    shape = model.hidden.shape[:2]
+    fields = zip(*((part.ids, part.log_probs, part.rest) for part in kept), strict=True)
+    return TopK(*(torch.cat(field).unflatten(0, shape) for field in fields))
+
+
 def training_loss(
     model: Head,
     labels: Tensor,
-    parent: Head | None,
+    parent: Head | TopK | None,
     *,
     ce_weight: float,
     kl_weight: float,
+    temperature: float = 1.0,
     compiled: bool = False,
 ) -> TrainingLoss:
     """The weighted sum of both losses; arguments as for `token_losses`.
+
+    parent: a TopK, (B, T, k), gives the KL of `top_k_kl`. temperature: of the KL; its square keeps
+    the gradient's size (arXiv 1503.02531). With a TopK it is 1: of the other tokens' probabilities
+    only the sum is known.
 
     Gradients flow to model.hidden and model.weight only, and are multiplied in the same dtype as
     the logits; that of the weight is summed over chunks in fp32. compiled: fuses what is done to
     a chunk's logits (torch.compile); for long runs on a GPU.
     """
+    assert temperature == 1 or not isinstance(parent, TopK)
     return TrainingLoss(
         *_LossAndGradient.apply(  # type: ignore[no-untyped-call]
-            model.hidden, model.weight, labels, parent, ce_weight, kl_weight, compiled
+            model.hidden, model.weight, labels, parent, ce_weight, kl_weight, temperature, compiled
         )
     )
 
@@ -110,9 +131,10 @@ class _LossAndGradient(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         labels: Tensor,
-        parent: Head | None,
+        parent: Head | TopK | None,
         ce_weight: float,
         kl_weight: float,
+        temperature: float,
         compiled: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         high = _at_least_fp32(hidden.dtype)
@@ -122,10 +144,23 @@ class _LossAndGradient(torch.autograd.Function):
         for_hidden = torch.zeros_like(states, dtype=hidden.dtype) if wants_hidden else None
         for_weight = torch.zeros_like(weight, dtype=high) if wants_weight else None
         chunk_loss = _compiled_chunk_loss() if compiled else _chunk_loss
-        sums = hidden.new_zeros(2, dtype=high)
-        for part, q, p, targets, known in _chunks(Head(hidden, matrix), labels, parent):
-            gradient, cross_entropy, kl = chunk_loss(q, p, targets, known, ce_weight, kl_weight)
-            sums += torch.stack([cross_entropy, kl])
+        head, kept = (None, parent) if isinstance(parent, TopK) else (parent, None)
+        if kept is not None:  # as the states: without the last position of every row
+            fields = (kept.ids, kept.log_probs, kept.rest)
+            kept = TopK(*(field[:, :-1].flatten(0, 1) for field in fields))
+        soft = head is not None and temperature != 1
+        softened = _compiled_softened_kl() if compiled else _softened_kl
+        sums = hidden.new_zeros(3, dtype=high)  # cross-entropy, KL, T^2 KL_T
+        for part, q, p, targets, known in _chunks(Head(hidden, matrix), labels, head):
+            taught = p if kept is None else kept.rows(part).exact(high)
+            at_one = 0.0 if soft else kl_weight
+            gradient, cross_entropy, kl = chunk_loss(q, taught, targets, known, ce_weight, at_one)
+            divergence = kl
+            if soft:
+                assert p is not None
+                towards_p, divergence = softened(q, p, known, kl_weight, temperature)
+                gradient = gradient + towards_p
+            sums += torch.stack([cross_entropy, kl, divergence])
             if for_hidden is not None:
                 for_hidden[part] = gradient @ matrix
             if for_weight is not None:
@@ -133,8 +168,8 @@ class _LossAndGradient(torch.autograd.Function):
         if for_hidden is not None:  # the last position of every row predicts nothing
             for_hidden = F.pad(for_hidden.unflatten(0, (hidden.shape[0], -1)), (0, 0, 0, 1))
         ctx.save_for_backward(for_hidden, None if for_weight is None else for_weight.to(weight))
-        cross_entropy, kl = sums.unbind()
-        loss = ce_weight * cross_entropy + kl_weight * kl
+        cross_entropy, kl, divergence = sums.unbind()
+        loss = ce_weight * cross_entropy + kl_weight * divergence
         ctx.mark_non_differentiable(cross_entropy, kl)
         return loss, cross_entropy, kl
 
@@ -144,14 +179,20 @@ class _LossAndGradient(torch.autograd.Function):
         return (
             None if for_hidden is None else for_hidden * upstream[0],
             None if for_weight is None else for_weight * upstream[0],
-            *(None, None, None, None, None),
+            *(None, None, None, None, None, None),
         )
 
 
 def _chunk_loss(
-    q: Tensor, p: Tensor | None, targets: Tensor, known: Tensor, ce_weight: float, kl_weight: float
+    q: Tensor,
+    p: Tensor | TopK | None,
+    targets: Tensor,
+    known: Tensor,
+    ce_weight: float,
+    kl_weight: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, p: (n, V) logits of model and parent; targets: (n, 1); known: (n,).
+    """q, p: (n, V) logits of model and parent, or (n, k) of what was kept of the parent's
+    distribution, at least fp32; targets: (n, 1); known: (n,).
 
     Returns the gradient of the weighted sum towards q, (n, V) in q's dtype, and both sums.
     """
@@ -161,6 +202,10 @@ def _chunk_loss(
     scale = known[:, None].to(log_q.dtype)
     if p is None:
         gradient = log_q.exp().mul_(ce_weight * scale)
+    elif isinstance(p, TopK):
+        nats, towards_p = top_k_kl(log_q, p)
+        kl = torch.where(known, nats, 0).sum()
+        gradient = log_q.exp_().mul_(ce_weight * scale).add_(towards_p.mul_(kl_weight * scale))
     else:
         log_p = _log_softmax(p)
         likely = log_p.exp()
@@ -170,6 +215,25 @@ def _chunk_loss(
     if ce_weight:
         gradient.scatter_add_(1, targets, -ce_weight * scale)
     return gradient.to(q.dtype), cross_entropy, kl
+
+
+def _softened_kl(
+    q: Tensor, p: Tensor, known: Tensor, kl_weight: float, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Arguments as for `_chunk_loss`. Returns kl_weight times the gradient of T^2 KL_T towards q,
+    (n, V) in q's dtype, and the sum of T^2 KL_T."""
+    log_q, log_p = (
+        _log_softmax(logits.to(_at_least_fp32(logits.dtype)) / temperature) for logits in (q, p)
+    )
+    likely = log_p.exp()
+    divergence = ((log_p - log_q) * likely).sum(1) * temperature**2
+    gradient = (log_q.exp() - likely) * (kl_weight * temperature * known[:, None])
+    return gradient.to(q.dtype), torch.where(known, divergence, 0).sum()
+
+
+@cache
+def _compiled_softened_kl() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(_softened_kl, dynamic=True)
 
 
 @cache

@@ -7,12 +7,19 @@ import torch
 from safetensors import SafetensorError
 
 from molcli.errors import MolError
+from molcli.model.configuration_mol import MoLConfig
 from molcli.model.modeling_mol import MoLForCausalLM
 
 
 def default_device() -> torch.device:
     """The GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def open_config(folder: Path) -> MoLConfig:
+    """The configuration alone. Raises MolError if the folder is no Mixture of Layers checkpoint."""
+    _check_model_type(folder)
+    return MoLConfig.from_pretrained(folder)
 
 
 def open_checkpoint(folder: Path, device: torch.device) -> MoLForCausalLM:

@@ -33,14 +33,18 @@ class Context:
 
 
 def token_context(
-    config: MoLConfig, document_ids: Tensor, position_ids: Tensor, device: torch.device
+    config: MoLConfig,
+    document_ids: Tensor,
+    position_ids: Tensor,
+    device: torch.device,
+    attention_mask: Tensor | None = None,
 ) -> Context:
-    """document_ids, position_ids: (rows, T) of unpadded packed rows."""
+    """document_ids, position_ids: (rows, T) of packed rows; attention_mask: 0 where padded."""
     stream = token_stream(
         (document_ids.shape[0], document_ids.shape[1]),
         device,
         past_length=0,
-        attention_mask=None,
+        attention_mask=attention_mask,
         position_ids=position_ids.to(device),
         document_ids=document_ids.to(device),
     )

@@ -1,4 +1,4 @@
-"""Floating-point operations of a forward pass, from the numbers of a configuration."""
+"""Floating-point operations of a forward pass and of training, from a configuration's numbers."""
 
 from dataclasses import dataclass
 
@@ -26,8 +26,7 @@ def count_flops(config: MoLConfig, context_length: int) -> Flops:
     routed block only the block's own; Gated DeltaNet 7 * head_dim^2 a head. The embedding is a
     look-up; norms, activations, biases, rotary positions and softmaxes are left out.
     """
-    head = 2.0 * config.vocab_size * config.hidden_size
-    total = active = head
+    total = active = float(_head(config))
     routed_blocks, top_k = config.num_routed_blocks, config.num_blocks_per_tok
     for i, kind in enumerate(config.layer_kinds):
         if kind == "dense":
@@ -50,6 +49,34 @@ def count_flops(config: MoLConfig, context_length: int) -> Flops:
         else:
             active += everywhere
     return Flops(round(total), round(active))
+
+
+def training_flops(
+    config: MoLConfig,
+    context_length: int,
+    *,
+    parent: MoLConfig | None,
+    head: bool = True,
+    recompute: bool = False,
+) -> int:
+    """Of one training token: forward, twice that backward, and the parent's forward pass.
+
+    head: with the LM heads. recompute: gradient checkpointing, one more pass through the layers.
+    """
+
+    def forward(model: MoLConfig, *, head: bool) -> int:
+        return count_flops(model, context_length).active - (0 if head else _head(model))
+
+    flops = 3 * forward(config, head=head)
+    if recompute:
+        flops += forward(config, head=False)
+    if parent is not None:
+        flops += forward(parent, head=head)
+    return flops
+
+
+def _head(config: MoLConfig) -> int:
+    return 2 * config.vocab_size * config.hidden_size
 
 
 def _thin(spec: BlockSpec, config: MoLConfig, tokens: float) -> float:

@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 
 from molcli.config.sections import CalibrateConfig
 from molcli.errors import MolError
+from molcli.io.data import load_rows
 from molcli.io.folder import output_folder
-from molcli.io.packing import TokenRows, load_rows
+from molcli.io.packing import TokenRows
 from molcli.io.parent import Parent
 from molcli.maths.moments import second_moment, unit_rms
 from molcli.model.checkpoint import default_device
@@ -91,9 +92,11 @@ def calibrate(
 
 
 def _rows(parent: Parent, config: CalibrateConfig) -> tuple[TokenRows, TokenRows]:
-    """Rows to fit on and rows held out, from one file and in that order."""
+    """Rows to fit on and rows held out, in that order, none of them twice."""
     if config.data is None:
-        raise MolError("there is no text to calibrate on", allowed="calibrate.data: a text file")
+        raise MolError(
+            "there is no text to calibrate on", allowed="calibrate.data: a source of text"
+        )
     rows = load_rows(
         config.data,
         parent.tokenizer(),
@@ -101,13 +104,13 @@ def _rows(parent: Parent, config: CalibrateConfig) -> tuple[TokenRows, TokenRows
         length=config.context_length,
         limit=config.tokens + config.heldout_tokens,
         seed=config.seed,
-    )
+    ).once()
     wanted = max(1, config.heldout_tokens // config.context_length)
     # A short text still gives some of itself to the measurement.
     heldout = min(wanted, max(1, len(rows) // 2))
     if len(rows) < 2:
         raise MolError(
-            f"the text in {config.data} fills {len(rows)} row of {config.context_length} tokens",
+            f"calibrate.data fills {len(rows)} row of {config.context_length} tokens",
             allowed="at least 2 rows: one to fit on, one held out",
             hint="give more text, or a shorter calibrate.context_length",
         )
@@ -115,7 +118,7 @@ def _rows(parent: Parent, config: CalibrateConfig) -> tuple[TokenRows, TokenRows
     kept = rows.rows(slice(first, None))
     if not kept.predicted:
         raise MolError(
-            f"in the text held out of {config.data}, no token follows another one",
+            "in the text held out of calibrate.data, no token follows another one",
             allowed="documents of 2 tokens or more",
             hint="give longer documents, or more calibrate.heldout_tokens",
         )

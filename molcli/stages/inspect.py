@@ -9,7 +9,8 @@ from torch import Tensor
 
 from molcli.config.sections import InspectConfig
 from molcli.errors import MolError
-from molcli.io.packing import Batch, load_rows
+from molcli.io.data import load_rows
+from molcli.io.packing import Batch
 from molcli.io.tokenizer import open_tokenizer
 from molcli.maths.routing_stats import RoutingCounts, RoutingSummary, count_routing, summarise
 from molcli.model.checkpoint import default_device, open_checkpoint

@@ -1,7 +1,8 @@
 """Text sampled from the parent: the data set of those who have none."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain, cycle, islice, repeat
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, P
 from molcli.config.sections import SampleConfig
 from molcli.errors import MolError
 from molcli.io.parent import Parent
+from molcli.io.text import read_documents, tokenize
 from molcli.model.checkpoint import default_device
 from molcli.model.precision import fast_dtype
 from molcli.progress import Progress, silent
@@ -23,13 +25,15 @@ _BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBack
 def sample(parent: Parent, config: SampleConfig, out: Path, progress: Progress = silent) -> None:
     """Writes documents drawn from the parent's own distribution as JSON lines.
 
-    Each starts with the parent's BOS (its EOS, or token 0, if it has none) and ends with an EOS or
-    after config.length tokens; there are as many as make config.tokens. A line holds `input_ids`,
-    and `text` without special tokens if the parent has a tokenizer. The same seed gives the same
-    file on the same machine. Raises MolError if `out` exists; a killed run leaves nothing there.
+    Each starts with a prompt, or with the parent's BOS (its EOS, or token 0, if it has none), and
+    ends with an EOS or after config.length tokens, the prompt's included; there are as many as make
+    config.tokens. A line holds `input_ids`, and `text` without special tokens if the parent has a
+    tokenizer. The same seed gives the same file on the same machine. Raises MolError if `out`
+    exists, or for prompts that cannot be read or leave no room; a failed run leaves nothing there.
     """
     if out.exists():
         raise MolError(f"{out} exists", hint="another path, or remove it first")
+    prompts = _prompts(parent, config)
     device = default_device()
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         parent.folder, dtype=fast_dtype(device)
@@ -40,49 +44,92 @@ def sample(parent: Parent, config: SampleConfig, out: Path, progress: Progress =
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
     done = 0
-    with partial.open("w", encoding="utf-8") as file:
-        while done < config.tokens:
-            count = min(config.batch_size, -(-(config.tokens - done) // config.length))
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            while done < config.tokens:
+                count = min(config.batch_size, -(-(config.tokens - done) // config.length))
+                starts = list(islice(prompts, count))
 
-            def report(new: int, before: int = done) -> None:
-                progress(min(before + new, config.tokens), config.tokens)
+                def report(new: int, before: int = done) -> None:
+                    progress(min(before + new, config.tokens), config.tokens)
 
-            with sdpa_kernel(_BACKENDS):
-                documents = _documents(model, count, config, generator, report)
-            for ids in documents:
-                row: dict[str, object] = {"input_ids": ids}
-                if tokenizer is not None:
-                    row["text"] = tokenizer.decode(ids, skip_special_tokens=True)
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                done += len(ids)
-    partial.replace(out)
+                with sdpa_kernel(_BACKENDS):
+                    documents = _documents(model, starts, config, generator, report)
+                for ids in documents:
+                    row: dict[str, object] = {"input_ids": ids}
+                    if tokenizer is not None:
+                        row["text"] = tokenizer.decode(ids, skip_special_tokens=True)
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    done += len(ids)
+        partial.replace(out)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _prompts(parent: Parent, config: SampleConfig) -> Iterator[list[int]]:
+    """What each document begins with, endlessly. The first prompt is read at once: a source that
+    gives none fails before a model is opened."""
+    if config.prompts is None:
+        return repeat([_start_token(parent.config)])
+    found = tokenize(
+        read_documents(config.prompts),
+        parent.tokenizer(),
+        vocab_size=parent.config.vocab_size,
+        whole=False,
+    )
+    checked = (_with_room(ids.tolist(), config) for ids in found)
+    return cycle(chain([next(checked)], checked))
+
+
+def _with_room(prompt: list[int], config: SampleConfig) -> list[int]:
+    if len(prompt) >= config.length:
+        raise MolError(
+            f"a prompt in {config.prompts} has {len(prompt)} tokens, and a document "
+            f"{config.length} (`sample.length`)",
+            allowed=f"prompts of at most {config.length - 1} tokens",
+            hint=f"--set sample.length={2 * len(prompt)}",
+        )
+    return prompt
 
 
 @torch.inference_mode()
 def _documents(
     model: PreTrainedModel,
-    count: int,
+    starts: list[list[int]],
     config: SampleConfig,
     generator: torch.Generator,
     report: Callable[[int], None],
 ) -> list[list[int]]:
-    """`count` documents at a time. Those that end leave the batch, so that no step works for them.
+    """A document from each start. Those that end leave the batch, so that no step works for them.
 
+    The shortest start is read in one pass; where others go on, their tokens stand in for draws, so
+    that no row needs padding.
     report: told the tokens drawn so far.
     """
-    start, ends = _start_token(model.config), _end_tokens(model)
-    ids = torch.full((count, config.length), start, device=model.device)
+    ends, count = _end_tokens(model), len(starts)
+    given = torch.tensor([len(start) for start in starts], device=model.device)
+    ids = torch.zeros((count, config.length), dtype=torch.int64, device=model.device)
+    for row, start in enumerate(starts):
+        ids[row, : len(start)] = torch.tensor(start)
     lengths = torch.full((count,), config.length, device=model.device)
     running = torch.arange(count, device=model.device)
     cache = DynamicCache(config=model.config)
-    drawn = count
-    for step in range(1, config.length):
-        out = model(input_ids=ids[running, step - 1 : step], past_key_values=cache, use_cache=True)
+    read, known = 0, int(given.min())
+    drawn = count * known
+    for step in range(known, config.length):
+        out = model(
+            input_ids=ids[running, read:step],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        read, is_given = step, step < given[running]
         odds = (out.logits[:, -1].float() / config.temperature).softmax(-1)
-        new = _draw(odds, generator)
+        new = torch.where(is_given, ids[running, step], _draw(odds, generator))
         ids[running, step] = new
         drawn += len(running)
-        ended = torch.isin(new, ends.to(new.device))
+        ended = torch.isin(new, ends.to(new.device)) & ~is_given
         if ended.any():
             lengths[running[ended]] = step + 1
             running = running[~ended]

@@ -25,6 +25,7 @@ from molcli.maths.parameters import count_parameters
 from molcli.model import MoLForCausalLM
 from molcli.model.compiled import compile_layers
 from molcli.model.configuration_mol import MoLConfig
+from molcli.stages.train.balance import RouterLoads
 from molcli.stages.train.objective import Objective, Student
 from molcli.stages.train.optimizer import make_optimizer
 
@@ -72,9 +73,11 @@ def main() -> None:
     parent = MoLForCausalLM(config("dense")).to(device, dtype).eval().requires_grad_(False)
     if compiled:
         compile_layers(parent)
+        compile_layers(model)
     optimizer = make_optimizer(model, TrainConfig())
-    student = Student(model, dtype, ce_weight=0.0, kl_weight=1.0, compiled=compiled)
-    objective = Objective(student, parent, balance_weight=0.05)
+    loads = RouterLoads(model)
+    student = Student(model, dtype, loads, ce_weight=0.0, kl_weight=1.0, compiled=compiled)
+    objective = Objective(student, parent, balance_weight=0.0)
     lengths = torch.randint(20, 400, (args.batch * args.length // 100,)).tolist()
     documents = [torch.randint(49_152, (n,), dtype=torch.int32) for n in lengths]
     rows = pack(documents, args.length, seed=0)
@@ -84,6 +87,7 @@ def main() -> None:
         objective.backward(rows, index, args.micro_batch, accelerator)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        loads.update(1e-3, accelerator)
         optimizer.zero_grad()
 
     start = time.perf_counter()

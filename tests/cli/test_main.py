@@ -9,9 +9,9 @@ import pytest
 
 from molcli import __version__
 from molcli.cli import main as command
-from molcli.errors import MolError
+from molcli.errors import Interrupted, MolError
 
-COMMANDS = ["demo", "upcycle", "train", "inspect", "eval", "init", "sample", "calibrate"]
+COMMANDS = ["demo", "upcycle", "train", "inspect", "eval", "init", "data", "calibrate"]
 HEAVY = ["torch", "transformers", "datasets", "accelerate", "numpy"]
 
 
@@ -120,6 +120,7 @@ def test_the_users_error_is_told_in_three_lines(
         (MolError("a [red] one", allowed="[0, 2]", hint="x"), 2, "error: a [red] one\nallowed: "),
         (KeyboardInterrupt(), 130, "interrupted"),
         (SystemExit(130), 130, "interrupted"),
+        (Interrupted(15, "step 3 is saved", "molcli train X --resume"), 143, "resume: molcli tr"),
         (ZeroDivisionError("by zero"), 1, "bug: ZeroDivisionError: by zero"),
         (MemoryError(), 1, "error: out of memory"),
         (PermissionError(13, "Permission denied", "/x/y"), 1, "error: Permission denied: /x/y"),
@@ -164,4 +165,4 @@ def test_train_without_data_says_where_text_comes_from(
 ) -> None:
     code, text = stopped(monkeypatch, capsys, "train", str(tmp_path), str(tmp_path / "out"))
     assert code == 2
-    assert "molcli sample" in text
+    assert "molcli data sample" in text

@@ -1,14 +1,18 @@
 """The commands one after another on a tiny parent: what each leaves is what the next one takes."""
 
 import json
+import shlex
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from molcli.cli import main as command
 from molcli.config.recipe import load_recipe
+from molcli.io.order import MixedOrder
 
 SMALL = [
     "upcycle.num_blocks=3",
@@ -47,7 +51,7 @@ def test_from_a_parent_to_a_trained_and_inspected_model(
     small = [word for setting in SMALL for word in ("--set", setting)]
     data = tmp_path / "text.jsonl"
     draw = ["--set", "sample.tokens=640", "--set", "sample.length=32"]
-    assert molcli(monkeypatch, "sample", parent, data, *draw) == 0
+    assert molcli(monkeypatch, "data", "sample", parent, data, *draw) == 0
     assert molcli(monkeypatch, "upcycle", parent, out / "upcycled", *small) == 0
     # The recipe that the checkpoint carries is in force from here on.
     recipe = load_recipe(out / "upcycled" / "recipe.yaml")
@@ -69,6 +73,39 @@ def test_from_a_parent_to_a_trained_and_inspected_model(
     assert json.loads(figures.read_text())["recall"][0]["parent"] is None
     assert len(json.loads(routing.read_text())["layers"]) == 2
     assert sorted(path.name for path in out.iterdir()) == ["trained", "upcycled"]
+
+
+def test_an_interrupted_run_prints_the_command_that_resumes_it(
+    tmp_path: Path,
+    tiny_parent: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole = ["upcycle.num_blocks=1", "upcycle.top_k=0", "upcycle.d_thin=64", "train.tokens=256"]
+    small = [word for setting in SMALL + whole for word in ("--set", setting)]
+    parent, upcycled, out = tiny_parent("llama"), tmp_path / "upcycled", tmp_path / "a folder"
+    data = tmp_path / "text.jsonl"
+    assert molcli(monkeypatch, "data", "sample", parent, data, "--set", "sample.tokens=320") == 0
+    assert molcli(monkeypatch, "upcycle", parent, upcycled, "--data", data, *small) == 0
+    take, calls = MixedOrder.take, []
+
+    def interrupted(self: MixedOrder, first: int, count: int) -> Tensor:
+        calls.append(first)
+        if len(calls) == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return take(self, first, count)
+
+    monkeypatch.setattr(MixedOrder, "take", interrupted)
+    capsys.readouterr()
+    assert molcli(monkeypatch, "train", upcycled, out, "--data", data) == 143
+    said = capsys.readouterr().err
+    assert "step 1 of 2 of stage 0 pretrain is saved" in said
+    (line,) = [line for line in said.splitlines() if line.startswith("resume: ")]
+    words = shlex.split(line.removeprefix("resume: molcli "))
+    assert words == ["train", str(upcycled), str(out), "--data", str(data), "--resume"]
+    assert molcli(monkeypatch, *words) == 0
+    assert (out / "config.json").is_file()
+    assert calls == [0, 4]
 
 
 def test_a_recipe_that_does_not_fit_is_refused_before_any_work(

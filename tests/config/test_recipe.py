@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from molcli.config.find import bundled_recipes, find_recipe
 from molcli.config.ranges import validate
 from molcli.config.recipe import RECIPE_FILE, load_recipe, recipe_keys, save_recipe
-from molcli.config.sections import Recipe, TrainConfig, UpcycleConfig
+from molcli.config.sections import Recipe, StageConfig, TrainConfig, UpcycleConfig
+from molcli.config.stages import Stage, resolve
 from molcli.errors import MolError
 
 
@@ -58,6 +59,7 @@ def test_set_wins_over_the_file_and_the_last_set_wins(tmp_path: Path) -> None:
         ("train.betas=[0, .5]", "train", "betas", (0.0, 0.5)),
         ("train.gradient_checkpointing=true", "train", "gradient_checkpointing", True),
         ("calibrate.data=a=b.txt", "calibrate", "data", "a=b.txt"),
+        ("train.data={a.txt: 2, b.txt: 0.5}", "train", "data", {"a.txt": 2.0, "b.txt": 0.5}),
         ("calibrate.tokens=1_000", "calibrate", "tokens", 1000),
     ],
 )
@@ -88,6 +90,9 @@ def test_a_slip_is_answered_with_the_nearest_valid_name(
     assert error.allowed
 
 
+DATA = "text or a mapping to numbers such as {a.jsonl: 0.7, b.txt: 0.3} or null"
+
+
 @pytest.mark.parametrize(
     "override, allowed",
     [
@@ -98,7 +103,8 @@ def test_a_slip_is_answered_with_the_nearest_valid_name(
         ("upcycle.d_thin=wide", "an integer or null"),
         ("upcycle.layers=[0, true]", "all or a list of integers such as [0, 2]"),
         ("upcycle.layers=3", "all or a list of integers such as [0, 2]"),
-        ("calibrate.data=7", "text or null"),
+        ("train.data={a.txt: much}", DATA),
+        ("calibrate.data=7", DATA),
         ("train.learning_rate=true", "a finite number"),
         ("train.learning_rate=.inf", "a finite number"),
         ("train.learning_rate=.nan", "a finite number"),
@@ -118,6 +124,8 @@ def test_an_ill_typed_value_is_refused(override: str, allowed: str) -> None:
     "override, allowed",
     [
         ("upcycle.num_blocks=0", "1 or more"),
+        ("train.data={}", "at least one source and its weight"),
+        ("train.data={a.txt: 1, b.txt: 0}", "more than 0"),
         ("upcycle.num_shared_blocks=10", "0 to 9"),
         ("upcycle.num_shared_blocks=-1", "0 to 9"),
         ("upcycle.top_k=9", "1 to 8 routed blocks"),
@@ -194,6 +202,67 @@ def test_a_binary_file_is_refused(tmp_path: Path) -> None:
         load_recipe(path)
 
 
+STAGES = """
+train:
+  tokens: 1000
+  learning_rate: 3e-4
+  stages:
+    - {kind: align, tokens: 100, temperature: 2}
+    - {kind: distill, data: b.jsonl, trainable: mol}
+"""
+
+
+def test_a_stage_has_the_train_sections_values_but_for_its_own(tmp_path: Path) -> None:
+    config = load_recipe(write(tmp_path, STAGES), ["train.stages.1.tokens=70"]).train
+    base = replace(config, stages=None)
+    assert resolve(config, has_parent=True) == [
+        Stage("align", replace(base, tokens=100, temperature=2.0)),
+        Stage("distill", replace(base, tokens=70, data="b.jsonl", trainable="mol")),
+    ]
+
+
+def test_cached_logits_serve_the_stages_without_data_of_their_own() -> None:
+    shared = "train.stages=[{kind: distill}, {kind: pretrain, data: {a.txt: 1, b.txt: 3}}]"
+    config = load_recipe(None, [shared, "train.logits=cache"]).train
+    kept, own = (stage.settings for stage in resolve(config, has_parent=False))
+    assert (kept.data, kept.logits) == (None, "cache")
+    assert (own.data, own.logits) == ({"a.txt": 1.0, "b.txt": 3.0}, None)
+    assert resolve(replace(config, stages=None), has_parent=False)[0].kind == "distill"
+
+
+def test_without_stages_the_train_section_is_the_one() -> None:
+    config = TrainConfig(tokens=5)
+    assert resolve(config, has_parent=True) == [Stage("distill", config)]
+    assert resolve(config, has_parent=False) == [Stage("pretrain", config)]
+
+
+@pytest.mark.parametrize(
+    "override, found, allowed",
+    [
+        ("train.stages.2.tokens=1", "no `train.stages.2.tokens`", "NUMBER of 0, 1"),
+        ("train.stages.0=1", "no `train.stages.0`", "NUMBER of 0, 1"),
+        ("train.data.0.a=1", "no `train.data.0.a`", "a recipe with a list of train.data"),
+        ("train.stages.0.token=1", "`train.stages.0` has no key `token`", "kind, data, tokens"),
+        ("train.stages.1.kind=lign", "`train.stages.1.kind` is 'lign'", "align, distill, pretrain"),
+        ("train.stages.0.tokens=0", "`train.stages.0.tokens` is 0", "1 or more"),
+        ("train.stages.0.micro_batch_size=3", "`train.stages.0.batch_size` is 16", "a multiple"),
+        ("train.stages.0.temperature=0", "`train.stages.0.temperature` is 0.0", "more than 0"),
+        ("train.stages.0.data={a.txt: 0}", "`train.stages.0.data: a.txt` is 0.0", "more than 0"),
+        ("train.stages=[]", "`train.stages` is empty", "at least one stage"),
+        ("train.stages=[{tokens: 1}]", "`train.stages.0` has no `kind`", "align, distill"),
+        ("train.stages=[align]", "`train.stages.0` is 'align'", "`key: value` lines"),
+        ("train.stages=align", "`train.stages` is 'align'", "auto or a list with a mapping"),
+    ],
+)
+def test_a_slip_in_a_stage_is_named(
+    tmp_path: Path, override: str, found: str, allowed: str
+) -> None:
+    with pytest.raises(MolError) as caught:
+        load_recipe(write(tmp_path, STAGES), [override])
+    assert found in caught.value.found
+    assert allowed in caught.value.allowed
+
+
 # Text that YAML could take for something else is the risk: numbers, booleans, dates, nulls.
 texts = st.text(st.characters(codec="utf-8"), max_size=20) | st.sampled_from(
     [
@@ -231,11 +300,23 @@ def recipes(draw: st.DrawFn) -> Recipe:
         ridge=draw(positive),
     )
     train = TrainConfig(
-        data=draw(st.none() | texts),
+        data=draw(st.none() | texts | st.dictionaries(texts, positive, min_size=1, max_size=3)),
         learning_rate=draw(positive),
         betas=(draw(st.floats(0, 0.99)), draw(st.floats(0, 0.99))),
         gradient_checkpointing=draw(st.booleans()),
     )
+    stages = st.lists(
+        st.builds(
+            StageConfig,
+            kind=st.sampled_from(["align", "distill", "pretrain"]),
+            data=st.none() | texts,
+            tokens=st.none() | st.integers(1, 10**12),
+            temperature=st.none() | positive,
+        ),
+        min_size=1,
+        max_size=3,
+    )
+    train = replace(train, stages=draw(st.none() | st.just("auto") | stages))
     return replace(Recipe(), upcycle=upcycle, train=train)
 
 

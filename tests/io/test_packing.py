@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from molcli.errors import MolError
-from molcli.io.packing import IGNORED, RowOrder, load_rows, pack
+from molcli.io.data import load_rows
+from molcli.io.packing import IGNORED, RowOrder, pack
 
 
 def documents(*sizes: int) -> list[torch.Tensor]:
@@ -80,7 +81,7 @@ def test_load_rows_reads_a_file(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"input_ids": [i, i, i]}) + "\n" for i in range(8)))
     rows = load_rows(str(path), None, vocab_size=8, length=3, limit=12)
-    assert rows.input_ids.tolist() == [[0, 0, 0], [1, 1, 1], [2, 2, 2], [3, 3, 3]]
+    assert rows.once().input_ids.tolist() == [[0, 0, 0], [1, 1, 1], [2, 2, 2], [3, 3, 3]]
 
 
 def test_every_epoch_is_a_permutation_of_its_own() -> None:

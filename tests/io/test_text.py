@@ -76,10 +76,58 @@ def test_unusable_data_is_refused(
         list(read_documents(str(tmp_path / name)))
 
 
+@pytest.mark.parametrize(
+    ("data", "arguments"),
+    [
+        ("hf://org/name", ("org/name", None, "train")),
+        ("hf://org/name:20220301.en", ("org/name", "20220301.en", "train")),
+        ("hf://org/name::validation", ("org/name", None, "validation")),
+        ("hf://name:a:b", ("name", "a", "b")),
+    ],
+)
+def test_a_hub_data_set_is_streamed(
+    monkeypatch: pytest.MonkeyPatch, data: str, arguments: tuple[str, str | None, str]
+) -> None:
+    def load(path: str, name: str | None, split: str, streaming: bool) -> list[dict[str, str]]:
+        assert (path, name, split) == arguments and streaming
+        return [{"text": " one "}, {"text": "two"}]
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    assert list(read_documents(data)) == ["one", "two"]
+
+
+def test_what_the_hub_refuses_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(**arguments: Any) -> None:
+        raise FileNotFoundError("no such data set\nand more")
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    with pytest.raises(MolError, match=r"cannot be read: no such data set\n") as caught:
+        list(read_documents("hf://org/name"))
+    assert "network" in caught.value.hint
+    with pytest.raises(MolError, match="names no data set"):
+        read_documents("hf://org/name/file.txt")
+    with pytest.raises(MolError) as caught:
+        read_documents("org/name")
+    assert caught.value.hint.startswith("hf://org/name for")
+
+
 def test_text_ends_in_eos_and_token_lists_stay_as_they_are() -> None:
-    tokens = tokenize(["ab", [7, 7], "c"], Letters(), vocab_size=30)  # type: ignore[arg-type]
+    tokens = list(tokenize(["ab", [7, 7], "c"], Letters(), vocab_size=30))  # type: ignore[arg-type]
     assert [row.tolist() for row in tokens] == [[1, 3, 4, 2], [7, 7], [1, 5, 2]]
     assert {row.dtype for row in tokens} == {torch.int32}
+
+
+def test_a_prompt_gets_no_eos_even_from_its_tokenizer() -> None:
+    class Ending(Letters):
+        def __call__(self, texts: list[str], verbose: bool) -> dict[str, Any]:
+            return {
+                "input_ids": [[*row, 2] for row in super().__call__(texts, verbose)["input_ids"]]
+            }
+
+    for tokenizer in (Letters(), Ending()):
+        for whole, end in ((False, []), (True, [2])):
+            ids = list(tokenize(["ab"], tokenizer, vocab_size=30, whole=whole))  # type: ignore[arg-type]
+            assert [row.tolist() for row in ids] == [[1, 3, 4, *end]]
 
 
 def test_limit_cuts_the_last_document_and_progress_reaches_it() -> None:
@@ -89,7 +137,7 @@ def test_limit_cuts_the_last_document_and_progress_reaches_it() -> None:
         seen.append((done, total))
 
     documents = iter([[3, 4, 5], [6, 7], [8]])
-    tokens = tokenize(documents, None, vocab_size=30, limit=4, progress=progress)
+    tokens = list(tokenize(documents, None, vocab_size=30, limit=4, progress=progress))
     assert [row.tolist() for row in tokens] == [[3, 4, 5], [6]]
     assert seen[-1] == (4, 4)
 
@@ -97,9 +145,9 @@ def test_limit_cuts_the_last_document_and_progress_reaches_it() -> None:
 @pytest.mark.parametrize("document", [[3, 10], [3, -1]])
 def test_ids_outside_the_vocabulary_are_refused(document: list[int]) -> None:
     with pytest.raises(MolError, match=f"token id {document[1]}, .* 10 entries"):
-        tokenize([document], None, vocab_size=10)
+        list(tokenize([document], None, vocab_size=10))
 
 
 def test_text_without_a_tokenizer_is_refused() -> None:
     with pytest.raises(MolError, match="no tokenizer"):
-        tokenize(["text"], None, vocab_size=10)
+        list(tokenize(["text"], None, vocab_size=10))

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from molcli.maths.balance import block_weights, cv_squared
+from molcli.maths.balance import bias_step, block_counts, block_weights, cv_squared
 
 
 @settings(deadline=None, max_examples=25)
@@ -44,3 +44,13 @@ def test_a_step_down_the_gradient_evens_the_load() -> None:
 def test_weights_go_to_the_chosen_blocks() -> None:
     weights, blocks = torch.tensor([[0.75, 0.25], [0.5, 0.5]]), torch.tensor([[0, 2], [2, 0]])
     assert block_weights(weights, blocks, 3).tolist() == [1.25, 0.0, 0.75]
+
+
+def test_the_bias_moves_against_the_load_at_a_fixed_rate() -> None:
+    blocks = torch.tensor([[0, 1], [0, 2], [0, 1], [0, 1]])
+    loads = block_counts(blocks, 4)
+    assert loads.tolist() == [4, 3, 1, 0]
+    assert torch.equal(bias_step(loads, 0.25), torch.tensor([-0.25, -0.25, 0.25, 0.25]))
+    layers = torch.stack([loads, torch.full((4,), 3)])
+    assert torch.equal(bias_step(layers, 0.25)[1], torch.zeros(4))
+    assert torch.equal(bias_step(layers, 0.25)[0], bias_step(loads, 0.25))

@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from molcli.maths import losses
-from molcli.maths.losses import IGNORED, Head, token_losses, training_loss
+from molcli.maths.losses import (
+    IGNORED,
+    Head,
+    token_losses,
+    top_k_predictions,
+    training_loss,
+)
+from molcli.maths.top_k import TopK
 
 VOCAB = 11
 
@@ -142,3 +149,135 @@ def test_autocast_multiplies_in_its_dtype() -> None:
     for ours, theirs, right in zip(gradients, eager, true, strict=True):
         assert (ours - right).norm() < 1.5 * (theirs - right).norm()
         assert not torch.equal(ours, right.float())
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    temperature=st.floats(0.3, 4),
+    ce_weight=st.sampled_from([0.0, 0.4]),
+    chunk=st.integers(1, 30),
+    seed=st.integers(0, 2**16),
+)
+def test_a_temperature_softens_both_distributions(
+    temperature: float, ce_weight: float, chunk: int, seed: int
+) -> None:
+    """T^2 times the KL at T and the cross-entropy at 1, in float64; the KL reported is at 1."""
+    model, parent = random_head(2, 6, 4, seed), random_head(2, 6, 5, seed + 1)
+    labels = torch.randint(VOCAB, (2, 6), generator=torch.Generator().manual_seed(seed))
+    labels[0, 3] = IGNORED
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(losses.LOGITS_AT_ONCE, "cpu", chunk * VOCAB)
+        ours = training_loss(
+            model, labels, parent, ce_weight=ce_weight, kl_weight=0.7, temperature=temperature
+        )
+    soft_model = Head(model.hidden / temperature, model.weight)
+    soft_parent = Head(parent.hidden / temperature, parent.weight)
+    soft = naive(soft_model, labels, soft_parent)["kl"] * temperature**2
+    exact = naive(model, labels, parent)
+    loss = 0.7 * soft + ce_weight * exact["cross_entropy"]
+    torch.testing.assert_close(ours.loss, loss)
+    torch.testing.assert_close(ours.kl, exact["kl"])
+    torch.testing.assert_close(ours.cross_entropy, exact["cross_entropy"])
+    leaves = [model.hidden, model.weight]
+    for a, b in zip(
+        torch.autograd.grad(ours.loss, leaves), torch.autograd.grad(loss, leaves), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def bucketed(model: Head, labels: Tensor, parent: Head, k: int) -> Tensor:
+    """KL over the parent's k tokens and the sum of all others, from all probabilities at once."""
+    known = labels[:, 1:] != IGNORED
+    q = (model.hidden @ model.weight.T).softmax(-1)[:, :-1][known]
+    p = (parent.hidden @ parent.weight.T).softmax(-1)[:, :-1][known].detach()
+    ids = p.argsort(dim=-1, descending=True)[:, :k]
+    inside_p, inside_q = p.gather(1, ids), q.gather(1, ids)
+    kl = (inside_p * (inside_p / inside_q).log()).sum()
+    if k < VOCAB:
+        rest_p, rest_q = 1 - inside_p.sum(1), 1 - inside_q.sum(1)
+        kl = kl + (rest_p * (rest_p / rest_q).log()).sum()
+    return kl
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    batch=st.integers(1, 3),
+    length=st.integers(2, 9),
+    chunk=st.integers(1, 30),
+    k=st.integers(1, VOCAB),
+    ignored=st.floats(0, 1),
+    seed=st.integers(0, 2**16),
+)
+def test_top_k_targets_equal_the_full_computation(
+    batch: int, length: int, chunk: int, k: int, ignored: float, seed: int
+) -> None:
+    model, parent = random_head(batch, length, 4, seed), random_head(batch, length, 6, seed + 1)
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(VOCAB, (batch, length), generator=generator)
+    labels[torch.rand(batch, length, generator=generator) < ignored] = IGNORED
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(losses.LOGITS_AT_ONCE, "cpu", chunk * VOCAB)
+        kept = top_k_predictions(parent, k)
+        training = training_loss(model, labels, kept, ce_weight=0.3, kl_weight=0.9)
+    assert kept.ids.shape == (batch, length, k) and kept.rest.shape == (batch, length)
+    kl = bucketed(model, labels, parent, k)
+    full = naive(model, labels, parent)
+    loss = 0.9 * kl + 0.3 * full["cross_entropy"]
+    torch.testing.assert_close(training.kl, kl)
+    torch.testing.assert_close(training.loss, loss)
+    assert training.kl <= full["kl"] + 1e-9
+    if k == VOCAB:
+        torch.testing.assert_close(training.kl, full["kl"])
+    leaves = [model.hidden, model.weight]
+    gradients = torch.autograd.grad(2 * training.loss, leaves)
+    for gradient, value in zip(gradients, torch.autograd.grad(2 * loss, leaves), strict=True):
+        torch.testing.assert_close(gradient, value)
+
+
+def test_the_parent_itself_has_no_kl_to_its_top_k() -> None:
+    """Nor a gradient, whatever it is rounded to."""
+    head = random_head(2, 6, 4, 0)
+    labels = torch.ones(2, 6, dtype=torch.int64)
+    for k in (1, 5, VOCAB):
+        kept = top_k_predictions(head, k)
+        loss = training_loss(head, labels, kept, ce_weight=0.0, kl_weight=1.0).loss
+        torch.testing.assert_close(loss, torch.zeros_like(loss))
+        (gradient,) = torch.autograd.grad(loss, [head.hidden])
+        torch.testing.assert_close(gradient, torch.zeros_like(gradient))
+
+
+def test_rounded_targets_still_sum_to_one() -> None:
+    kept = top_k_predictions(random_head(2, 6, 4, 0), 5)
+    half = TopK(kept.ids, kept.log_probs.half(), kept.rest.half()).exact(torch.float64)
+    total = half.log_probs.exp().sum(-1) + half.rest.exp()
+    torch.testing.assert_close(total, torch.ones_like(total))
+    # fp16 keeps 11 bits of a logarithm; these are below 16.
+    assert (half.log_probs - kept.log_probs).abs().max() < 2 * 16 * 2**-11
+
+
+def test_a_sure_students_rest_is_not_lost_in_rounding() -> None:
+    """In fp32 the rest's mass, 1e-9, would vanish in 1 - q; its logarithm does not."""
+    logits = torch.tensor([[21.0, 0.0, 0.0, 0.0]])
+    model = Head(logits.expand(1, 2, 4).contiguous().requires_grad_(), torch.eye(4))
+    labels, half = torch.zeros(1, 2, dtype=torch.int64), torch.full((1, 2), 0.5).log()
+    p = TopK(labels[..., None], half[..., None], half)
+    loss = training_loss(model, labels, p, ce_weight=0.0, kl_weight=1.0).loss
+    q_rest = logits.double().softmax(1)[0, 1:].sum()
+    expected = 0.5 * (0.5 / (1 - q_rest)).log() + 0.5 * (0.5 / q_rest).log()
+    torch.testing.assert_close(loss.double(), expected)
+    (gradient,) = torch.autograd.grad(loss, [model.hidden])
+    torch.testing.assert_close(gradient[0, 0], torch.tensor([0.5, -0.5 / 3, -0.5 / 3, -0.5 / 3]))
+
+
+def test_a_chunks_loss_is_one_graph_whatever_the_parent_is() -> None:
+    """What torch.compile captures, run eagerly: a break in the graph would raise."""
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.compile(losses._chunk_loss, dynamic=True, backend="eager", fullgraph=True)
+    for n in (5, 8):
+        q, p = torch.randn(2, n, VOCAB, generator=generator)
+        known = torch.rand(n, generator=generator) > 0.3
+        targets = torch.randint(VOCAB, (n, 1), generator=generator)
+        for taught in (None, p, losses.keep_top_k(p.log_softmax(1), 4)):
+            arguments = (q, taught, targets, known, 0.3, 0.7)
+            for ours, right in zip(whole(*arguments), losses._chunk_loss(*arguments), strict=True):
+                torch.testing.assert_close(ours, right)

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from molcli.maths.parameters import count_parameters
 from molcli.model import MoLConfig, MoLForCausalLM
-from molcli.model.flops import count_flops
+from molcli.model.flops import count_flops, training_flops
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 50,
@@ -78,3 +78,13 @@ def test_routed_attention_sees_its_own_tokens_and_deltanet_none() -> None:
     unrestricted = MoLConfig(layer_kinds=["softmax"] * 2, restrict_attention=False, **SHAPE)
     found = count_flops(unrestricted, 1000)
     assert found.total == found.active
+
+
+def test_training_is_three_passes_and_the_parents() -> None:
+    config, dense = (MoLConfig(layer_kinds=[kind] * 2, **SHAPE) for kind in ("softmax", "dense"))
+    once, parents = count_flops(config, 64).active, count_flops(dense, 64).active
+    head = 2 * 50 * 32
+    assert training_flops(config, 64, parent=None) == 3 * once
+    assert training_flops(config, 64, parent=None, head=False) == 3 * (once - head)
+    both = training_flops(config, 64, parent=dense, recompute=True)
+    assert both == 3 * once + (once - head) + parents

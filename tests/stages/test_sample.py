@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, DynamicCache, GenerationConfig, PreTrain
 
 from molcli.config.sections import SampleConfig
 from molcli.errors import MolError
-from molcli.io.packing import load_rows
+from molcli.io.data import load_rows
 from molcli.io.parent import open_parent
 from molcli.stages.sample import _documents, _draw, sample
 
@@ -80,7 +80,11 @@ class Chained:
         return zlib.crc32(bytes(tokens)) % cls.vocab_size
 
     def __call__(
-        self, input_ids: torch.Tensor, past_key_values: DynamicCache, use_cache: bool
+        self,
+        input_ids: torch.Tensor,
+        past_key_values: DynamicCache,
+        use_cache: bool,
+        logits_to_keep: int,
     ) -> SimpleNamespace:
         new = input_ids[:, None, :, None].float()
         seen = past_key_values.update(new, new, 0)[0][:, 0, :, 0].long()
@@ -94,12 +98,54 @@ class Chained:
 def test_documents_that_leave_the_batch_do_not_disturb_the_others() -> None:
     generator = torch.Generator().manual_seed(0)
     model: Any = Chained()
-    documents = _documents(model, 40, SampleConfig(length=9), generator, lambda drawn: None)
+    documents = _documents(model, [[1]] * 40, SampleConfig(length=9), generator, lambda drawn: None)
     assert len({len(ids) for ids in documents}) > 3
     for ids in documents:
         assert all(ids[i] == Chained.follows(ids[:i]) for i in range(2, len(ids)))
         assert 0 not in ids[:-1]
         assert len(ids) == 9 or ids[-1] == 0
+
+
+def test_prompts_of_any_length_are_continued_from_all_of_their_tokens() -> None:
+    """An end token within a prompt ends nothing."""
+    generator = torch.Generator().manual_seed(0)
+    starts = [[1 + i % 12, 0, *range(1, 1 + i % 5)] for i in range(40)]
+    model: Any = Chained()
+    seen: list[int] = []
+    documents = _documents(model, starts, SampleConfig(length=12), generator, seen.append)
+    assert len({len(ids) for ids in documents}) > 3
+    for ids, start in zip(documents, starts, strict=True):
+        assert ids[: len(start)] == start and len(ids) > len(start)
+        assert all(ids[i] == Chained.follows(ids[:i]) for i in range(len(start), len(ids)))
+        assert 0 not in ids[len(start) : -1]
+        assert len(ids) == 12 or ids[-1] == 0
+    assert seen == sorted(seen) and seen[-1] <= 40 * 12
+
+
+def test_prompts_are_taken_in_turn(tiny_parent: Callable[..., Path], tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("the quick brown\n\na lazy dog sleeps\n\nwhile\n")
+    folder = tiny_parent("llama")
+    config = SampleConfig(tokens=150, length=30, batch_size=2, prompts=str(prompts))
+    sample(open_parent(folder), config, tmp_path / "a.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = ["the quick brown", "a lazy dog sleeps", "while"]
+    assert len(rows) > 3
+    for i, row in enumerate(rows):
+        start = tokenizer(texts[i % 3])["input_ids"]
+        assert row["input_ids"][: len(start)] == start and len(row["input_ids"]) > len(start)
+
+
+def test_a_prompt_without_room_leaves_nothing(
+    tiny_parent: Callable[..., Path], tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"input_ids": [3]}\n' * 3 + '{"input_ids": [3, 4, 5, 6]}\n')
+    config = SampleConfig(tokens=100, length=4, batch_size=2, prompts=str(prompts))
+    with pytest.raises(MolError, match=r"has 4 tokens, and a document 4"):
+        sample(open_parent(tiny_parent("llama")), config, tmp_path / "a.jsonl")
+    assert not list(tmp_path.glob("*a.jsonl*"))
 
 
 def test_an_existing_file_is_refused(tiny_parent: Callable[..., Path], tmp_path: Path) -> None:

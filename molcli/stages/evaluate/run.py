@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from molcli.config.sections import EvaluateConfig
+from molcli.io.data import load_documents
 from molcli.io.packing import pack
 from molcli.io.parent import Parent
-from molcli.io.text import read_documents, tokenize
 from molcli.progress import Progress, silent
 from molcli.stages.evaluate.generation import Generation, compare, cut_prompts
 from molcli.stages.evaluate.heldout import Evaluation, predict
@@ -84,9 +84,11 @@ def measure(
 
 
 def _documents(models: Models, data: str, config: EvaluateConfig) -> list[Tensor]:
-    return tokenize(
-        read_documents(data),
-        models.tokenizer,
-        vocab_size=models.model.config.vocab_size,
-        limit=config.tokens,
+    return list(
+        load_documents(
+            data,
+            models.tokenizer,
+            vocab_size=models.model.config.vocab_size,
+            limit=config.tokens,
+        )
     )

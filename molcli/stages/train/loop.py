@@ -1,34 +1,40 @@
-"""The training loop."""
+"""A training run: its stages one after another, and the model at their end."""
 
-import math
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
-from molcli.config.sections import Recipe, TrainConfig
-from molcli.errors import MolError
-from molcli.io.packing import RowOrder, load_rows
+from molcli.config.sections import Data, Recipe, TrainConfig
+from molcli.config.stages import Stage, resolve
+from molcli.io.logits import LogitCache
 from molcli.io.parent import Parent
 from molcli.io.tensors import TensorReader
-from molcli.io.tokenizer import open_tokenizer
-from molcli.model.checkpoint import default_device, open_checkpoint
+from molcli.model import MoLForCausalLM
+from molcli.model.checkpoint import default_device, open_checkpoint, open_config
 from molcli.model.compiled import compile_layers
-from molcli.model.precision import fast_dtype
+from molcli.model.precision import matmul_dtype
 from molcli.model.teacher import open_teacher
 from molcli.progress import Progress, silent
+from molcli.stages.train.align import Alignment, check_alignable
+from molcli.stages.train.balance import RouterLoads, set_top_k
+from molcli.stages.train.checks import check_stages, check_top_k
+from molcli.stages.train.identity import DATA, refuse_another_run, run_identity
 from molcli.stages.train.log import TrainLog
 from molcli.stages.train.objective import Objective, Student
-from molcli.stages.train.optimizer import (
-    freeze_inherited,
-    learning_rate_ratio,
-    make_optimizer,
-    set_learning_rates,
+from molcli.stages.train.optimizer import make_optimizer, set_trainable
+from molcli.stages.train.output import RECEIPT, refuse_folder, save_model
+from molcli.stages.train.plan import Situation, plan
+from molcli.stages.train.rows import open_cache, stage_rows
+from molcli.stages.train.state import (
+    TrainState,
+    load_checkpoint,
+    newest_checkpoint,
+    restore_counters,
+    save_checkpoint,
 )
-from molcli.stages.train.output import refuse_folder, save_model
-from molcli.stages.train.state import TrainState, load_checkpoint, run_identity, save_checkpoint
+from molcli.stages.train.steps import Run, run_stage, step_tokens, steps_of
 
 # Tokens that pay for the minute of compiling.
 COMPILED_FROM = 5_000_000
@@ -56,120 +62,135 @@ class TrainResult:
 def train(
     checkpoint: Path,
     out: Path,
-    data: str,
+    data: Data | None,
     recipe: Recipe,
     parent: Parent | None = None,
     resume: bool = False,
     progress: Progress = silent,
 ) -> TrainResult:
-    """Trains the model in `checkpoint` on `data` as recipe.train says, and leaves it in `out`.
+    """Trains the model in `checkpoint` as recipe.train says, and leaves it in `out`.
 
-    With a parent, the loss is kl_weight times the KL to it plus ce_weight times the next-token
-    loss; without, the next-token loss alone. The balance loss is added to either. While it runs,
-    `out` holds log.jsonl and checkpoints/, from which resume=True goes on bit for bit; config.json
-    appears there last. Under torchrun each rank takes its share of every batch.
-
-    Raises MolError for a checkpoint, parent, data or output folder that cannot be used.
+    data: takes the place of train.data and train.logits where given. parent: None where those
+    logits stand for it. While it runs, `out` holds log.jsonl and
+    checkpoints/, from which resume=True goes on bit for bit; config.json appears there last. Under
+    torchrun each rank takes its share of every batch; another number of ranks may resume.
+    SIGINT and SIGTERM end it after the step at hand, with a checkpoint and Interrupted.
+    Raises MolError for a checkpoint, parent, data or output folder that cannot be used, after
+    train.max_skipped steps in a row without a finite gradient, and where the disk takes no more.
     """
-    config = recipe.train
+    config = recipe.train if data is None else replace(recipe.train, data=data, logits=None)
+    assert parent is None or config.logits is None
     accelerator = Accelerator(cpu=default_device().type == "cpu")
-    is_main = accelerator.is_main_process
-    _check_batch(config, accelerator.num_processes)
-    if is_main:
+    if config.stages == "auto":
+        situation = Situation(
+            parent is not None, (checkpoint / RECEIPT).is_file(), accelerator.num_processes
+        )
+        config = plan(config, open_config(checkpoint), situation)
+    stages = resolve(config, has_parent=parent is not None)
+    check_stages(config, stages, accelerator.num_processes, has_parent=parent is not None)
+    if accelerator.is_main_process:
         refuse_folder(out, resume=resume)
     torch.manual_seed(config.seed)
 
     model = open_checkpoint(checkpoint, accelerator.device).train()
     model.to(torch.float32)  # master weights: bf16 would swallow small updates
-    if config.trainable == "mol":
-        freeze_inherited(model)
+    check_top_k(config, model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    dtype = _matmul_dtype(config, accelerator.device)
+    dtype = matmul_dtype(config, accelerator.device)
     teacher = None if parent is None else open_teacher(parent, model, dtype)
-    step_tokens = config.batch_size * config.context_length
-    steps = math.ceil(config.tokens / step_tokens)
-    rows = load_rows(
-        data,
-        open_tokenizer(checkpoint),
-        vocab_size=model.config.vocab_size,
-        length=config.context_length,
-        limit=steps * step_tokens,
-        seed=config.seed,
-        progress=progress,
-    )
-
-    state = TrainState(model, make_optimizer(model, config))
+    if teacher is not None and any(stage.kind == "align" for stage in stages):
+        check_alignable(model, teacher)
+    cache = open_cache(stages, checkpoint, model.config.vocab_size)
+    taught = parent if cache is None else cache
     identity = run_identity(
         config,
-        data=rows.fingerprint(),
+        stages,
         checkpoint=TensorReader(checkpoint).fingerprint(),
-        parent="" if parent is None else parent.fingerprint(),
+        parent="" if taught is None else taught.fingerprint(),
     )
-    load_checkpoint(state, out / "checkpoints", identity)
-    ce_weight = 1.0 if teacher is None else config.ce_weight
-    compiled = _worth_compiling(config, accelerator.device)
-    if compiled and teacher is not None:
-        compile_layers(teacher)
-    student = Student(
-        model, dtype, ce_weight=ce_weight, kl_weight=config.kl_weight, compiled=compiled
-    )
-    objective = Objective(accelerator.prepare(student), teacher, config.balance_weight)
-    order = RowOrder(len(rows), config.seed)
-    if is_main:
-        out.mkdir(parents=True, exist_ok=True)
+    state = TrainState(model, _optimizer(model, stages[0]))
+    saved = newest_checkpoint(out / "checkpoints")
+    if saved is not None:
+        refuse_another_run(saved, identity)
+        restore_counters(state, saved)
     log = TrainLog(out, accelerator, state)
-    clock = time.perf_counter() - state.seconds
+    total = sum(steps_of(stage.settings) * step_tokens(stage.settings) for stage in stages)
+    run = Run(accelerator, state, out / "checkpoints", log, RouterLoads(model), total, progress)
+    compiled = worth_compiling(config, total, accelerator.device)
+    for whole in (model, teacher) if compiled else ():
+        if whole is not None:
+            compile_layers(whole)  # once for all stages
 
-    while state.step < steps:
-        ratio = learning_rate_ratio(state.step, steps, config)
-        set_learning_rates(state.optimizer, ratio)
-        index = order.take(state.row, config.batch_size)
-        means = objective.backward(rows, index, config.micro_batch_size, accelerator)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-        if torch.isfinite(norm):  # ranks agree: they have averaged their gradients
-            state.optimizer.step()
-            log.add(means)
-        else:
-            state.skipped += 1
-        state.optimizer.zero_grad()
-        state.step += 1
-        state.row += config.batch_size
-        state.tokens += step_tokens
-        state.seconds = time.perf_counter() - clock
+    for number in range(state.stage, len(stages)):
+        stage = stages[number]
+        if number > state.stage:
+            state.next_stage()
+        state.optimizer = _optimizer(model, stage)
+        here = saved if saved is not None and state.stage == saved.counters["stage"] else None
+        if here is not None:
+            load_checkpoint(state, here)
+        if state.stage_step == steps_of(stage.settings):
+            continue
+        rows = stage_rows(stage.settings, cache, checkpoint, model.config.vocab_size, progress)
+        identity[DATA] = rows.fingerprint()
+        if here is not None:
+            refuse_another_run(here, identity)
+        learned = teacher if stage.settings.logits is None else cache
+        objective = _objective(run, stage, model, learned, dtype, compiled=compiled)
+        if accelerator.is_main_process:
+            out.mkdir(parents=True, exist_ok=True)
+        run_stage(run, stage, objective, rows, identity)
+        if accelerator.is_main_process and config.checkpoint_every and number + 1 < len(stages):
+            # What the next stage fails on may come late.
+            save_checkpoint(state, run.checkpoints, identity)
+        del objective  # or its DDP would go on exchanging gradients in the next stage
+        accelerator.free_memory()
 
-        if state.step % config.log_every == 0 or state.step == steps:
-            log.write(state, norm, ratio * config.learning_rate, kl=teacher is not None)
-        if is_main:
-            progress(state.tokens, steps * step_tokens, log.note)
-            if config.checkpoint_every and state.step % config.checkpoint_every == 0:
-                save_checkpoint(state, out / "checkpoints", identity)
-
-    if is_main:
-        save_model(model, checkpoint, replace(recipe, train=replace(config, data=data)), out)
+    set_top_k(model, model.config.num_blocks_per_tok)
+    if accelerator.is_main_process:
+        save_model(model, checkpoint, replace(recipe, train=config), out)
     accelerator.wait_for_everyone()
     return TrainResult(state.step, state.skipped, state.tokens, state.seconds, state.loss)
 
 
-def _check_batch(config: TrainConfig, ranks: int) -> None:
-    share = config.micro_batch_size * ranks
-    if config.batch_size % share:
-        raise MolError(
-            f"`train.batch_size` is {config.batch_size}, for {ranks} processes with a "
-            f"`train.micro_batch_size` of {config.micro_batch_size}",
-            allowed=f"multiples of {share}",
-            hint=f"--set train.batch_size={-(-config.batch_size // share) * share}",
-        )
+def _objective(
+    run: Run,
+    stage: Stage,
+    model: MoLForCausalLM,
+    parent: MoLForCausalLM | LogitCache | None,
+    dtype: torch.dtype,
+    *,
+    compiled: bool,
+) -> Objective | Alignment:
+    config = stage.settings
+    balance_weight = config.balance_weight if config.balance == "loss" else 0.0
+    if stage.kind == "align":
+        assert isinstance(parent, MoLForCausalLM)
+        return Alignment(model, parent, dtype, balance_weight, run.loads)
+    student = Student(
+        model,
+        dtype,
+        run.loads,
+        ce_weight=1.0 if stage.kind == "pretrain" else config.ce_weight,
+        kl_weight=config.kl_weight,
+        temperature=config.temperature,
+        compiled=compiled,
+    )
+    learned = parent if stage.kind == "distill" else None
+    return Objective(run.accelerator.prepare(student), learned, balance_weight)
 
 
-def _worth_compiling(config: TrainConfig, device: torch.device) -> bool:
+def worth_compiling(config: TrainConfig, tokens: int, device: torch.device) -> bool:
+    """Whether layers and loss are to be compiled. tokens: of all stages."""
     if isinstance(config.compile, bool):
         return config.compile
-    return device.type == "cuda" and config.tokens >= COMPILED_FROM
+    # Every other number of blocks would be compiled anew.
+    same_top_k = config.start_top_k is None
+    return device.type == "cuda" and tokens >= COMPILED_FROM and same_top_k
 
 
-def _matmul_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """What student and parent multiply in; the student's weights are fp32 in any case."""
-    if config.precision == "auto":
-        return fast_dtype(device)
-    return torch.bfloat16 if config.precision == "bf16" else torch.float32
+def _optimizer(model: MoLForCausalLM, stage: Stage) -> torch.optim.Optimizer:
+    """A fresh one: moments of another loss, and of other learning rates, would mislead it."""
+    set_trainable(model, "mol" if stage.kind == "align" else stage.settings.trainable)
+    return make_optimizer(model, stage.settings)

@@ -7,36 +7,40 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from molcli.io.packing import IGNORED, Batch, TokenRows
+from molcli.io.logits import LogitCache
+from molcli.io.packing import Batch, Rows
 from molcli.maths.balance import cv_squared
 from molcli.maths.losses import Head, TrainingLoss, training_loss
+from molcli.maths.top_k import TopK
 from molcli.model import MoLForCausalLM
-from molcli.model.compiled import compile_layers
+from molcli.stages.train.balance import RouterLoads
 
 
 class Student(nn.Module):
     """The model and its losses in one module, whose forward is all that DDP has to watch.
 
     dtype: of its matrix products, float32 or bfloat16; the weights stay as they are.
-    ce_weight, kl_weight: of the two losses. compiled: layers and loss run as torch.compile'd code.
+    loads: counts the routing. ce_weight, kl_weight, temperature, compiled: of the losses
+    (`training_loss`).
     """
 
     def __init__(
         self,
         model: MoLForCausalLM,
         dtype: torch.dtype,
+        loads: RouterLoads,
         *,
         ce_weight: float,
         kl_weight: float,
+        temperature: float = 1.0,
         compiled: bool = False,
     ) -> None:
         super().__init__()
-        self.model, self.dtype = model, dtype
-        self.ce_weight, self.kl_weight, self.compiled = ce_weight, kl_weight, compiled
-        if compiled:
-            compile_layers(model)
+        self.model, self.dtype, self.loads = model, dtype, loads
+        self.ce_weight, self.kl_weight = ce_weight, kl_weight
+        self.temperature, self.compiled = temperature, compiled
 
-    def forward(self, batch: Batch, parent: Head | None) -> tuple[TrainingLoss, Tensor]:
+    def forward(self, batch: Batch, parent: Head | TopK | None) -> tuple[TrainingLoss, Tensor]:
         """The losses, summed over predicted tokens in nats, and CV^2, mean of layers."""
         device, low = batch.input_ids.device.type, self.dtype != torch.float32
         with torch.autocast(device, self.dtype if low else None, enabled=low):
@@ -48,6 +52,7 @@ class Student(nn.Module):
                 parent,
                 ce_weight=self.ce_weight,
                 kl_weight=self.kl_weight,
+                temperature=self.temperature,
                 compiled=self.compiled,
             )
         balance = losses.kl.new_zeros(())
@@ -56,6 +61,7 @@ class Student(nn.Module):
                 torch.stack([getattr(r, name) for r in out.routing])
                 for name in ("weights", "blocks")
             )
+            self.loads.add(blocks)
             balance = cv_squared(weights, blocks, out.routing[0].logits.shape[1]).mean()
         return losses, balance
 
@@ -64,29 +70,35 @@ class Student(nn.Module):
 class Objective:
     """What is minimised. student: a Student, wrapped by accelerate where there are more ranks.
 
-    parent: the dense model whose predictions are learned, in evaluation mode, or None.
+    parent: the dense model whose predictions are learned, in evaluation mode; its predictions for
+    the rows, from the disk; or None.
     """
 
     student: nn.Module
-    parent: MoLForCausalLM | None
+    parent: MoLForCausalLM | LogitCache | None
     balance_weight: float
 
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """Which of loss, ce, kl and balance `backward` fills."""
+        return ("loss", "ce", "balance") + (("kl",) if self.parent is not None else ())
+
     def backward(
-        self, rows: TokenRows, index: Tensor, micro_batch_size: int, accelerator: Accelerator
+        self, rows: Rows, index: Tensor, micro_batch_size: int, accelerator: Accelerator
     ) -> Tensor:
         """Adds the gradient of the rows `index`, (batch_size,), of which each rank takes a share.
 
         Returns (4,) this rank's part of the mean loss, cross-entropy, KL and balance. The first
         three are means over the batch's predicted tokens, the balance over its micro-batches.
         """
-        ranks = accelerator.num_processes
+        ranks, packed = accelerator.num_processes, rows.rows(index)
         # Every rank holds all rows, so none has to ask the others for their counts.
-        count = int((rows.batch(index).labels[:, 1:] != IGNORED).sum())
-        mine = index.view(ranks, -1)[accelerator.process_index].split(micro_batch_size)
+        count = packed.predicted
+        mine = share(len(index), micro_batch_size, accelerator)
         parts = torch.zeros(4, device=accelerator.device)
         for number, part in enumerate(mine, start=1):
-            batch = rows.batch(part).to(accelerator.device)
-            parent = self._parent_head(batch)
+            batch = packed.batch(part).to(accelerator.device)
+            parent = self._predictions(batch, index[part])
             # Gradients are exchanged once, with the last micro-batch.
             with nullcontext() if number == len(mine) else accelerator.no_sync(self.student):
                 losses, balance = self.student(batch, parent)
@@ -98,8 +110,30 @@ class Objective:
         return parts
 
     @torch.no_grad()
-    def _parent_head(self, batch: Batch) -> Head | None:
+    def is_finite(
+        self, rows: Rows, index: Tensor, micro_batch_size: int, accelerator: Accelerator
+    ) -> bool:
+        """Whether this rank's share of the rows `index` gives finite losses. No gradients."""
+        student, packed = accelerator.unwrap_model(self.student), rows.rows(index)
+        sums = torch.zeros((), device=accelerator.device)
+        for part in share(len(index), micro_batch_size, accelerator):
+            batch = packed.batch(part).to(accelerator.device)
+            losses, balance = student(batch, self._predictions(batch, index[part]))
+            sums += losses.loss + balance
+        return bool(sums.isfinite())
+
+    @torch.no_grad()
+    def _predictions(self, batch: Batch, index: Tensor) -> Head | TopK | None:
         if self.parent is None:
             return None
+        if isinstance(self.parent, LogitCache):
+            device = batch.input_ids.device
+            return TopK(*(field.to(device) for field in self.parent.predictions(index)))
         out = self.parent.model(**batch.inputs(), use_cache=False)
         return Head(out.last_hidden_state, self.parent.lm_head.weight)
+
+
+def share(rows: int, micro_batch_size: int, accelerator: Accelerator) -> tuple[Tensor, ...]:
+    """This rank's part of a batch of so many rows, by micro-batch: places in the batch."""
+    places = torch.arange(rows).view(accelerator.num_processes, -1)
+    return places[accelerator.process_index].split(micro_batch_size)

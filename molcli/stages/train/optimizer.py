@@ -37,8 +37,14 @@ def has_decay(name: str) -> bool:
     return not name.endswith(_NO_DECAY) and name != "model.norm.weight"
 
 
-def freeze_inherited(model: MoLForCausalLM) -> None:
-    """Leaves gradients to the Mixture of Layers layers alone. Raises MolError if there are none."""
+def set_trainable(model: MoLForCausalLM, part: str) -> None:
+    """Leaves gradients to all ("all") or to the Mixture of Layers layers alone ("mol").
+
+    Raises MolError if there are none of those.
+    """
+    model.requires_grad_(part == "all")
+    if part == "all":
+        return
     layers = [layer for layer in model.model.layers if isinstance(layer, MoLLayer)]
     if not layers:
         raise MolError(
@@ -46,7 +52,6 @@ def freeze_inherited(model: MoLForCausalLM) -> None:
             allowed="all, or a model with Mixture of Layers layers",
             hint="--set train.trainable=all",
         )
-    model.requires_grad_(False)
     for layer in layers:
         layer.requires_grad_(True)
 

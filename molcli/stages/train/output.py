@@ -5,6 +5,7 @@ from itertools import chain
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from molcli.config.recipe import RECIPE_FILE, save_recipe
 from molcli.config.sections import Recipe
@@ -13,7 +14,8 @@ from molcli.io.tensors import TensorReader
 from molcli.io.tokenizer import open_tokenizer
 from molcli.model import MoLForCausalLM
 
-_CONFIG, _RECEIPT = "config.json", "receipt.json"
+_CONFIG = "config.json"
+RECEIPT = "receipt.json"  # what `upcycle` leaves beside a converted model
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -39,7 +41,7 @@ def save_model(model: MoLForCausalLM, checkpoint: Path, recipe: Recipe, out: Pat
     """Writes the trained model into `out`, as the run's last act; `config.json` comes last.
 
     Each tensor is cast to the dtype that it has in `checkpoint`, the model that the run began
-    with, whose tokenizer and receipt are copied.
+    with, whose tokenizer and receipt are copied. Raises MolError if the disk does not take it.
     """
     dtypes = {name: _DTYPES[info.dtype] for name, info in TensorReader(checkpoint).tensors.items()}
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
@@ -48,13 +50,21 @@ def save_model(model: MoLForCausalLM, checkpoint: Path, recipe: Recipe, out: Pat
     staging = out / ".final"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
-    model.save_pretrained(staging)
-    tokenizer = open_tokenizer(checkpoint)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(staging)
-    if (checkpoint / _RECEIPT).is_file():
-        shutil.copy(checkpoint / _RECEIPT, staging)
-    save_recipe(recipe, staging / RECIPE_FILE)
+    try:
+        model.save_pretrained(staging)
+        tokenizer = open_tokenizer(checkpoint)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
+        if (checkpoint / RECEIPT).is_file():
+            shutil.copy(checkpoint / RECEIPT, staging)
+        save_recipe(recipe, staging / RECIPE_FILE)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise MolError(
+            f"the trained model could not be written to {out}: {error}",
+            allowed="room for the whole model",
+            hint="free some space, then the same command with --resume",
+        ) from error
     for file in sorted(staging.iterdir(), key=lambda file: file.name == _CONFIG):
         file.replace(out / file.name)
     staging.rmdir()

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from molcli.config.sections import EvaluateConfig
 from molcli.errors import MolError
-from molcli.io.packing import load_rows
+from molcli.io.data import load_rows
 from molcli.io.parent import open_parent
 from molcli.model.checkpoint import open_checkpoint
 from molcli.stages.evaluate import evaluate
@@ -33,8 +33,10 @@ def test_figures_are_those_of_the_two_models(
     # One document at a time, as the rows cut them, through the unpacked models.
     student = open_checkpoint(checkpoint, torch.device("cpu"))
     parent = AutoModelForCausalLM.from_pretrained(folder).eval()
-    batch = load_rows(data, None, vocab_size=128, length=16, limit=90, keep_short=True).batch(
-        slice(None)
+    batch = (
+        load_rows(data, None, vocab_size=128, length=16, limit=90, keep_short=True)
+        .once()
+        .batch(slice(None))
     )
     sums = torch.zeros(5, dtype=torch.float64)
     mask = (

@@ -4,29 +4,64 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from molcli.config.recipe import save_recipe
-from molcli.config.sections import Recipe, TrainConfig
+from molcli.config.sections import Recipe, StageConfig, TrainConfig
+from molcli.io.parent import Parent
 from molcli.stages.train import train
 
 WORKER = """
-import sys
+import os, signal, sys
 from pathlib import Path
 from molcli.config.recipe import load_recipe
+from molcli.errors import Interrupted
+from molcli.io.order import MixedOrder
+from molcli.io.parent import open_parent
 from molcli.stages.train import train
-checkpoint, out, data, recipe = sys.argv[1:]
-train(Path(checkpoint), Path(out), data, load_recipe(recipe))
+checkpoint, data, parent, *runs = sys.argv[1:]
+take = MixedOrder.take
+
+def stopped(self, first, count):
+    if os.environ["RANK"] == "1" and first == 4:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # torchrun may repeat it
+    return take(self, first, count)
+
+for recipe, out, how in zip(runs[::3], runs[1::3], runs[2::3]):
+    dense = open_parent(parent) if "stages" in recipe else None
+    MixedOrder.take = stopped if how == "stop" else take
+    try:
+        run = Path(checkpoint), Path(out), data, load_recipe(recipe), dense
+        train(*run, resume=how == "resume")
+    except Interrupted as error:
+        assert (how, error.signal) == ("stop", signal.SIGTERM)
+    else:
+        assert how != "stop"
 """
 
 
+class Stopped(Exception):
+    pass
+
+
+def stop_after_three_steps(done: int, total: int | None, note: str = "") -> None:
+    if note and done == 3 * 4 * 32:
+        raise Stopped
+
+
 def test_two_ranks_learn_what_one_learns(
-    tiny_mol: Callable[..., Path], corpus: Callable[..., str], tmp_path: Path
+    tiny_mol: Callable[..., Path],
+    corpus: Callable[..., str],
+    dense_parent: Parent,
+    tmp_path: Path,
 ) -> None:
-    """Same global batch, same micro-batches: the same sums, in another order."""
+    """Same global batch, same micro-batches: the same sums, in another order. So for every kind of
+    stage, for a run that began with one rank, and for one in which one rank got a signal."""
     checkpoint, data = tiny_mol(), corpus()
     recipe = Recipe(
         train=TrainConfig(
@@ -39,12 +74,26 @@ def test_two_ranks_learn_what_one_learns(
             precision="fp32",
         )
     )
+    steps = 2 * 4 * 32
+    kinds = [
+        StageConfig("align", tokens=steps),
+        StageConfig("distill", tokens=steps),
+        StageConfig("pretrain", tokens=steps),
+    ]
+    staged = replace(recipe, train=replace(recipe.train, stages=kinds))
     train(checkpoint, tmp_path / "one", data, recipe)
+    train(checkpoint, tmp_path / "one-staged", data, staged, dense_parent)
+    with pytest.raises(Stopped):
+        train(checkpoint, tmp_path / "two-resumed", data, recipe, progress=stop_after_three_steps)
 
     save_recipe(recipe, tmp_path / "recipe.yaml")
+    save_recipe(staged, tmp_path / "stages.yaml")
     (tmp_path / "worker.py").write_text(WORKER)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    arguments = ["worker.py", checkpoint, tmp_path / "two", data, "recipe.yaml"]
+    arguments = ["worker.py", checkpoint, data, dense_parent.folder]
+    arguments += ["recipe.yaml", "two", "fresh", "stages.yaml", "two-staged", "fresh"]
+    arguments += ["recipe.yaml", "two-resumed", "resume"]
+    arguments += ["recipe.yaml", "two-stopped", "stop", "recipe.yaml", "two-stopped", "resume"]
     environment = {
         "PATH": "/usr/bin:/bin",
         "PYTHONPATH": str(Path(__file__).parents[3]),
@@ -61,16 +110,22 @@ def test_two_ranks_learn_what_one_learns(
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    compare(tmp_path / "one-staged", tmp_path / "two-staged")
+    for two in ("two", "two-resumed", "two-stopped"):
+        compare(tmp_path / "one", tmp_path / two)
 
-    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+
+def compare(first: Path, second: Path) -> None:
+    one, two = (load_file(folder / "model.safetensors") for folder in (first, second))
     for name, tensor in one.items():
         # Four steps of at most 4e-4 each: a rank's share lost or doubled would show in Adam's sign.
-        assert two[name].sub(tensor).abs().max() < 1e-5, name
+        assert two[name].sub(tensor).abs().max() < 1e-5, (second.name, name)
     logs = [
-        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-        for name in ("one", "two")
+        [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        for folder in (first, second)
     ]
-    assert len(logs[1]) == 2
+    assert len(logs[0]) == len(logs[1])
     for ours, theirs in zip(*logs, strict=True):
         for name in ("loss", "ce", "balance", "gradient_norm"):
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+            same = ours[name] is None or ours[name] == pytest.approx(theirs[name], rel=1e-4)
+            assert same, (second.name, name)

@@ -1,5 +1,6 @@
-"""`molcli sample`: text drawn from the parent."""
+"""`molcli data sample`: text drawn from the parent."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,13 +15,28 @@ if TYPE_CHECKING:  # torch comes with it
     from molcli.io.parent import Parent as DenseParent
 
 SampleFile = Annotated[Path, typer.Argument(metavar="OUT", help="The .jsonl file to write.")]
+Prompts = Annotated[
+    str | None,
+    typer.Option(
+        "--prompts",
+        metavar="SOURCE",
+        help="Prompts to go on from, read as --data is; without, the parent begins from its BOS.",
+    ),
+]
 
 
 def sample(
-    parent: Parent, out: SampleFile, recipe: RecipeName = None, overrides: Overrides = None
+    parent: Parent,
+    out: SampleFile,
+    prompts: Prompts = None,
+    recipe: RecipeName = None,
+    overrides: Overrides = None,
 ) -> None:
     """Sample text from the parent, for those without a data set."""
-    run_sample(open_dense(parent), recipe_for(recipe, overrides).sample, out)
+    settings = recipe_for(recipe, overrides).sample
+    if prompts is not None:
+        settings = replace(settings, prompts=prompts)
+    run_sample(open_dense(parent), settings, out)
     typer.echo(f"Text in {out}")
 
 

@@ -1,0 +1,120 @@
+"""Layers that learn one by one what the parent's layers do."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from molcli.errors import MolError
+from molcli.io.packing import Batch, Rows
+from molcli.maths.balance import cv_squared
+from molcli.model import MoLForCausalLM
+from molcli.model.context import token_context
+from molcli.model.layers import MoLLayer
+from molcli.stages.train.balance import RouterLoads
+from molcli.stages.train.objective import share
+
+
+def check_alignable(student: MoLForCausalLM, parent: MoLForCausalLM) -> None:
+    """Raises MolError unless each of the student's layers stands for one of the parent's."""
+    for name in ("num_hidden_layers", "hidden_size", "head_dim"):
+        found, wanted = getattr(parent.config, name), getattr(student.config, name)
+        if found != wanted:
+            raise MolError(
+                f"layers cannot be aligned: `{name}` is {found} in the parent, {wanted} in the "
+                "model",
+                allowed="the parent that the model was converted from",
+            )
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Every Mixture of Layers layer gets the parent's residual and learns the parent's next one.
+
+    The loss of a layer is the squared error of its output relative to the output's squared size,
+    mean over tokens: what counts in the end passes a norm. No gradient leaves a layer, and each is
+    taken before the next layer runs, so that the activations of one layer are held at a time.
+    dtype: of matrix products; residuals are float32.
+    """
+
+    student: MoLForCausalLM
+    parent: MoLForCausalLM
+    dtype: torch.dtype
+    balance_weight: float
+    loads: RouterLoads
+
+    measures = ("loss", "balance")
+
+    def backward(
+        self, rows: Rows, index: Tensor, micro_batch_size: int, accelerator: Accelerator
+    ) -> Tensor:
+        """Adds the gradient of the rows `index`, (batch_size,), of which each rank takes a share.
+
+        Returns (4,) this rank's part of the mean loss, 0, 0, and balance, means over layers.
+        """
+        ranks, packed = accelerator.num_processes, rows.rows(index)
+        tokens = packed.tokens
+        mine = share(len(index), micro_batch_size, accelerator)
+        sums, layers = torch.zeros(4, device=accelerator.device), 0
+        for part in mine:
+            batch = packed.batch(part).to(accelerator.device)
+            for error, balance in self._layers(batch):
+                error, balance = error / tokens, balance / (len(mine) * ranks)
+                loss = error + self.balance_weight * balance
+                loss.backward()
+                sums[0] += loss.detach()
+                sums[3] += balance.detach()
+                layers += 1
+        if ranks > 1:
+            for parameter in self.student.parameters():
+                if parameter.grad is not None:
+                    parameter.grad = accelerator.reduce(parameter.grad, "sum")
+        return sums / (layers / len(mine))
+
+    @torch.no_grad()
+    def is_finite(
+        self, rows: Rows, index: Tensor, micro_batch_size: int, accelerator: Accelerator
+    ) -> bool:
+        """Whether this rank's share of the rows `index` gives finite losses. No gradients."""
+        packed, parts = rows.rows(index), share(len(index), micro_batch_size, accelerator)
+        batches = (packed.batch(part).to(accelerator.device) for part in parts)
+        return all(
+            bool((error + balance).isfinite())
+            for batch in batches
+            for error, balance in self._layers(batch)
+        )
+
+    def _layers(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of each Mixture of Layers layer: its loss, summed over tokens, and CV^2."""
+        device = batch.input_ids.device
+        context = token_context(
+            self.student.config,
+            batch.document_ids,
+            batch.position_ids,
+            device,
+            batch.attention_mask,
+        )
+        with torch.no_grad():
+            x = context.stream.flatten(self.parent.model.embed_tokens(batch.input_ids)).float()
+        routed = 0  # layers so far that route
+        pairs = zip(self.parent.model.layers, self.student.model.layers, strict=True)
+        for dense, layer in pairs:
+            with torch.no_grad(), self._products(device):
+                wanted = context.run(dense, x)
+            if isinstance(layer, MoLLayer):
+                with self._products(device):
+                    out, routing = layer(x, context.shared_rows, context.rotary, context.stream)
+                balance = out.new_zeros(())
+                if routing is not None:
+                    self.loads.add(routing.blocks[None], routed)
+                    routed += 1
+                    balance = cv_squared(routing.weights, routing.blocks, routing.logits.shape[1])
+                yield ((out - wanted).square().sum(-1) / wanted.square().sum(-1)).sum(), balance
+            x = wanted
+
+    def _products(self, device: torch.device) -> AbstractContextManager[object]:
+        low = self.dtype != torch.float32
+        return torch.autocast(device.type, self.dtype if low else None, enabled=low)

@@ -1,0 +1,130 @@
+"""What a run would take, before it takes it."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from molcli.config.sections import TrainConfig
+from molcli.config.stages import Stage, resolve
+from molcli.io.parent import Parent
+from molcli.maths.losses import LOGITS_AT_ONCE
+from molcli.maths.memory import Memory, training_memory
+from molcli.maths.parameters import count_parameters
+from molcli.model import MoLForCausalLM
+from molcli.model.checkpoint import default_device, open_config
+from molcli.model.configuration_mol import MoLConfig
+from molcli.model.flops import training_flops
+from molcli.model.precision import matmul_dtype
+from molcli.stages.train.optimizer import set_trainable
+from molcli.stages.train.steps import step_tokens, steps_of
+
+# Of a large matrix product's speed, what a training step of many small ones gets.
+_UTILISATION = 0.3
+_GEMM = {"cuda": 8192, "cpu": 1024}  # rows and columns of the product that is timed
+
+
+@dataclass(frozen=True)
+class StageEstimate:
+    """One stage. trainable: parameters. memory: on one GPU. flops: a token. seconds: of training,
+    a guess."""
+
+    stage: Stage
+    steps: int
+    trainable: int
+    memory: Memory
+    flops: int
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """A guess."""
+        return self.steps * step_tokens(self.stage.settings) / self.seconds
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """total, active: parameters. device: its name; device_memory: bytes, None on a CPU."""
+
+    total: int
+    active: int
+    stages: list[StageEstimate]
+    device: str
+    device_memory: int | None
+
+
+def estimate(
+    checkpoint: Path, config: TrainConfig, parent: Parent | None, *, ranks: int = 1
+) -> Estimate:
+    """Of `train` with the same arguments on `ranks` such devices. Writes and trains nothing.
+
+    Raises MolError for a folder that is no checkpoint.
+    """
+    model = open_config(checkpoint)
+    dense = None if parent is None else MoLConfig(**parent.mol_config_kwargs())
+    count, device = count_parameters(model), default_device()
+    speed = _products_per_second(device, matmul_dtype(config, device)) * _UTILISATION
+    stages = [
+        _stage(stage, model, dense, speed * ranks, device)
+        for stage in resolve(config, has_parent=parent is not None)
+    ]
+    if device.type == "cuda":
+        about = torch.cuda.get_device_properties(device)
+        return Estimate(count.total, count.active, stages, about.name, about.total_memory)
+    return Estimate(count.total, count.active, stages, "CPU", None)
+
+
+def _stage(
+    stage: Stage, model: MoLConfig, dense: MoLConfig | None, speed: float, device: torch.device
+) -> StageEstimate:
+    settings, align = stage.settings, stage.kind == "align"
+    parent = None if stage.kind == "pretrain" else dense
+    trainable = _trainable(model, "mol" if align else settings.trainable)
+    flops = training_flops(
+        model,
+        settings.context_length,
+        parent=parent,
+        head=not align,
+        recompute=settings.gradient_checkpointing,
+    )
+    memory = training_memory(
+        model,
+        trainable=trainable,
+        tokens=settings.micro_batch_size * settings.context_length,
+        product_bytes=matmul_dtype(settings, device).itemsize,
+        parent=dense,  # in memory in every stage
+        logits_at_once=LOGITS_AT_ONCE[device.type],
+        layerwise=align,
+        recompute=settings.gradient_checkpointing,
+    )
+    steps = steps_of(settings)
+    seconds = steps * step_tokens(settings) * flops / speed
+    return StageEstimate(stage, steps, trainable, memory, flops, seconds)
+
+
+def _trainable(config: MoLConfig, part: str) -> int:
+    with torch.device("meta"):
+        model = MoLForCausalLM(config)
+    set_trainable(model, part)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _products_per_second(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of one large matrix product, timed here."""
+    size = _GEMM[device.type]
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    a @ a  # the first one also loads the library
+    times = []
+    for _ in range(3):
+        _wait(device)
+        start = time.perf_counter()
+        a @ a
+        _wait(device)
+        times.append(time.perf_counter() - start)
+    return float(2 * size**3 / min(times))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

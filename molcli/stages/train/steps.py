@@ -1,0 +1,145 @@
+"""The steps of one stage."""
+
+import math
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from molcli.config.sections import TrainConfig
+from molcli.config.stages import Stage
+from molcli.errors import Interrupted, MolError
+from molcli.io.data import Corpus
+from molcli.progress import Progress
+from molcli.stages.train.align import Alignment
+from molcli.stages.train.balance import RouterLoads, set_top_k, top_k_at
+from molcli.stages.train.finite import origin
+from molcli.stages.train.log import TrainLog
+from molcli.stages.train.objective import Objective
+from molcli.stages.train.optimizer import learning_rate_ratio, set_learning_rates
+from molcli.stages.train.signals import StopSignals
+from molcli.stages.train.state import TrainState, last_good, save_checkpoint
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all stages of a run share. total_tokens: of all stages."""
+
+    accelerator: Accelerator
+    state: TrainState
+    checkpoints: Path
+    log: TrainLog
+    loads: RouterLoads
+    total_tokens: int
+    progress: Progress
+
+
+def steps_of(config: TrainConfig) -> int:
+    """Optimiser steps of a stage."""
+    return math.ceil(config.tokens / step_tokens(config))
+
+
+def step_tokens(config: TrainConfig) -> int:
+    """Tokens in an optimiser step."""
+    return config.batch_size * config.context_length
+
+
+def run_stage(
+    run: Run,
+    stage: Stage,
+    objective: Objective | Alignment,
+    rows: Corpus,
+    identity: dict[str, Any],
+) -> None:
+    """Trains from state.stage_step to the stage's end.
+
+    identity: of the run, for its checkpoints. Raises Interrupted after a signal, and MolError after
+    too many steps in a row without a finite gradient.
+    """
+    state, config, accelerator = run.state, stage.settings, run.accelerator
+    model, name, steps = state.model, f"{state.stage} {stage.kind}", steps_of(config)
+    order = rows.order(config.seed + state.stage)
+    clock = time.perf_counter() - state.seconds
+
+    def save() -> None:
+        if accelerator.is_main_process:
+            save_checkpoint(state, run.checkpoints, identity)
+
+    with StopSignals() as stop:
+        while state.stage_step < steps:
+            ratio = learning_rate_ratio(state.stage_step, steps, config)
+            set_learning_rates(state.optimizer, ratio)
+            _anneal_top_k(run, config)
+            index = order.take(state.row, config.batch_size)
+            batch = (rows, index, config.micro_batch_size, accelerator)
+            means = objective.backward(*batch)
+            norm = _clip(state, config.clip_norm)
+            finite = bool(torch.isfinite(norm))  # ranks agree: they have averaged their gradients
+            if finite:
+                state.optimizer.step()
+                run.log.add(means)
+                if config.balance == "bias":
+                    run.loads.update(config.bias_update_rate, accelerator)
+                state.skipped_in_a_row = 0
+            else:
+                trouble = origin(model, partial(objective.is_finite, *batch), accelerator)
+                run.log.skip(trouble)
+                state.skipped += 1
+                state.skipped_in_a_row += 1
+            run.loads.clear()
+            state.optimizer.zero_grad()
+            state.step += 1
+            state.stage_step += 1
+            state.row += config.batch_size
+            state.tokens += step_tokens(config)
+            state.seconds = time.perf_counter() - clock
+
+            last = state.stage_step == steps
+            if state.step % config.log_every == 0 or last or not finite:
+                rate = ratio * config.learning_rate
+                passes = rows.passes(state.row)
+                run.log.write(state, name, norm, rate, objective.measures, passes)
+            if accelerator.is_main_process:
+                run.progress(state.tokens, run.total_tokens, run.log.note)
+            if config.checkpoint_every and state.step % config.checkpoint_every == 0:
+                save()
+            if state.skipped_in_a_row >= config.max_skipped:
+                raise _not_finite(state, run.checkpoints, trouble)
+            if number := stop.agreed(accelerator):
+                save()
+                accelerator.wait_for_everyone()  # torchrun kills the rest when one process ends
+                raise Interrupted(number, _where(state, name, steps, run.checkpoints))
+
+
+def _anneal_top_k(run: Run, config: TrainConfig) -> None:
+    if config.start_top_k is not None:
+        way, model = int(config.top_k_fraction * run.total_tokens), run.state.model
+        end = model.config.num_blocks_per_tok
+        set_top_k(model, top_k_at(run.state.tokens, way, config.start_top_k, end))
+
+
+def _clip(state: TrainState, largest: float) -> torch.Tensor:
+    """The norm of all gradients, which are clipped to it where it is finite."""
+    trained = [p for p in state.model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+    if norm.isfinite():  # clipping would spread what is not, and hide where it began
+        torch.nn.utils.clip_grads_with_norm_(trained, largest, norm)
+    return norm
+
+
+def _where(state: TrainState, name: str, steps: int, checkpoints: Path) -> str:
+    return f"step {state.stage_step} of {steps} of stage {name} is saved in {checkpoints}"
+
+
+def _not_finite(state: TrainState, checkpoints: Path, trouble: str) -> MolError:
+    return MolError(
+        f"the gradients of {state.skipped_in_a_row} steps in a row were not finite, up to step "
+        f"{state.step}; the first value that is not is in {trouble}",
+        allowed="fewer than train.max_skipped such steps in a row",
+        hint="another output folder with smaller learning rates, or train.precision=fp32; the last "
+        f"good checkpoint is {last_good(checkpoints)}",
+    )

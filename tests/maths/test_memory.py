@@ -1,0 +1,127 @@
+"""Exact parts against real tensors; activations against what autograd really keeps."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from molcli.maths.memory import training_memory
+from molcli.maths.parameters import count_parameters
+from molcli.model import MoLConfig, MoLForCausalLM
+
+
+def config(kind: str, **settings: Any) -> MoLConfig:
+    """Three layers of a kind, 1+2of9, a third of the width each."""
+    shape: dict[str, Any] = dict(
+        vocab_size=256,
+        hidden_size=192,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=32,
+        intermediate_size=512,
+        layer_kinds=[kind] * 3,
+        num_blocks=9,
+        num_shared_blocks=1,
+        num_blocks_per_tok=2,
+        d_thin=64,
+        d_ff_thin=170,
+    )
+    return MoLConfig(**(shape | settings))
+
+
+def memory(c: MoLConfig, **settings: Any) -> Any:
+    usual: dict[str, Any] = dict(
+        trainable=0, tokens=256, product_bytes=4, parent=None, logits_at_once=2**20
+    )
+    return training_memory(c, **(usual | settings))
+
+
+@pytest.mark.parametrize("kind", ["dense", "softmax", "gated_deltanet"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_gradients_and_moments_are_what_torch_holds(kind: str, tied: bool) -> None:
+    c = config(kind, tie_word_embeddings=tied, num_hidden_layers=2, layer_kinds=["dense", kind])
+    model = MoLForCausalLM(c)
+    for parameter in model.model.embed_tokens.parameters():
+        parameter.requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    estimate = memory(c, trainable=sum(p.numel() for p in trained))
+
+    rotary = model.model.rotary_emb
+    buffers = [b for b in model.buffers() if all(b is not own for own in rotary.buffers())]
+    assert estimate.weights == sum(t.nbytes for t in [*model.parameters(), *buffers])
+    assert estimate.gradients == sum(p.grad.nbytes for p in trained if p.grad is not None)
+    moments = [state[name] for state in optimizer.state.values() for name in state]
+    assert estimate.optimizer == sum(t.nbytes for t in moments if t.ndim)
+
+
+def test_the_parent_is_held_in_the_products_dtype() -> None:
+    dense = config("dense")
+    assert memory(config("softmax")).parent == 0
+    held = memory(config("softmax"), parent=dense, product_bytes=2).parent
+    assert held == 2 * count_parameters(dense).total
+
+
+def kept(c: MoLConfig, *, bf16: bool, recompute: bool = False) -> int:
+    """Bytes of all that the forward pass of 256 tokens leaves for the backward pass."""
+    torch.manual_seed(0)
+    model = MoLForCausalLM(c).train()
+    if recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    found: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+    ):
+        out = model.model(input_ids=torch.randint(256, (2, 128)), use_cache=False)
+    assert out.last_hidden_state is not None
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(
+    "kind, tolerance",
+    [
+        ("dense", 0.15),
+        ("softmax", 0.15),
+        # Its reference on a CPU keeps matrices of a chunk that the kernels on a GPU do not.
+        ("gated_deltanet", 0.35),
+    ],
+)
+def test_activations_are_near_what_is_kept(kind: str, tolerance: float, bf16: bool) -> None:
+    c = config(kind)
+    estimate = memory(c, product_bytes=2 if bf16 else 4).activations
+    assert estimate == pytest.approx(kept(c, bf16=bf16), rel=tolerance)
+
+
+def test_holding_less_counts_less() -> None:
+    c = config("softmax", num_hidden_layers=12, layer_kinds=["softmax"] * 12)
+    whole, again, alone = (
+        memory(c, tokens=4096, **setting)
+        for setting in ({}, {"recompute": True}, {"layerwise": True})
+    )
+    assert again.activations < whole.activations / 3
+    assert alone.activations < whole.activations / 3
+    assert alone.logits == 0 < whole.logits
+    assert whole.total == sum(
+        (
+            whole.weights,
+            whole.gradients,
+            whole.optimizer,
+            whole.activations,
+            whole.parent,
+            whole.logits,
+        )
+    )

@@ -1,0 +1,15 @@
+"""A parent whose layers the tiny Mixture of Layers model stands for."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from molcli.io.parent import Parent, open_parent
+
+
+@pytest.fixture
+def dense_parent(tiny_parent: Callable[..., Path]) -> Parent:
+    """Three layers, width 32, heads of 8: as wide and deep as `tiny_mol`."""
+    shape = dict(num_hidden_layers=3, hidden_size=32, head_dim=8, intermediate_size=48)
+    return open_parent(tiny_parent("llama", **shape))

@@ -1,0 +1,113 @@
+"""Stages planned from a model's size and a budget, and what they would take."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from molcli.cli import main as command
+from molcli.config.ranges import validate
+from molcli.config.recipe import load_recipe
+from molcli.config.sections import Recipe, TrainConfig
+from molcli.config.stages import resolve
+from molcli.io.parent import Parent
+from molcli.model import MoLConfig
+from molcli.stages.train.estimate import estimate
+from molcli.stages.train.plan import Situation, plan
+from molcli.stages.train.steps import step_tokens
+
+SOFTMAX = MoLConfig(num_hidden_layers=2, layer_kinds=["softmax"] * 2)
+DELTANET = MoLConfig(num_hidden_layers=2, max_position_embeddings=8192)
+
+
+@given(
+    tokens=st.integers(1, 10**11),
+    deltanet=st.booleans(),
+    has_parent=st.booleans(),
+    converted=st.booleans(),
+    ranks=st.sampled_from([1, 2, 8]),
+)
+def test_every_plan_is_a_valid_recipe_that_spends_the_budget(
+    tokens: int, deltanet: bool, has_parent: bool, converted: bool, ranks: int
+) -> None:
+    model = DELTANET if deltanet else SOFTMAX
+    situation = Situation(has_parent, converted, ranks)
+    config = plan(TrainConfig(tokens=tokens), model, situation)
+    validate(Recipe(train=config))
+    stages = resolve(config, has_parent=has_parent)
+    assert sum(stage.settings.tokens for stage in stages) == tokens
+    for stage in stages:
+        assert stage.settings.context_length <= model.max_position_embeddings
+        rows, share = stage.settings.batch_size, stage.settings.micro_batch_size * ranks
+        assert rows % share == 0 or rows < ranks
+        # Two hundred steps, unless even a row is too much.
+        assert step_tokens(stage.settings) <= max(tokens // 200, stage.settings.context_length)
+    kinds = [stage.kind for stage in stages]
+    assert ("align" in kinds) == (has_parent and deltanet and tokens >= 10)
+    assert kinds[-1] == ("distill" if has_parent else "pretrain")
+
+
+def test_larger_models_learn_slower_and_fresh_ones_faster() -> None:
+    small = MoLConfig(hidden_size=256, num_hidden_layers=2)
+    large = MoLConfig(hidden_size=4096, num_hidden_layers=32, d_thin=1024, d_ff_thin=4096)
+    config = TrainConfig(tokens=10**9)
+    converted, fresh = Situation(True, True), Situation(False, False)
+    assert plan(config, small, converted).learning_rate == 1e-4
+    assert plan(config, large, converted).learning_rate < 3e-5
+    assert plan(config, small, fresh).learning_rate == 3e-4
+    long = resolve(plan(config, DELTANET, converted), has_parent=True)
+    assert [stage.kind for stage in long] == ["align", "distill", "distill"]
+    assert long[-1].settings.context_length == 4096
+
+
+def test_an_estimate_has_every_stage(tiny_mol: Callable[..., Path], dense_parent: Parent) -> None:
+    config = TrainConfig(tokens=10_000, context_length=32)
+    checkpoint = tiny_mol()
+    one = estimate(checkpoint, config, None).stages[0]
+    assert (one.stage.kind, one.steps, one.memory.parent) == ("pretrain", 20, 0)
+    assert one.tokens_per_second > 0
+    with_parent = estimate(checkpoint, config, dense_parent).stages[0]
+    assert with_parent.flops > one.flops
+    assert with_parent.memory.parent > 0
+    frozen = estimate(checkpoint, TrainConfig(trainable="mol"), None).stages[0]
+    assert frozen.memory.gradients == 4 * frozen.trainable < one.memory.gradients
+
+
+def molcli(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["molcli", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        command.main()
+    assert isinstance(stop.value.code, int)
+    return stop.value.code
+
+
+def test_without_a_recipe_the_plan_is_printed_and_carried_out(
+    tiny_mol: Callable[..., Path],
+    corpus: Callable[..., str],
+    dense_parent: Parent,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    checkpoint, out = tiny_mol(max_position_embeddings=16), tmp_path / "out"
+    words = ["train", checkpoint, out, "--data", corpus(), "--parent", dense_parent.folder]
+    words += ["--set", "train.tokens=320"]
+    assert molcli(monkeypatch, *words, "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert not out.exists()
+    for word in ("0 align", "1 distill", "activations", "parent", "hours", "trainable"):
+        assert word in said
+    assert molcli(monkeypatch, *words) == 0
+    assert "Stages planned for 320 tokens" in capsys.readouterr().out
+    ran = load_recipe(out / "recipe.yaml").train
+    assert [stage.kind for stage in ran.stages or []] == ["align", "distill"]
+
+    # One word about how to train, and the train section counts as it stands.
+    words[2] = tmp_path / "plain"
+    told = ["--set", "train.context_length=16", "--set", "train.learning_rate=1e-3"]
+    assert molcli(monkeypatch, *words, *told) == 0
+    assert "planned" not in capsys.readouterr().out
+    assert load_recipe(tmp_path / "plain" / "recipe.yaml").train.stages is None
