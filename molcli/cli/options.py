@@ -22,6 +22,10 @@ def _complete_key(incomplete: str) -> list[str]:
     return [f"{key}=" for key in recipe_keys() if key.startswith(incomplete)]
 
 
+def _complete_preset(incomplete: str) -> list[str]:
+    return [name for name in ("quality", "balanced", "fast") if name.startswith(incomplete)]
+
+
 Parent = Annotated[
     str,
     typer.Argument(
@@ -53,6 +57,15 @@ Overrides = Annotated[
         autocompletion=_complete_key,
     ),
 ]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        metavar="quality|balanced|fast",
+        help="Short for --set upcycle.preset=...; other values that are set win over it.",
+        autocompletion=_complete_preset,
+    ),
+]
 Data = Annotated[
     str | None,
     typer.Option("--data", "-d", metavar="FILE", help="A .txt, .jsonl or .parquet file."),
@@ -70,14 +83,19 @@ Json = Annotated[
 
 
 def recipe_for(
-    name: str | None, overrides: list[str] | None, checkpoint: Path | None = None
+    name: str | None,
+    overrides: list[str] | None,
+    checkpoint: Path | None = None,
+    preset: str | None = None,
 ) -> "Recipe":
     """The recipe that a command runs with.
 
-    Without --recipe, the one saved in the checkpoint at hand, else the defaults.
+    Without --recipe, the one saved in the checkpoint at hand, else the defaults. preset: of
+    --preset, in place of the recipe's.
     """
     from molcli.config.recipe import RECIPE_FILE, load_recipe
 
     saved = None if checkpoint is None else checkpoint / RECIPE_FILE
     source = name if name is not None or saved is None or not saved.is_file() else saved
-    return load_recipe(source, overrides or ())
+    chosen = [] if preset is None else [f"upcycle.preset={preset}"]
+    return load_recipe(source, [*chosen, *(overrides or ())])

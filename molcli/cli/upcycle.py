@@ -7,7 +7,7 @@ import typer
 
 from molcli.cli.bars import bar
 from molcli.cli.calibrate import run_calibrate, scratch_beside, with_data
-from molcli.cli.options import Data, Out, Overrides, Parent, RecipeName, recipe_for
+from molcli.cli.options import Data, Out, Overrides, Parent, Preset, RecipeName, recipe_for
 from molcli.cli.parents import open_dense
 from molcli.config.sections import Recipe
 
@@ -28,6 +28,7 @@ def upcycle(
     parent: Parent,
     out: Out,
     recipe: RecipeName = None,
+    preset: Preset = None,
     overrides: Overrides = None,
     data: Data = None,
     calibration: Calibration = None,
@@ -36,7 +37,7 @@ def upcycle(
 
     --data is the text to calibrate on; without it, the text is sampled from the parent itself.
     """
-    settings = with_data(recipe_for(recipe, overrides), data)
+    settings = with_data(recipe_for(recipe, overrides, preset=preset), data)
     from molcli.io.folder import refuse_taken
 
     refuse_taken(out)
