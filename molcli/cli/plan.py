@@ -48,7 +48,7 @@ def plan(
     """
     settings = recipe_for(recipe, overrides)
     share = _share(active)
-    budget = settings.train.tokens if tokens is None else _count(tokens)
+    budget = settings.train.tokens if tokens is None else parse_count(tokens)
     found = run_plan(parent, settings, share, budget, gpu, calibration)
     if json_file is not None:
         json_file.write_text(json.dumps(found.to_json(), indent=2) + "\n", encoding="utf-8")
@@ -101,7 +101,8 @@ def _share(text: str) -> float:
     return share
 
 
-def _count(text: str) -> int:
+def parse_count(text: str) -> int:
+    """A text such as 30M as a number. Raises MolError."""
     units = {"K": 10**3, "M": 10**6, "B": 10**9}
     unit = units.get(text[-1:].upper(), 1)
     try:

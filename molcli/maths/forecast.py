@@ -1,10 +1,11 @@
 """The KL that a conversion will cost, forecast from the spectra of what the parent's layers read.
 
-    log KL = c0 + c1 log(lost reading energy) + c2 log(neurons) + c3 log(rows a feature)
-                + c4 log(clones)
+    log KL = c0 + c1 log(lost reading energy) + c2 log(neurons)
+                + c3 log(1 + 10 / tokens a feature) + c4 log(clones)
 
 A regression, not a law: constants are fitted to real conversions by tests/bench/plan.py. What it is
-for is the order of settings on one parent and text.
+for is the order of settings on one parent and text. More text helps a regression of p features like
+1 + p / tokens, and less where ridge and shrinkage tame it: hence the third term.
 """
 
 from collections.abc import Sequence
@@ -16,25 +17,28 @@ from torch import Tensor
 
 from molcli.maths.bases import square_roots
 
+SCARCE = 10.0  # tokens a feature; of 0, 10, 30 and 100 the best on conversions left out
+
 
 @dataclass(frozen=True)
 class Predictors:
     """What the forecast knows of a conversion.
 
     lost_reading: sum over converted layers of the share of reading energy that a basis of the
-    blocks' width loses. neurons: those of the active blocks, over the parent's. rows_a_feature:
-    calibration tokens of a routed block, over the heads' outputs and neurons that it is fitted on.
-    clones: blocks in a routed family, 1 where nothing is routed.
+    blocks' width loses. neurons: those of the active blocks, over the parent's. tokens_a_feature:
+    calibration tokens over the heads' outputs and neurons of a block. clones: blocks in a routed
+    family, 1 where nothing is routed.
     """
 
     lost_reading: float
     neurons: float
-    rows_a_feature: float
+    tokens_a_feature: float
     clones: float
 
     def logs(self) -> list[float]:
-        """1, and their logarithms."""
-        found = self.lost_reading, self.neurons, self.rows_a_feature, self.clones
+        """1, and the logarithms that the constants multiply."""
+        scarcity = 1 + SCARCE / max(self.tokens_a_feature, 1e-9)
+        found = self.lost_reading, self.neurons, scarcity, self.clones
         return [1.0, *np.log(np.maximum(found, 1e-9)).tolist()]
 
 

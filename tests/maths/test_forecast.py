@@ -31,10 +31,16 @@ def test_the_constants_of_a_power_law_are_found_again() -> None:
 
 
 def test_a_predictor_that_never_varied_has_no_say() -> None:
-    settings = [Predictors(p.lost_reading, 1.0, p.rows_a_feature, 4.0) for p in drawn(20)]
+    settings = [Predictors(p.lost_reading, 1.0, p.tokens_a_feature, 4.0) for p in drawn(20)]
     found = fit_forecast(settings, [p.lost_reading for p in settings]).constants
     assert found[2] == found[4] == 0
     assert found[1] == pytest.approx(1, abs=1e-3)
+
+
+def test_more_text_helps_until_there_is_enough() -> None:
+    law = Forecast((0.0, 0.0, 0.0, 1.0, 0.0))
+    kl = [law.kl(Predictors(1.0, 1.0, tokens, 1.0)) for tokens in (1e-3, 10, 100, 1000, 1e6)]
+    assert kl == pytest.approx([1e4 + 1, 2, 1.1, 1.01, 1], rel=1e-3)
 
 
 def test_what_was_left_out_does_not_tell() -> None:

@@ -79,7 +79,7 @@ def test_predictors_by_hand() -> None:
     assert found.lost_reading == pytest.approx(2 * (1 - 192 / 576))
     assert found.neurons == 1
     assert found.clones == 4
-    assert found.rows_a_feature == 8192 / 4 / (3 * 64 + 512)
+    assert found.tokens_a_feature == 8192 / (3 * 64 + 512)
 
 
 def test_spectra_come_from_weights_and_moments(tiny_parent: Callable[..., Path]) -> None:
