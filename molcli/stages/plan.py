@@ -29,6 +29,8 @@ FORECAST = Forecast((0.311, 0.593, -0.424, 0.372, -0.022))
 PRESETS: tuple[Literal["quality", "balanced", "fast"], ...] = ("quality", "balanced", "fast")
 BLOCKS = ((9, 1, 2), (17, 1, 2), (15, 1, 3))  # num_blocks, num_shared_blocks, top_k
 WIDTHS = 3  # candidates for each of them, those nearest to equal shares of width and neurons
+SHARE_TOLERANCE = 0.01  # norms and routers come on top of what shapes are made for
+FORECAST_TOLERANCE = 0.05  # forecasts this close are alike: the model with fewer parameters wins
 FEWEST_NEURONS = 0.1  # of the parent's, in the active blocks; narrower candidates have more
 
 
@@ -53,8 +55,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Plan:
-    """parent_total, parent_flops: the parent's. recommended: the name of a candidate that takes no
-    more than the share asked for, of the lowest forecast where there are forecasts."""
+    """parent_total, parent_flops: the parent's. recommended: the name of a candidate of about the
+    share asked for: the first guess, or the smallest of about the lowest forecast."""
 
     parent_total: int
     parent_flops: int
@@ -209,6 +211,12 @@ def _with_tokens(recipe: Recipe, tokens: int) -> Recipe:
 
 def _recommended(candidates: list[Candidate], share: float) -> str:
     """Presets that stay within the share compete only by forecast: without, they are no guess."""
-    around = [c for c in candidates if c.name not in PRESETS]
-    forecast = [(c.kl, c.name) for c in candidates if c.kl is not None and c.share <= share + 0.01]
-    return min(forecast)[1] if forecast else around[0].name
+    forecast = [
+        (c.kl, c.total, c.name)
+        for c in candidates
+        if c.kl is not None and c.share <= share + SHARE_TOLERANCE
+    ]
+    if not forecast:
+        return next(c.name for c in candidates if c.name not in PRESETS)
+    enough = min(forecast)[0] * (1 + FORECAST_TOLERANCE)
+    return min((total, kl, name) for kl, total, name in forecast if kl <= enough)[2]

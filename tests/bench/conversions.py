@@ -77,7 +77,7 @@ class Workshop:
             "tokens": heldout["tokens"],
             "total": size["total"],
             "active": size["active"],
-            "parent": size["parent"],
+            "parent_total": size["parent"],
             "seconds": round(seconds, 1),
             "calibration_seconds": round(calibrating, 1),
             "peak_gb": peak,

@@ -95,7 +95,7 @@ def main() -> None:
     args = parser.parse_args()
 
     parent, lines = open_parent(args.parent), Lines(args.out)
-    rows = [row for row in lines.known() if "predictors" in row]
+    rows = [row for row in lines.known() if row.get("parent") == args.parent]
     cases = matrix(parent, args.tokens)
     if args.case:
         cases = [Case.parse(text) for text in args.case]
@@ -104,7 +104,12 @@ def main() -> None:
         workshop = Workshop(parent, args.data, Path(folder))
         spectra: dict[int, torch.Tensor] = {}
         for case, recipe in runs:
-            key = {"case": case.name, "seed": args.seed, "settings": [*args.set, *case.overrides]}
+            key = {
+                "parent": args.parent,
+                "case": case.name,
+                "seed": args.seed,
+                "settings": [*args.set, *case.overrides],
+            }
             if any(key.items() <= row.items() for row in rows):
                 continue
             found = attempt(lambda recipe=recipe: figures(workshop, recipe, args.heldout, spectra))

@@ -56,7 +56,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     lines = Lines(args.out)
-    rows = lines.known()
+    known, rows = lines.known(), []
     cases = [Case.parse(text) for text in args.case or DEFAULT]
     seeds = [int(seed) for seed in args.seeds.split(",")]
     # A slip in any case shows before hours of the others.
@@ -67,12 +67,14 @@ def main() -> None:
         workshop = Workshop(open_parent(args.parent), args.data, Path(folder))
         for case, seed, recipe in runs:
             key = {
+                "parent": args.parent,
                 "case": case.name,
                 "seed": seed,
                 "settings": [*args.set, *case.overrides],
                 "train_tokens": args.train_tokens,
             }
-            if any(key.items() <= row.items() for row in rows):
+            if done := [row for row in known if key.items() <= row.items()]:
+                rows.append(done[0])
                 continue
             found = attempt(lambda recipe=recipe: figures(workshop, recipe, args))
             row = key | found | {"command": " ".join(sys.argv)} | machine()

@@ -68,6 +68,8 @@ def test_the_lowest_forecast_within_the_share_is_recommended(
     best = next(c for c in found.candidates if c.name == found.recommended)
     cheap = [c for c in found.candidates if c.share <= 0.51]
     assert best.settings["d_thin"] == max(c.settings["d_thin"] for c in cheap) == 256
+    # 1+2of17 is as wide, and has more parameters.
+    assert best.settings["num_blocks"] == 9
     lost = 30 * spectra[0][256:].sum().item()
     assert best.kl == pytest.approx(lost)
 
