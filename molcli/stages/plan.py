@@ -29,7 +29,6 @@ FORECAST = Forecast((0.311, 0.593, -0.424, 0.372, -0.022))
 PRESETS: tuple[Literal["quality", "balanced", "fast"], ...] = ("quality", "balanced", "fast")
 BLOCKS = ((9, 1, 2), (17, 1, 2), (15, 1, 3))  # num_blocks, num_shared_blocks, top_k
 WIDTHS = 3  # candidates for each of them, those nearest to equal shares of width and neurons
-SHARE_TOLERANCE = 0.01  # norms and routers come on top of what shapes are made for
 FORECAST_TOLERANCE = 0.05  # forecasts this close are alike: the model with fewer parameters wins
 FEWEST_NEURONS = 0.1  # of the parent's, in the active blocks; narrower candidates have more
 
@@ -117,7 +116,7 @@ def plan(
         tokens,
         gpu,
         found,
-        _recommended(found, share),
+        _recommended(found),
     )
 
 
@@ -209,14 +208,13 @@ def _with_tokens(recipe: Recipe, tokens: int) -> Recipe:
     return replace(recipe, calibrate=replace(recipe.calibrate, tokens=tokens))
 
 
-def _recommended(candidates: list[Candidate], share: float) -> str:
-    """Presets that stay within the share compete only by forecast: without, they are no guess."""
-    forecast = [
-        (c.kl, c.total, c.name)
-        for c in candidates
-        if c.kl is not None and c.share <= share + SHARE_TOLERANCE
-    ]
+def _recommended(candidates: list[Candidate]) -> str:
+    """Presets that cost no more than the candidates compete by forecast: without, they are no
+    guess."""
+    made = [c for c in candidates if c.name not in PRESETS]
+    most = max(c.share for c in made)
+    forecast = [(c.kl, c.total, c.name) for c in candidates if c.kl is not None and c.share <= most]
     if not forecast:
-        return next(c.name for c in candidates if c.name not in PRESETS)
+        return made[0].name
     enough = min(forecast)[0] * (1 + FORECAST_TOLERANCE)
     return min((total, kl, name) for kl, total, name in forecast if kl <= enough)[2]

@@ -70,6 +70,8 @@ def test_the_lowest_forecast_within_the_share_is_recommended(
     assert best.settings["d_thin"] == max(c.settings["d_thin"] for c in cheap) == 256
     # 1+2of17 is as wide, and has more parameters.
     assert best.settings["num_blocks"] == 9
+    few = Recipe(upcycle=UpcycleConfig(layers=[0]))  # keeps most of the parent's parameters active
+    assert plan(SMOLLM2, few, 0.5, 1, GPUS["h100"], spectra).recommended == found.recommended
     lost = 30 * spectra[0][256:].sum().item()
     assert best.kl == pytest.approx(lost)
 
