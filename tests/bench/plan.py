@@ -122,7 +122,8 @@ def main() -> None:
 def figures(
     workshop: Workshop, recipe: Recipe, heldout: str | None, spectra: dict[int, torch.Tensor]
 ) -> dict[str, Any]:
-    """One conversion. spectra: filled at the first call; more tokens hardly change them."""
+    """One conversion. spectra: filled at the first call, and the same for all: a calibration on
+    fewer tokens has seen fewer directions, and loses less by its own account."""
     if not spectra:
         calibration = open_calibration(workshop.calibration(recipe)[0], workshop.parent)
         layers = list(range(workshop.parent.config.num_hidden_layers))
