@@ -13,6 +13,7 @@ from molcli.cli.evaluate import evaluate
 from molcli.cli.failures import explain
 from molcli.cli.init import init
 from molcli.cli.inspect import inspect
+from molcli.cli.plan import plan
 from molcli.cli.train import train
 from molcli.cli.upcycle import upcycle
 
@@ -42,6 +43,7 @@ def _root(
 
 app.command("demo")(demo)
 app.command("upcycle")(upcycle)
+app.command("plan")(plan)
 app.command("train")(train)
 app.command("inspect")(inspect)
 app.command("eval")(evaluate)

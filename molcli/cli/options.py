@@ -25,6 +25,10 @@ def _complete_key(incomplete: str) -> list[str]:
     return [f"{key}=" for key in recipe_keys() if key.startswith(incomplete)]
 
 
+def _complete_preset(incomplete: str) -> list[str]:
+    return [name for name in ("quality", "balanced", "fast") if name.startswith(incomplete)]
+
+
 Parent = Annotated[
     str,
     typer.Argument(
@@ -57,6 +61,15 @@ Overrides = Annotated[
     ),
 ]
 _SOURCE = "A .txt, .jsonl or .parquet file, a folder of `molcli data tokenize`, or hf://org/name."
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        metavar="quality|balanced|fast",
+        help="Short for --set upcycle.preset=...; other values that are set win over it.",
+        autocompletion=_complete_preset,
+    ),
+]
 Data = Annotated[
     list[str] | None,
     typer.Option(
@@ -114,14 +127,19 @@ def _weighted(source: str) -> tuple[str, float | None]:
 
 
 def recipe_for(
-    name: str | None, overrides: list[str] | None, checkpoint: Path | None = None
+    name: str | None,
+    overrides: list[str] | None,
+    checkpoint: Path | None = None,
+    preset: str | None = None,
 ) -> "Recipe":
     """The recipe that a command runs with.
 
-    Without --recipe, the one saved in the checkpoint at hand, else the defaults.
+    Without --recipe, the one saved in the checkpoint at hand, else the defaults. preset: of
+    --preset, in place of the recipe's.
     """
     from molcli.config.recipe import RECIPE_FILE, load_recipe
 
     saved = None if checkpoint is None else checkpoint / RECIPE_FILE
     source = name if name is not None or saved is None or not saved.is_file() else saved
-    return load_recipe(source, overrides or ())
+    chosen = [] if preset is None else [f"upcycle.preset={preset}"]
+    return load_recipe(source, [*chosen, *(overrides or ())])

@@ -7,7 +7,16 @@ import typer
 
 from molcli.cli.bars import bar
 from molcli.cli.calibrate import run_calibrate, scratch_beside, with_data
-from molcli.cli.options import Data, Out, Overrides, Parent, RecipeName, data_for, recipe_for
+from molcli.cli.options import (
+    Data,
+    Out,
+    Overrides,
+    Parent,
+    Preset,
+    RecipeName,
+    data_for,
+    recipe_for,
+)
 from molcli.cli.parents import open_dense
 from molcli.config.sections import Recipe
 
@@ -28,6 +37,7 @@ def upcycle(
     parent: Parent,
     out: Out,
     recipe: RecipeName = None,
+    preset: Preset = None,
     overrides: Overrides = None,
     data: Data = None,
     calibration: Calibration = None,
@@ -36,7 +46,7 @@ def upcycle(
 
     --data is the text to calibrate on; without it, the text is sampled from the parent itself.
     """
-    settings = with_data(recipe_for(recipe, overrides), data_for(data))
+    settings = with_data(recipe_for(recipe, overrides, preset=preset), data_for(data))
     from molcli.io.folder import refuse_taken
 
     refuse_taken(out)

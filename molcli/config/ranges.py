@@ -30,10 +30,9 @@ def validate(recipe: Recipe) -> None:
 def _upcycle(c: UpcycleConfig) -> None:
     top_k = min(2, c.num_blocks - c.num_shared_blocks) if c.top_k is None else c.top_k
     _blocks("upcycle", c.num_blocks, c.num_shared_blocks, top_k)
-    if c.d_thin is not None:
-        _at_least("upcycle.d_thin", c.d_thin, 1)
-    if c.d_ff_thin is not None:
-        _at_least("upcycle.d_ff_thin", c.d_ff_thin, 1)
+    for key in ("d_thin", "d_ff_thin", "num_heads_thin"):
+        if (value := getattr(c, key)) is not None:
+            _at_least(f"upcycle.{key}", value, 1)
     if c.layers != "all":
         _indices("upcycle.layers", c.layers)
     if not isinstance(c.gated_deltanet, str):

@@ -13,12 +13,19 @@ Hub as hf://org/name[:config[:split]]."""
 class UpcycleConfig:
     """How a dense parent becomes a Mixture of Layers.
 
+    preset: what null stands for in d_thin, d_ff_thin and num_heads_thin, A being the blocks that
+        run on a token, S + K. "balanced", the paper's rule: d_model / A wide, with heads and
+        neurons in proportion to the width. "quality" and "fast": as wide and with as many neurons
+        as give the A blocks 75% or 37.5% of the parent layer's weights, and with the fewest heads
+        that hold all of the parent's in A blocks.
     num_blocks: thin blocks in a layer, shared ones included (N).
     num_shared_blocks: blocks that run on every token (S).
     top_k: routed blocks that run on a token, of the N - S (K); null takes 2, or all where there
         are fewer.
-    d_thin: width of a thin block; null takes d_model / (S + K), rounded to a multiple of head_dim.
-    d_ff_thin: FFN neurons of a thin block; null takes the parent's share for its width.
+    d_thin: width of a thin block, a multiple of head_dim; null leaves it to the preset.
+    d_ff_thin: FFN neurons of a thin block; null leaves them to the preset.
+    num_heads_thin: query heads of a thin block, at most the parent's; null leaves them to the
+        preset.
     layers: which parent layers become Mixture of Layers, "all" or a list of indices.
     gated_deltanet: layers whose routed blocks use Gated DeltaNet instead of softmax attention:
         "all", "none", a list of layers, or "auto" (those where it fits about as well).
@@ -32,11 +39,13 @@ class UpcycleConfig:
         these loads both models as a whole, one after the other.
     """
 
+    preset: Literal["quality", "balanced", "fast"] = "balanced"
     num_blocks: int = 9
     num_shared_blocks: int = 1
     top_k: int | None = None
     d_thin: int | None = None
     d_ff_thin: int | None = None
+    num_heads_thin: int | None = None
     layers: Literal["all"] | list[int] = "all"
     gated_deltanet: Literal["all", "none", "auto"] | list[int] = "none"
     ridge: float = 1e-2

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from molcli import __version__
 from molcli.errors import MolError
@@ -91,6 +91,12 @@ def convert_gguf(path: Path, folder: Path | None = None) -> Path:
     return folder
 
 
+def read_gguf_config(path: Path) -> PreTrainedConfig:
+    """The model's configuration, from the file's metadata. Raises MolError as `convert_gguf`."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        return _config(path, _open(path))
+
+
 def _cache_folder(path: Path) -> Path:
     stat = path.stat()
     state = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {__version__}"
@@ -116,7 +122,7 @@ def _open(path: Path) -> "GGUFReader":
         ) from error
 
 
-def _config(path: Path, reader: "GGUFReader") -> Any:
+def _config(path: Path, reader: "GGUFReader") -> PreTrainedConfig:
     """The transformers config that the file's metadata describes."""
 
     def value(key: str) -> Any:

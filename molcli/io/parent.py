@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from molcli.errors import MolError
 from molcli.io.families import EMBEDDING, FAMILIES, FINAL_NORM, LM_HEAD, Family, head_dim
-from molcli.io.gguf import convert_gguf
+from molcli.io.gguf import convert_gguf, read_gguf_config
 from molcli.io.refusals import refuse_family, refuse_variant
 from molcli.io.tensors import TensorReader
 from molcli.io.tokenizer import open_tokenizer
@@ -79,30 +79,25 @@ class Parent:
 
     def mol_config_kwargs(self) -> dict[str, Any]:
         """Arguments of the MoLConfig of the same model, all layers dense."""
-        config = self.config
-        return {
-            "vocab_size": config.vocab_size,
-            "hidden_size": config.hidden_size,
-            "num_hidden_layers": config.num_hidden_layers,
-            "num_attention_heads": config.num_attention_heads,
-            "num_key_value_heads": config.num_key_value_heads,
-            "head_dim": head_dim(config),
-            "intermediate_size": config.intermediate_size,
-            "hidden_act": config.hidden_act,
-            "mlp_gated": True,
-            "attention_bias": self.family.has_qkv_bias(config),
-            "attention_out_bias": self.family.has_out_bias(config),
-            "qk_norm": self.family.qk_norm,
-            "rms_norm_eps": config.rms_norm_eps,
-            "rope_parameters": _rotary(config),
-            "max_position_embeddings": _context(config, self.family)[0],
-            "tie_word_embeddings": self.tied,
-            "initializer_range": config.initializer_range,
-            "bos_token_id": config.bos_token_id,
-            "eos_token_id": config.eos_token_id,
-            "pad_token_id": config.pad_token_id,
-            "layer_kinds": ["dense"] * config.num_hidden_layers,
-        }
+        return _mol_config_kwargs(self.config, self.family, tied=self.tied)
+
+
+def outline(spec: str | Path) -> dict[str, Any]:
+    """`Parent.mol_config_kwargs`, and `dtype`, from the parent's configuration alone.
+
+    No weights are read, nor fetched from the Hub; of a .gguf file the metadata is read. A head
+    that is stored although the configuration ties it goes unnoticed. Raises MolError as
+    `open_parent` does, as far as a configuration shows it.
+    """
+    path = Path(spec).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        config = read_gguf_config(path)
+        family = FAMILIES[config.model_type]
+    else:
+        config, family = _open_config(_locate(str(spec), weights=False))
+    refuse_variant(config)
+    kwargs = _mol_config_kwargs(config, family, tied=config.tie_word_embeddings)
+    return kwargs | {"dtype": config.dtype}
 
 
 def open_parent(spec: str | Path) -> Parent:
@@ -130,7 +125,34 @@ def open_parent(spec: str | Path) -> Parent:
     return Parent(str(spec), folder, config, family, note, tied, reader, tokenizer)
 
 
-def _locate(spec: str) -> Path:
+def _mol_config_kwargs(config: PreTrainedConfig, family: Family, *, tied: bool) -> dict[str, Any]:
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": head_dim(config),
+        "intermediate_size": config.intermediate_size,
+        "hidden_act": config.hidden_act,
+        "mlp_gated": True,
+        "attention_bias": family.has_qkv_bias(config),
+        "attention_out_bias": family.has_out_bias(config),
+        "qk_norm": family.qk_norm,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_parameters": _rotary(config),
+        "max_position_embeddings": _context(config, family)[0],
+        "tie_word_embeddings": tied,
+        "initializer_range": config.initializer_range,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.pad_token_id,
+        "layer_kinds": ["dense"] * config.num_hidden_layers,
+    }
+
+
+def _locate(spec: str, *, weights: bool = True) -> Path:
+    """The folder of the parent; of a Hub's, without its weights where they are not wanted."""
     path = Path(spec).expanduser()
     if path.is_dir():
         return path
@@ -143,7 +165,10 @@ def _locate(spec: str) -> Path:
         raise MolError(f"{spec} does not exist", allowed=allowed, hint="check the path")
     try:
         # The config comes first, so that a wrong family costs no download of weights.
-        _open_config(Path(snapshot_download(spec, allow_patterns=["config.json"])))
+        folder = Path(snapshot_download(spec, allow_patterns=["config.json"]))
+        _open_config(folder)
+        if not weights:
+            return folder
         return Path(snapshot_download(spec, allow_patterns=_HUB_FILES))
     except (OSError, HFValidationError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from molcli.errors import MolError
 from molcli.io.gguf import convert_gguf
-from molcli.io.parent import open_parent
+from molcli.io.parent import open_parent, outline
 
 GGUF_MODULES = {
     "input_layernorm": "attn_norm",
@@ -117,6 +117,17 @@ def test_round_trip(tiny_parent, tmp_path: Path, family: str, config: dict[str, 
     assert ours == theirs
     for name, tensor in original.dense_layer(1).items():
         assert torch.equal(parent.dense_layer(1)[name], tensor)
+
+
+def test_an_outline_reads_metadata_only(tiny_parent, tmp_path: Path, cache: Path) -> None:
+    folder = tiny_parent("qwen3")
+    found = outline(write_gguf(tmp_path / "model.gguf", folder))
+    assert not cache.exists()
+    expected = open_parent(folder).mol_config_kwargs()
+    del found["dtype"]
+    del found["pad_token_id"], expected["pad_token_id"]  # not written to this file
+    assert found.pop("rms_norm_eps") == pytest.approx(expected.pop("rms_norm_eps"), rel=1e-7)
+    assert found == expected
 
 
 def test_transformers_reads_the_same_weights(tiny_parent, tmp_path: Path) -> None:

@@ -1,47 +1,15 @@
-"""From a recipe and a parent to the shape of the converted model."""
-
-from typing import Any
+"""What a conversion's shape means for its blocks."""
 
 from molcli.config.sections import UpcycleConfig
-from molcli.errors import MolError
 from molcli.io.parent import Parent
-from molcli.maths.partition import Part, partition, thin_kv_heads
+from molcli.maths.partition import Part, partition
 from molcli.model.configuration_mol import MoLConfig
+from molcli.model.conversion import converted_config
 
 
 def mol_config(parent: Parent, config: UpcycleConfig) -> MoLConfig:
-    """The converted model's configuration, nulls resolved.
-
-    Layers that `gated_deltanet: auto` will decide count as softmax. Raises MolError where the
-    recipe does not fit the parent.
-    """
-    dense = parent.mol_config_kwargs()
-    d_model, head_dim, layers = dense["hidden_size"], dense["head_dim"], dense["num_hidden_layers"]
-    routed = config.num_blocks - config.num_shared_blocks
-    top_k = min(2, routed) if config.top_k is None else config.top_k
-    d_thin = _d_thin(config, d_model, head_dim, config.num_shared_blocks + top_k)
-    share = d_thin / d_model
-    heads = max(1, round(dense["num_attention_heads"] * share))
-    kv_heads = thin_kv_heads(heads, dense["num_attention_heads"], dense["num_key_value_heads"])
-    d_ff = max(1, round(dense["intermediate_size"] * share))
-    converted = _layers("upcycle.layers", config.layers, layers)
-    deltanet: set[int] = set()
-    if config.gated_deltanet == "all":
-        deltanet = converted
-    elif not isinstance(config.gated_deltanet, str):
-        deltanet = _layers("upcycle.gated_deltanet", config.gated_deltanet, layers)
-    kinds = [_kind(i in converted, i in deltanet) for i in range(layers)]
-    thin: dict[str, Any] = {
-        "layer_kinds": kinds,
-        "num_blocks": config.num_blocks,
-        "num_shared_blocks": config.num_shared_blocks,
-        "num_blocks_per_tok": top_k,
-        "d_thin": d_thin,
-        "d_ff_thin": d_ff if config.d_ff_thin is None else config.d_ff_thin,
-        "thin_num_attention_heads": heads,
-        "thin_num_key_value_heads": kv_heads,
-    }
-    return MoLConfig(**(dense | thin))
+    """`converted_config` of a parent. Raises MolError where the recipe does not fit it."""
+    return converted_config(parent.mol_config_kwargs(), config)
 
 
 def parts(config: MoLConfig) -> list[Part]:
@@ -66,41 +34,3 @@ def is_whole(config: MoLConfig) -> bool:
 def is_copy(config: MoLConfig, options: UpcycleConfig) -> bool:
     """Whether the conversion copies the parent's layers as they are, and needs no text."""
     return is_whole(config) and options.method == "fitted"
-
-
-def _d_thin(config: UpcycleConfig, d_model: int, head_dim: int, active: int) -> int:
-    if config.d_thin is None:
-        heads = min(round(d_model / active / head_dim), d_model // head_dim)
-        return max(1, heads) * head_dim
-    if config.d_thin > d_model:
-        raise MolError(
-            f"`upcycle.d_thin` is {config.d_thin}, but the model's width is {d_model}",
-            allowed=f"multiples of head_dim, {head_dim}, up to {d_model}",
-            hint=f"--set upcycle.d_thin={max(head_dim, d_model // active // head_dim * head_dim)}",
-        )
-    if config.d_thin % head_dim:
-        below = max(1, config.d_thin // head_dim) * head_dim
-        raise MolError(
-            f"`upcycle.d_thin` is {config.d_thin}, but a head is {head_dim} wide",
-            allowed=f"multiples of head_dim, {head_dim}, up to {d_model}",
-            hint=f"--set upcycle.d_thin={below}",
-        )
-    return config.d_thin
-
-
-def _layers(name: str, wanted: str | list[int], count: int) -> set[int]:
-    if isinstance(wanted, str):  # "all"
-        return set(range(count))
-    beyond = sorted(i for i in wanted if i >= count)
-    if beyond:
-        raise MolError(
-            f"`{name}` names layer {beyond[0]}, but the parent has {count}",
-            allowed=f"layers 0 to {count - 1}",
-        )
-    return set(wanted)
-
-
-def _kind(converted: bool, deltanet: bool) -> str:
-    if not converted:
-        return "dense"
-    return "gated_deltanet" if deltanet else "softmax"

@@ -196,3 +196,29 @@ def test_families_of_uneven_size_are_still_all_visited(
         visited = family[routing.blocks].sort(-1).values
         every = (visited == torch.arange(3)).all(-1).float().mean()
         assert every > 0.97  # but for tokens between two clusters
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(1, 1), (2, 1), (3, 3), (4, 2)])
+def test_heads_are_independent_of_the_width(
+    heads: int, kv_heads: int, tiny_parent: Callable[..., Path], convert: Callable[..., Any]
+) -> None:
+    """Of a parent with 4 query heads on 2 key-value heads; null takes 2 at half the width."""
+    parent = tiny_parent("llama", num_hidden_layers=1)
+    converted = convert(parent, num_heads_thin=heads, gated_deltanet="none")
+    config = converted.model().config
+    assert (config.thin_num_attention_heads, config.thin_num_key_value_heads) == (heads, kv_heads)
+    assert converted.tensors["model.layers.0.shared.block.mixer.q_proj"].shape == (
+        1,
+        heads * 16,
+        32,
+    )
+    assert converted.receipt["layers"][0]["delta_error"] < 1
+
+
+@pytest.mark.parametrize("preset", ["quality", "fast"])
+def test_a_preset_converts_a_parent_too_small_for_it(
+    preset: str, tiny_parent: Callable[..., Path], convert: Callable[..., Any]
+) -> None:
+    parent = tiny_parent("qwen3", num_hidden_layers=1)
+    converted = convert(parent, tokens=2048, preset=preset, d_thin=None)
+    assert converted.receipt["layers"][0]["delta_error"] < 1

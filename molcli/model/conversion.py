@@ -1,0 +1,131 @@
+"""From a recipe and the numbers of a parent to the configuration of the converted model."""
+
+from typing import Any
+
+from molcli.config.sections import UpcycleConfig
+from molcli.errors import MolError
+from molcli.maths.partition import thin_kv_heads
+from molcli.maths.shapes import DenseShape, ThinShape, covering_heads, thin_shape
+from molcli.model.configuration_mol import MoLConfig
+
+# Share of a layer's weights that its active blocks have together. `balanced` is the paper's rule
+# (arXiv 2605.09516) instead: active blocks * d_thin ~ d_model.
+ACTIVE_SHARE = {"quality": 0.75, "fast": 0.375}
+
+
+def converted_config(dense: dict[str, Any], options: UpcycleConfig) -> MoLConfig:
+    """The converted model's configuration, nulls resolved.
+
+    dense: arguments of the MoLConfig of the parent. Layers that `gated_deltanet: auto` will decide
+    count as softmax. Raises MolError where the options do not fit the parent.
+    """
+    layers = dense["num_hidden_layers"]
+    routed = options.num_blocks - options.num_shared_blocks
+    top_k = min(2, routed) if options.top_k is None else options.top_k
+    shape = dense_shape(dense)
+    thin = _thin_shape(options, shape, options.num_shared_blocks + top_k)
+    converted = _layers("upcycle.layers", options.layers, layers)
+    deltanet: set[int] = set()
+    if options.gated_deltanet == "all":
+        deltanet = converted
+    elif not isinstance(options.gated_deltanet, str):
+        deltanet = _layers("upcycle.gated_deltanet", options.gated_deltanet, layers)
+    changed: dict[str, Any] = {
+        "layer_kinds": [_kind(i in converted, i in deltanet) for i in range(layers)],
+        "num_blocks": options.num_blocks,
+        "num_shared_blocks": options.num_shared_blocks,
+        "num_blocks_per_tok": top_k,
+        "d_thin": thin.width,
+        "d_ff_thin": thin.neurons,
+        "thin_num_attention_heads": thin.heads,
+        "thin_num_key_value_heads": thin_kv_heads(thin.heads, shape.heads, shape.kv_heads),
+    }
+    return MoLConfig(**(dense | changed))
+
+
+def dense_shape(dense: dict[str, Any]) -> DenseShape:
+    """Of the parent's layers."""
+    return DenseShape(
+        d_model=dense["hidden_size"],
+        heads=dense["num_attention_heads"],
+        kv_heads=dense["num_key_value_heads"],
+        head_dim=dense["head_dim"],
+        d_ff=dense["intermediate_size"],
+    )
+
+
+def _thin_shape(options: UpcycleConfig, dense: DenseShape, active: int) -> ThinShape:
+    """What the options say, and where they are null, what the preset does."""
+    if options.d_thin is not None:
+        _check_width(options.d_thin, dense, active)
+    heads = options.num_heads_thin
+    if heads is not None and heads > dense.heads:
+        raise MolError(
+            f"`upcycle.num_heads_thin` is {heads}, but the parent has {dense.heads} heads",
+            allowed=f"1 to {dense.heads}",
+            hint=f"--set upcycle.num_heads_thin={covering_heads(active, dense)}",
+        )
+    if options.preset == "balanced":
+        width = _paper_width(dense, active) if options.d_thin is None else options.d_thin
+        found = _in_proportion(width, dense)
+    else:
+        share = ACTIVE_SHARE[options.preset]
+        found = thin_shape(share, active, dense, options.d_thin, heads)
+        if found.neurons <= 0 and options.d_ff_thin is None:
+            raise MolError(
+                f"`upcycle.d_thin` is {found.width}, which leaves no room for neurons within "
+                f"`upcycle.preset` {options.preset}, {share:.1%} of the parent's active weights",
+                allowed="a smaller upcycle.d_thin, or upcycle.d_ff_thin beside it",
+                hint=f"--set upcycle.d_thin={thin_shape(share, active, dense, None, heads).width}",
+            )
+    return ThinShape(
+        found.width,
+        found.heads if heads is None else heads,
+        found.neurons if options.d_ff_thin is None else options.d_ff_thin,
+    )
+
+
+def _in_proportion(width: int, dense: DenseShape) -> ThinShape:
+    """Heads and neurons in the share that the width has."""
+    share = width / dense.d_model
+    return ThinShape(width, max(1, round(dense.heads * share)), max(1, round(dense.d_ff * share)))
+
+
+def _paper_width(dense: DenseShape, active: int) -> int:
+    heads = min(round(dense.d_model / active / dense.head_dim), dense.d_model // dense.head_dim)
+    return max(1, heads) * dense.head_dim
+
+
+def _check_width(d_thin: int, dense: DenseShape, active: int) -> None:
+    d_model, head_dim = dense.d_model, dense.head_dim
+    if d_thin > d_model:
+        raise MolError(
+            f"`upcycle.d_thin` is {d_thin}, but the model's width is {d_model}",
+            allowed=f"multiples of head_dim, {head_dim}, up to {d_model}",
+            hint=f"--set upcycle.d_thin={max(head_dim, d_model // active // head_dim * head_dim)}",
+        )
+    if d_thin % head_dim:
+        below = max(1, d_thin // head_dim) * head_dim
+        raise MolError(
+            f"`upcycle.d_thin` is {d_thin}, but a head is {head_dim} wide",
+            allowed=f"multiples of head_dim, {head_dim}, up to {d_model}",
+            hint=f"--set upcycle.d_thin={below}",
+        )
+
+
+def _layers(name: str, wanted: str | list[int], count: int) -> set[int]:
+    if isinstance(wanted, str):  # "all"
+        return set(range(count))
+    beyond = sorted(i for i in wanted if i >= count)
+    if beyond:
+        raise MolError(
+            f"`{name}` names layer {beyond[0]}, but the parent has {count}",
+            allowed=f"layers 0 to {count - 1}",
+        )
+    return set(wanted)
+
+
+def _kind(converted: bool, deltanet: bool) -> str:
+    if not converted:
+        return "dense"
+    return "gated_deltanet" if deltanet else "softmax"

@@ -1,0 +1,221 @@
+"""Plan: what shapes of a converted model cost, before any of it is computed.
+
+Sizes, operations, memory and time follow from the parent's configuration alone. With calibration
+statistics and the parent's weights, the spectra of what its layers read forecast the KL, too.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from molcli.config.sections import Recipe, UpcycleConfig
+from molcli.errors import MolError
+from molcli.io.parent import Parent
+from molcli.maths.forecast import Forecast, Predictors, reading_spectrum
+from molcli.maths.parameters import count_parameters
+from molcli.maths.shapes import thin_shape, widths_near
+from molcli.model.checkpoint import default_device
+from molcli.model.configuration_mol import MoLConfig
+from molcli.model.conversion import converted_config, dense_shape
+from molcli.model.costs import Cost, Gpu, conversion_cost, parent_of, training_cost
+from molcli.model.flops import count_flops
+from molcli.model.from_parent import dense_layer
+
+# Fitted to 27 conversions of SmolLM2-135M, of 1, 2, 4 and all 30 layers on 4k to 197k tokens; each
+# forecast from the others, the rank correlation is 0.98. tests/bench/plan.py fits others.
+FORECAST = Forecast((0.321, 0.568, -0.361, 0.252, -0.024))
+PRESETS: tuple[Literal["quality", "balanced", "fast"], ...] = ("quality", "balanced", "fast")
+BLOCKS = ((9, 1, 2), (17, 1, 2), (15, 1, 3))  # num_blocks, num_shared_blocks, top_k
+WIDTHS = 3  # candidates for each of them, those nearest to equal shares of width and neurons
+FORECAST_TOLERANCE = 0.05  # forecasts this close are alike: the model with fewer parameters wins
+FEWEST_NEURONS = 0.1  # of the parent's, in the active blocks; narrower candidates have more
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A shape. settings: of `upcycle`, those that make it. share: active parameters over the
+    parent's, embeddings left out of both. flops: a token, active. checkpoint: bytes. kl: forecast
+    in nats a token right after conversion; None without calibration statistics.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    total: int
+    active: int
+    share: float
+    flops: int
+    checkpoint: int
+    conversion: Cost
+    training: Cost
+    kl: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """parent_total, parent_flops: the parent's. recommended: the name of a candidate of about the
+    share asked for: the first guess, or the smallest of about the lowest forecast."""
+
+    parent_total: int
+    parent_flops: int
+    tokens: int
+    gpu: Gpu
+    candidates: list[Candidate]
+    recommended: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def plan(
+    outline: dict[str, Any],
+    recipe: Recipe,
+    share: float,
+    tokens: int,
+    gpu: Gpu,
+    spectra: Mapping[int, Tensor] | None = None,
+    fit_tokens: int | None = None,
+) -> Plan:
+    """The presets, and shapes of about `share` active parameters.
+
+    outline: of `molcli.io.parent.outline`. tokens: of the training budget. spectra: `layer_spectra`
+    by layer; fit_tokens: of the calibration, if not those of the recipe. Of recipe.upcycle counts
+    what is no matter of shape: layers and mixers. Raises MolError where it does not fit the parent.
+    """
+    dense = {name: value for name, value in outline.items() if name != "dtype"}
+    dtype = outline["dtype"] or torch.bfloat16
+    recipe = recipe if fit_tokens is None else _with_tokens(recipe, fit_tokens)
+    found = []
+    for name, options in _shapes(dense, recipe.upcycle, share):
+        config = converted_config(dense, options)
+        count, parent = count_parameters(config), count_parameters(parent_of(config))
+        about = recipe.calibrate
+        kl = None
+        if spectra is not None:
+            kl = FORECAST.kl(predictors(config, spectra, about.tokens))
+        found.append(
+            Candidate(
+                name=name,
+                settings=_settings(config),
+                total=count.total,
+                active=count.active,
+                share=(count.active - count.embedding) / parent.non_embedding,
+                flops=count_flops(config, recipe.train.context_length).active,
+                checkpoint=count.total * dtype.itemsize,
+                conversion=conversion_cost(config, about.tokens, about.heldout_tokens, gpu),
+                training=training_cost(config, recipe.train, tokens, gpu),
+                kl=kl,
+            )
+        )
+    whole = parent_of(config)
+    return Plan(
+        count_parameters(whole).total,
+        count_flops(whole, recipe.train.context_length).active,
+        tokens,
+        gpu,
+        found,
+        _recommended(found),
+    )
+
+
+def predictors(config: MoLConfig, spectra: Mapping[int, Tensor], tokens: int) -> Predictors:
+    """What a forecast is made from. spectra: at least of all converted layers; tokens: calibration
+    tokens that blocks are fitted to."""
+    converted = [i for i, kind in enumerate(config.layer_kinds) if kind != "dense"]
+    active = config.num_shared_blocks + config.num_blocks_per_tok
+    clones = max(1.0, config.num_routed_blocks / max(1, config.num_blocks_per_tok))
+    features = config.thin_num_attention_heads * config.head_dim + config.d_ff_thin
+    return Predictors(
+        lost_reading=sum(spectra[i][config.d_thin :].sum().item() for i in converted),
+        neurons=active * config.d_ff_thin / config.intermediate_size,
+        tokens_a_feature=tokens / features,
+        clones=clones,
+    )
+
+
+@torch.no_grad()
+def layer_spectra(
+    parent: Parent, moment: Callable[[int], Tensor], layers: list[int]
+) -> Iterator[tuple[int, Tensor]]:
+    """Each layer's `reading_spectrum`, (d_model,), of all that it reads. One layer in memory.
+
+    moment: layer -> (d_model, d_model) float64, of the unit-rms residual, as calibration wrote it.
+    """
+    config, device = MoLConfig(**parent.mol_config_kwargs()), default_device()
+    for i in layers:
+        block = dense_layer(parent, config, i, device).block
+        parts = dict(block.named_parameters())
+        gram = torch.zeros((), dtype=torch.float64, device=device)
+        for names, norm in (
+            (("mixer.q_proj", "mixer.k_proj", "mixer.v_proj"), block.input_norm),
+            (("mlp.gate_proj", "mlp.up_proj"), block.post_norm),
+        ):
+            reads = (torch.cat([parts[name][0] for name in names]) * norm).double()
+            own = reads.mT @ reads
+            gram = gram + own / own.trace()  # attention and FFN count alike
+        yield i, reading_spectrum(gram, moment(i).to(device)).cpu()
+
+
+def _shapes(
+    dense: dict[str, Any], options: UpcycleConfig, share: float
+) -> Iterator[tuple[str, UpcycleConfig]]:
+    """Presets first, then the candidates, the best guess without a forecast first of these."""
+    free = replace(options, d_thin=None, d_ff_thin=None, num_heads_thin=None)
+    for preset in PRESETS:
+        yield preset, replace(free, preset=preset)
+    shape, seen = dense_shape(dense), False
+    for blocks, shared, top_k in BLOCKS:
+        active, widths = shared + top_k, 0
+        for width in widths_near(share, active, shape):
+            thin = thin_shape(share, active, shape, width)
+            if active * thin.neurons < FEWEST_NEURONS * shape.d_ff or widths == WIDTHS:
+                continue
+            widths, seen = widths + 1, True
+            yield (
+                f"{shared}+{top_k}of{blocks}, {width} × {thin.neurons}",
+                replace(
+                    options,
+                    num_blocks=blocks,
+                    num_shared_blocks=shared,
+                    top_k=top_k,
+                    d_thin=width,
+                    d_ff_thin=thin.neurons,
+                    num_heads_thin=thin.heads,
+                ),
+            )
+    if not seen:
+        raise MolError(
+            f"--active is {share:.1%}, which leaves no room for neurons beside the parent's heads",
+            allowed="a larger share",
+            hint="--active 50%",
+        )
+
+
+def _settings(config: MoLConfig) -> dict[str, int]:
+    return {
+        "num_blocks": config.num_blocks,
+        "num_shared_blocks": config.num_shared_blocks,
+        "top_k": config.num_blocks_per_tok,
+        "d_thin": config.d_thin,
+        "d_ff_thin": config.d_ff_thin,
+        "num_heads_thin": config.thin_num_attention_heads,
+    }
+
+
+def _with_tokens(recipe: Recipe, tokens: int) -> Recipe:
+    return replace(recipe, calibrate=replace(recipe.calibrate, tokens=tokens))
+
+
+def _recommended(candidates: list[Candidate]) -> str:
+    """Presets that cost no more than the candidates compete by forecast: without, they are no
+    guess."""
+    made = [c for c in candidates if c.name not in PRESETS]
+    most = max(c.share for c in made)
+    forecast = [(c.kl, c.total, c.name) for c in candidates if c.kl is not None and c.share <= most]
+    if not forecast:
+        return made[0].name
+    enough = min(forecast)[0] * (1 + FORECAST_TOLERANCE)
+    return min((total, kl, name) for kl, total, name in forecast if kl <= enough)[2]

@@ -1,0 +1,169 @@
+"""Does `molcli plan` rank conversions as they turn out? Real ones beside its forecast.
+
+    python tests/bench/plan.py PARENT --data train.jsonl [--heldout heldout.jsonl] --out lines.jsonl
+
+Converts the parent in shapes, with tokens and in layers that differ (`--case name:key=value,...`
+for others), one JSON line each with the predictors and the measured KL, right after conversion, on
+--heldout, else on the rows that calibration held out. The last line has Spearman's rank correlation
+of the measured KL with the constants in molcli/stages/plan.py, with constants fitted to these
+conversions, and with those where each is forecast from the others alone: the bar is 0.9. Paste
+`constants` where the code has them, if the last of these is the better one. With --out, lines are
+appended, and what is there already is not run again.
+"""
+
+import argparse
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from conversions import Case, Lines, Workshop, attempt
+from machine import machine
+
+from molcli.config.sections import Recipe
+from molcli.io.parent import Parent, open_parent
+from molcli.maths.forecast import (
+    Predictors,
+    fit_forecast,
+    left_out_forecasts,
+    rank_correlation,
+)
+from molcli.model.configuration_mol import MoLConfig
+from molcli.model.costs import GPUS, conversion_cost
+from molcli.stages.evaluate import evaluate
+from molcli.stages.plan import FORECAST, layer_spectra, predictors
+from molcli.stages.upcycle.calibration import open_calibration
+
+BAR = 0.9
+
+
+def matrix(parent: Parent, tokens: int) -> list[Case]:
+    """Fourteen settings around the default one, by the parent's own numbers."""
+    dense = parent.mol_config_kwargs()
+    unit, d_ff, layers = dense["head_dim"], dense["intermediate_size"], dense["num_hidden_layers"]
+    width = max(1, round(dense["hidden_size"] / 3 / unit)) * unit
+    wide = min(width + unit, dense["hidden_size"] // unit * unit)
+    thin = max(width - unit, unit)
+    third = d_ff // 3
+
+    def case(name: str, *options: str, shape: tuple[int, int] = (width, third)) -> Case:
+        keys = f"upcycle.d_thin={shape[0]}", f"upcycle.d_ff_thin={shape[1]}"
+        heads = max(1, round(dense["num_attention_heads"] / 3))
+        fixed = f"upcycle.num_heads_thin={heads}", f"calibrate.tokens={tokens}"
+        return Case(name, (*fixed, *keys, *options))
+
+    upper = list(range(layers // 2, layers))
+    return [
+        case("base"),
+        case("wide", shape=(wide, third)),
+        case("thin", shape=(thin, third)),
+        case("neurons", shape=(width, 2 * third)),
+        case("few-neurons", shape=(width, max(1, third // 2))),
+        case("wide-few-neurons", shape=(wide, max(1, third // 2))),
+        case("thin-neurons", shape=(thin, third * 5 // 4)),
+        case("wide-neurons", shape=(wide, 2 * third)),
+        case("17-blocks", "upcycle.num_blocks=17"),
+        case("5-blocks", "upcycle.num_blocks=5"),
+        case("two-shared", "upcycle.num_blocks=10", "upcycle.num_shared_blocks=2"),
+        case("half-the-tokens", f"calibrate.tokens={tokens // 2}"),
+        case("quarter-of-the-tokens", f"calibrate.tokens={tokens // 4}"),
+        case("upper-half", f"upcycle.layers={upper}"),
+        case("every-other", f"upcycle.layers={list(range(1, layers, 2))}"),
+        case("upper-half-thin", f"upcycle.layers={upper}", shape=(thin, third)),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parent")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--heldout")
+    parser.add_argument(
+        "--tokens", type=int, default=98_304, help="calibration tokens of most cases"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--set", action="append", default=[], help="of all cases")
+    parser.add_argument("--case", action="append", help="in place of the matrix")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--work", type=Path, help="where the scratch folder is made")
+    args = parser.parse_args()
+
+    parent, lines = open_parent(args.parent), Lines(args.out)
+    rows = [row for row in lines.known() if row.get("parent") == args.parent]
+    cases = matrix(parent, args.tokens)
+    if args.case:
+        cases = [Case.parse(text) for text in args.case]
+    runs = [(case, case.recipe(None, args.set, args.seed)) for case in cases]
+    with TemporaryDirectory(prefix="molcli-bench-", dir=args.work) as folder:
+        workshop = Workshop(parent, args.data, Path(folder))
+        spectra: dict[int, torch.Tensor] = {}
+        for case, recipe in runs:
+            key = {
+                "parent": args.parent,
+                "case": case.name,
+                "seed": args.seed,
+                "settings": [*args.set, *case.overrides],
+            }
+            if any(key.items() <= row.items() for row in rows):
+                continue
+            found = attempt(lambda recipe=recipe: figures(workshop, recipe, args.heldout, spectra))
+            row = key | found | {"command": " ".join(sys.argv)} | machine()
+            lines.add(row)
+            rows.append(row)
+    lines.add(summary([row for row in rows if "error" not in row]))
+
+
+def figures(
+    workshop: Workshop, recipe: Recipe, heldout: str | None, spectra: dict[int, torch.Tensor]
+) -> dict[str, Any]:
+    """One conversion. spectra: filled at the first call, and the same for all: a calibration on
+    fewer tokens has seen fewer directions, and loses less by its own account."""
+    if not spectra:
+        calibration = open_calibration(workshop.calibration(recipe)[0], workshop.parent)
+        layers = list(range(workshop.parent.config.num_hidden_layers))
+        spectra |= layer_spectra(workshop.parent, calibration.moment, layers)
+    checkpoint, found = workshop.convert(recipe)
+    config = MoLConfig.from_pretrained(checkpoint)
+    seen = predictors(config, spectra, found["calibration_tokens"])
+    if heldout is not None:
+        measured = evaluate(checkpoint, workshop.parent, heldout, recipe.evaluate)
+        assert measured.parent_ce is not None
+        found |= {"kl": measured.kl, "gap": measured.ce - measured.parent_ce}
+    cost = conversion_cost(
+        config, found["calibration_tokens"], recipe.calibrate.heldout_tokens, GPUS["h100"]
+    )
+    expected = {"h100_seconds": round(cost.seconds, 1), "h100_gb": round(cost.memory / 1e9, 2)}
+    return found | {"predictors": asdict(seen), "expected": expected}
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Rank correlations over all lines."""
+    settings = [Predictors(**row["predictors"]) for row in rows]
+    kl = [row["kl"] for row in rows]
+    fitted = fit_forecast(settings, kl)
+    left_out = left_out_forecasts(settings, kl)
+    ranks = {
+        "in_code": rank_correlation([FORECAST.kl(s) for s in settings], kl),
+        "fitted": rank_correlation([fitted.kl(s) for s in settings], kl),
+        "left_out": rank_correlation(left_out, kl),
+    }
+    return {
+        "conversions": len(rows),
+        "rank_correlation": {name: round(value, 3) for name, value in ranks.items()},
+        "bar": BAR,
+        "constants": [round(value, 4) for value in fitted.constants],
+        "left_out": {
+            row["case"]: [round(k, 3), round(f, 3)]
+            for row, k, f in zip(rows, kl, left_out, strict=True)
+        },
+    } | machine()
+
+
+if __name__ == "__main__":
+    main()

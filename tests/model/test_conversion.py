@@ -1,0 +1,91 @@
+"""From recipe and parent to the converted model's shape, without any weights."""
+
+from typing import Any
+
+import pytest
+
+from molcli.config.recipe import load_recipe
+from molcli.config.sections import UpcycleConfig
+from molcli.errors import MolError
+from molcli.maths.parameters import count_parameters
+from molcli.model import MoLConfig
+from molcli.model.conversion import converted_config
+
+
+def parent(*numbers: int) -> dict[str, Any]:
+    names = "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"
+    rest = "intermediate_size", "num_hidden_layers", "vocab_size"
+    return dict(zip(names + rest, numbers, strict=True))
+
+
+PARENTS = {
+    "SmolLM2-135M": parent(576, 9, 3, 64, 1536, 30, 49_152),
+    "Qwen3-0.6B": parent(1024, 16, 8, 128, 3072, 28, 151_936),
+    "Llama-3.2-1B": parent(2048, 32, 8, 64, 8192, 16, 128_256),
+    "Llama-3.2-3B": parent(3072, 24, 8, 128, 8192, 28, 128_256),
+    "Llama-3.1-8B": parent(4096, 32, 8, 128, 14_336, 32, 128_256),
+}
+
+
+def share(dense: dict[str, Any], config: MoLConfig) -> float:
+    """Active non-embedding parameters, of the parent's."""
+    layers = dense["num_hidden_layers"]
+    whole = count_parameters(MoLConfig(**dense, layer_kinds=["dense"] * layers))
+    count = count_parameters(config)
+    return (count.active - count.embedding) / whole.non_embedding
+
+
+@pytest.mark.parametrize("name", PARENTS)
+@pytest.mark.parametrize("blocks", [{}, {"num_blocks": 15, "top_k": 3}])
+@pytest.mark.parametrize("preset, low, high", [("quality", 0.74, 0.755), ("fast", 0.36, 0.38)])
+def test_a_preset_is_a_share_of_any_parent(
+    name: str, blocks: dict[str, int], preset: Any, low: float, high: float
+) -> None:
+    config = converted_config(PARENTS[name], UpcycleConfig(preset=preset, **blocks))
+    assert low <= share(PARENTS[name], config) <= high
+
+
+@pytest.mark.parametrize("name", PARENTS)
+def test_balanced_is_the_papers_rule_and_in_between(name: str) -> None:
+    dense = PARENTS[name]
+    config = converted_config(dense, UpcycleConfig())
+    assert abs(3 * config.d_thin - dense["hidden_size"]) <= 1.5 * dense["head_dim"]
+    assert 0.38 < share(dense, config) < 0.74
+
+
+def test_smollm2s_presets() -> None:
+    def shape(**options: Any) -> tuple[int, int, int]:
+        found = converted_config(PARENTS["SmolLM2-135M"], UpcycleConfig(**options))
+        return found.d_thin, found.thin_num_attention_heads, found.d_ff_thin
+
+    assert shape() == (192, 3, 512)
+    assert shape(preset="quality") == (256, 3, 592)
+    assert shape(preset="fast") == (128, 3, 592)
+    # What is set wins over the preset, and the preset fills the rest.
+    assert shape(preset="quality", d_thin=192) == (192, 3, 976)
+    assert shape(preset="quality", d_ff_thin=256, num_heads_thin=6) == (256, 6, 256)
+    assert shape(d_thin=256) == (256, 4, 683)
+    assert shape(d_thin=256, num_heads_thin=3) == (256, 3, 683)
+
+
+@pytest.mark.parametrize(
+    "options, found, hint",
+    [
+        ({"num_heads_thin": 10}, "num_heads_thin` is 10, but the parent has 9 heads", "thin=3"),
+        ({"preset": "fast", "d_thin": 448}, "no room for neurons", "upcycle.d_thin=128"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_what_does(
+    options: dict[str, Any], found: str, hint: str
+) -> None:
+    with pytest.raises(MolError) as caught:
+        converted_config(PARENTS["SmolLM2-135M"], UpcycleConfig(**options))
+    assert found in caught.value.found and hint in caught.value.hint
+    key, value = caught.value.hint.removeprefix("--set upcycle.").split("=")
+    converted_config(PARENTS["SmolLM2-135M"], UpcycleConfig(**options | {key: int(value)}))
+
+
+def test_an_unknown_preset_is_refused() -> None:
+    with pytest.raises(MolError) as caught:
+        load_recipe(None, ["upcycle.preset=qualty"])
+    assert caught.value.hint == "upcycle.preset=quality"

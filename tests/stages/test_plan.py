@@ -1,0 +1,139 @@
+"""Plans: what they promise is what a conversion then has."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from molcli.config.sections import CalibrateConfig, Recipe, TrainConfig, UpcycleConfig
+from molcli.errors import MolError
+from molcli.io.parent import open_parent, outline
+from molcli.maths.parameters import count_parameters
+from molcli.model.conversion import converted_config
+from molcli.model.costs import GPUS, Cost, conversion_cost, parent_of, training_cost
+from molcli.stages.plan import PRESETS, layer_spectra, plan, predictors
+
+SMOLLM2: dict[str, Any] = {
+    "hidden_size": 576,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "vocab_size": 49_152,
+    "dtype": torch.bfloat16,
+}
+DENSE = {name: value for name, value in SMOLLM2.items() if name != "dtype"}
+
+
+def test_candidates_keep_to_the_share_and_say_how_to_make_them() -> None:
+    found = plan(SMOLLM2, Recipe(), 0.6, 10**6, GPUS["h100"])
+    assert [c.name for c in found.candidates[:3]] == list(PRESETS)
+    assert len(found.candidates) == 3 + 9
+    for candidate in found.candidates:
+        config = converted_config(DENSE, UpcycleConfig(**candidate.settings))
+        count = count_parameters(config)
+        assert (count.total, count.active) == (candidate.total, candidate.active)
+        assert candidate.checkpoint == 2 * count.total
+        assert candidate.name in PRESETS or 0.57 <= candidate.share <= 0.61
+    assert found.parent_total == count_parameters(parent_of(config)).total
+    assert found.recommended == found.candidates[3].name
+
+
+def test_only_layers_and_mixers_of_the_recipe_count() -> None:
+    few = UpcycleConfig(layers=[0, 1], d_thin=448, d_ff_thin=7, num_heads_thin=1)
+    found = plan(SMOLLM2, Recipe(upcycle=few), 0.5, 10**6, GPUS["h100"])
+    assert all(c.share > 0.95 for c in found.candidates)
+    assert {c.settings["d_thin"] for c in found.candidates} == {64, 128, 192, 256}
+
+
+def test_no_room_for_neurons_is_refused() -> None:
+    with pytest.raises(MolError, match="no room for neurons"):
+        plan(SMOLLM2, Recipe(), 0.02, 10**6, GPUS["h100"])
+
+
+def test_the_lowest_forecast_within_the_share_is_recommended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A forecast by lost reading energy alone takes the widest shape that is cheap enough."""
+    from molcli.maths.forecast import Forecast
+
+    monkeypatch.setattr("molcli.stages.plan.FORECAST", Forecast((0.0, 1.0, 0.0, 0.0, 0.0)))
+    spectrum = torch.linspace(1, 0, 576, dtype=torch.float64)
+    spectra = dict.fromkeys(range(30), spectrum / spectrum.sum())
+    found = plan(SMOLLM2, Recipe(), 0.5, 10**6, GPUS["h100"], spectra, 4096)
+    best = next(c for c in found.candidates if c.name == found.recommended)
+    cheap = [c for c in found.candidates if c.share <= 0.51]
+    assert best.settings["d_thin"] == max(c.settings["d_thin"] for c in cheap) == 256
+    # 1+2of17 is as wide, and has more parameters.
+    assert best.settings["num_blocks"] == 9
+    few = Recipe(upcycle=UpcycleConfig(layers=[0]))  # keeps most of the parent's parameters active
+    assert plan(SMOLLM2, few, 0.5, 1, GPUS["h100"], spectra).recommended == found.recommended
+    lost = 30 * spectra[0][256:].sum().item()
+    assert best.kl == pytest.approx(lost)
+
+
+def test_predictors_by_hand() -> None:
+    spectra = {i: torch.full((576,), 1 / 576, dtype=torch.float64) for i in (3, 7)}
+    config = converted_config(DENSE, UpcycleConfig(layers=[3, 7]))
+    found = predictors(config, spectra, 8192)
+    assert found.lost_reading == pytest.approx(2 * (1 - 192 / 576))
+    assert found.neurons == 1
+    assert found.clones == 4
+    assert found.tokens_a_feature == 8192 / (3 * 64 + 512)
+
+
+def test_spectra_come_from_weights_and_moments(tiny_parent: Callable[..., Path]) -> None:
+    parent = open_parent(tiny_parent("qwen3"))
+    eye = torch.eye(64, dtype=torch.float64)
+    spectra = dict(layer_spectra(parent, lambda layer: eye, [0, 1]))
+    for spectrum in spectra.values():
+        assert spectrum.shape == (64,) and spectrum.sum().item() == pytest.approx(1)
+        assert (spectrum.diff() <= 0).all()
+    # Inputs in one direction only are read from that direction only.
+    one = torch.zeros(64, 64, dtype=torch.float64)
+    one[5, 5] = 1
+    assert dict(layer_spectra(parent, lambda layer: one, [1]))[1][0] > 0.999
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "phi3"])
+def test_an_outline_is_the_opened_parents_numbers(
+    family: str, tiny_parent: Callable[..., Path]
+) -> None:
+    folder = tiny_parent(family, dtype=torch.bfloat16)
+    opened = open_parent(folder).mol_config_kwargs()
+    (folder / "model.safetensors").unlink()
+    found = outline(folder)
+    assert found.pop("dtype") == torch.bfloat16
+    assert found == opened
+
+
+def test_costs_grow_with_what_is_asked_for() -> None:
+    gpu, config = GPUS["h100"], converted_config(DENSE, UpcycleConfig())
+
+    def conversion(tokens: int) -> Cost:
+        return conversion_cost(config, tokens, 0, gpu)
+
+    fixed, one, two = (conversion(n) for n in (0, 10**5, 2 * 10**5))
+    assert two.seconds - one.seconds == pytest.approx(one.seconds - fixed.seconds)
+    assert two.memory - one.memory == pytest.approx(one.memory - fixed.memory)
+    train = TrainConfig()
+    whole = training_cost(config, train, 10**6, gpu)
+    assert training_cost(config, train, 3 * 10**6, gpu).seconds == pytest.approx(3 * whole.seconds)
+    less = training_cost(config, replace(train, gradient_checkpointing=True), 10**6, gpu)
+    assert less.memory < whole.memory and less.seconds > whole.seconds
+    # Weights, gradients and AdamW's moments are there in any case.
+    assert whole.memory > 16 * count_parameters(config).total
+    few = converted_config(DENSE, UpcycleConfig(layers=[0]))
+    assert conversion_cost(few, 10**5, 0, gpu).seconds < one.seconds
+
+
+def test_calibrated_tokens_win_over_the_recipes() -> None:
+    about = CalibrateConfig(tokens=10**7)
+    spectra = dict.fromkeys(range(30), torch.full((576,), 1 / 576, dtype=torch.float64))
+    few = plan(SMOLLM2, Recipe(calibrate=about), 0.5, 1, GPUS["h100"], spectra, 1000)
+    many = plan(SMOLLM2, Recipe(calibrate=about), 0.5, 1, GPUS["h100"])
+    assert few.candidates[0].conversion.seconds < many.candidates[0].conversion.seconds
