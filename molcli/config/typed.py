@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+from molcli.config.layer_choice import Every, is_every
 from molcli.errors import MolError
 
 
@@ -13,7 +14,7 @@ def checked(name: str, value: object, hint: Any) -> Any:
     """The value as the type `hint` holds it.
 
     name: dotted, as the user writes it ("upcycle.d_thin"). hint: int, float, str, bool, None, a
-    Literal of strings, list[int], tuple[float, float], or a union of them.
+    Literal of strings, Every, list[int], tuple[float, float], or a union of them.
     Raises MolError with the allowed values, and the nearest one for a mistyped word.
     """
     for alternative in _alternatives(hint):
@@ -51,6 +52,8 @@ def _match(value: Any, hint: Any) -> tuple[bool, Any]:
     """(accepted, value as the type holds it)."""
     if hint is NoneType:
         return value is None, value
+    if hint is Every:
+        return isinstance(value, str) and is_every(value), value
     if hint is float:
         fits = _is_finite(value)
         return fits, float(value) if fits else value
@@ -81,6 +84,7 @@ def _describe_one(hint: Any) -> str:
         return ", ".join(get_args(hint))
     names: dict[Any, str] = {
         NoneType: "null",
+        Every: "every:N",
         int: "an integer",
         float: "a finite number",
         str: "text",

@@ -9,6 +9,13 @@ from safetensors import SafetensorError
 from molcli.errors import MolError
 from molcli.model.modeling_mol import MoLForCausalLM
 
+KEPT_IN_FP32 = ("A_log", "dt_bias", "router.weight", "router.correction_bias")
+
+
+def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """In which a tensor of a layer is stored, in a model of this dtype."""
+    return torch.float32 if name.endswith(KEPT_IN_FP32) else dtype
+
 
 def default_device() -> torch.device:
     """The GPU if there is one."""
@@ -20,7 +27,7 @@ def open_checkpoint(folder: Path, device: torch.device) -> MoLForCausalLM:
 
     Raises MolError if the folder is not a Mixture of Layers checkpoint, or not a whole one.
     """
-    _check_model_type(folder)
+    check_model_type(folder)
     model: MoLForCausalLM
     report: dict[str, set[str]]
     try:
@@ -46,7 +53,8 @@ def open_checkpoint(folder: Path, device: torch.device) -> MoLForCausalLM:
     return model.eval()
 
 
-def _check_model_type(folder: Path) -> None:
+def check_model_type(folder: Path) -> None:
+    """Raises MolError if the folder holds no Mixture of Layers model."""
     config = folder / "config.json"
     if not config.is_file():
         raise MolError(

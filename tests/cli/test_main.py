@@ -11,7 +11,7 @@ from molcli import __version__
 from molcli.cli import main as command
 from molcli.errors import MolError
 
-COMMANDS = ["demo", "upcycle", "train", "inspect", "eval", "init", "sample", "calibrate"]
+COMMANDS = ["demo", "upcycle", "convert", "train", "inspect", "eval", "init", "sample", "calibrate"]
 HEAVY = ["torch", "transformers", "datasets", "accelerate", "numpy"]
 
 

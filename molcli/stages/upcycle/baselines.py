@@ -16,12 +16,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from molcli.io.calibration import Calibration
 from molcli.maths.partition import Part
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.context import Context
 from molcli.model.layers import DenseLayer, MoLLayer
 from molcli.model.modeling_mol import MoLModel
-from molcli.stages.upcycle.calibration import Calibration
 from molcli.stages.upcycle.layer import FittedLayer, clones_of_families, set_router
 from molcli.stages.upcycle.projection import Share, pca_bases, project, svd_bases
 
@@ -93,6 +93,4 @@ def _untrained(config: MoLConfig, index: int, seed: int) -> MoLLayer:
         torch.manual_seed(seed)
         layer = MoLModel(alone).layers[0]
     assert isinstance(layer, MoLLayer)
-    if layer.router is not None:
-        layer.router.layer = index
     return layer

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from molcli.config.layer_choice import chosen_layers, refuse_beyond
 from molcli.config.sections import UpcycleConfig
 from molcli.errors import MolError
 from molcli.io.parent import Parent
@@ -24,12 +25,13 @@ def mol_config(parent: Parent, config: UpcycleConfig) -> MoLConfig:
     heads = max(1, round(dense["num_attention_heads"] * share))
     kv_heads = thin_kv_heads(heads, dense["num_attention_heads"], dense["num_key_value_heads"])
     d_ff = max(1, round(dense["intermediate_size"] * share))
-    converted = _layers("upcycle.layers", config.layers, layers)
-    deltanet: set[int] = set()
-    if config.gated_deltanet == "all":
-        deltanet = converted
-    elif not isinstance(config.gated_deltanet, str):
-        deltanet = _layers("upcycle.gated_deltanet", config.gated_deltanet, layers)
+    converted = set(range(layers))
+    if not isinstance(config.layers, str):
+        converted = set(config.layers)
+        refuse_beyond("upcycle.layers", config.layers, layers)
+    if not isinstance(config.gated_deltanet, str):
+        refuse_beyond("upcycle.gated_deltanet", config.gated_deltanet, layers)
+    deltanet = chosen_layers(config.gated_deltanet, sorted(converted))
     kinds = [_kind(i in converted, i in deltanet) for i in range(layers)]
     thin: dict[str, Any] = {
         "layer_kinds": kinds,
@@ -86,18 +88,6 @@ def _d_thin(config: UpcycleConfig, d_model: int, head_dim: int, active: int) -> 
             hint=f"--set upcycle.d_thin={below}",
         )
     return config.d_thin
-
-
-def _layers(name: str, wanted: str | list[int], count: int) -> set[int]:
-    if isinstance(wanted, str):  # "all"
-        return set(range(count))
-    beyond = sorted(i for i in wanted if i >= count)
-    if beyond:
-        raise MolError(
-            f"`{name}` names layer {beyond[0]}, but the parent has {count}",
-            allowed=f"layers 0 to {count - 1}",
-        )
-    return set(wanted)
 
 
 def _kind(converted: bool, deltanet: bool) -> str:
