@@ -5,8 +5,8 @@
 Upcycles the parent with softmax attention, converts it (`molcli convert`), and prints one JSON line
 per model: cross-entropy and KL to the parent on held-out text, in nats a token. layers: how they
 were chosen. gate: "ours", or "random": the same checkpoint with its gates drawn as an untrained
-model has them, and nothing refitted. how: "convert" of the softmax model, or "upcycle" straight to Gated
-DeltaNet. `--set` reaches every stage.
+model has them, and nothing refitted. how: "convert" of the softmax model, or "upcycle" straight to
+Gated DeltaNet. `--set` reaches every stage.
 """
 
 import argparse
