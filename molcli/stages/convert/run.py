@@ -97,59 +97,62 @@ def _convert(
 
     Each layer is fitted on the residual that the converted layers before it really give.
     """
-    device, count = default_device(), source.config.num_hidden_layers
-    embedding = source.embedding()
-    streams = None
+    replaced: set[str] = set()
+    found: list[dict[str, Any]] = []
+    losses = None
     if text is not None:
+        device, count = default_device(), source.config.num_hidden_layers
+        embedding = source.embedding()
         fit, heldout = (
             open_streams(rows, source.config, embedding, device)
             for rows in (text.fit, text.heldout)
         )
-        streams = fit, heldout
-    written: set[str] = set()
-    found = []
-    for i in range(count):
-        if streams is None:
-            break
-        assert text is not None
-        layer = converted = source.layer(i, device)
-        if i in layers:
-            converted = convert_layer(
-                after, i, layer, fit.student, fit.context, recipe.convert.ridge
-            )
-            row = {"layer": i, "kind": after.layer_kinds[i]}
-            row["delta_error_start"] = _delta_error(heldout, layer, converted)
-            if recipe.convert.steps:
-                align(
-                    after,
-                    converted,
-                    layer,
-                    fit.student,
-                    text.fit,
-                    recipe.convert,
-                    recipe.calibrate.seed,
-                )
-            row["delta_error"] = _delta_error(heldout, layer, converted)
-            prefix = mixer_prefix(converted)
-            for name, tensor in converted.state_dict().items():
-                if name.startswith(prefix):
-                    dtype = stored_dtype(name, embedding.dtype)
-                    writer.add(layer_name(i, name), tensor.to(dtype))
-            written |= {
-                layer_name(i, name) for name in layer.state_dict() if name.startswith(prefix)
-            }
-            found.append(row)
-        for stream in streams:
-            stream.advance(layer, converted)
-        if i in layers:
-            found[-1]["residual_error"] = heldout.error()
-        progress(i + 1, count, "converting")
+        for i in range(count):
+            softmax = converted = source.layer(i, device)
+            if i in layers:
+                converted, row = _converted(after, i, softmax, fit, heldout, text, recipe)
+                prefix = mixer_prefix(softmax)
+                replaced |= {layer_name(i, n) for n in softmax.state_dict() if n.startswith(prefix)}
+                for name, tensor in converted.state_dict().items():
+                    if name.startswith(prefix):
+                        dtype = stored_dtype(name, embedding.dtype)
+                        writer.add(layer_name(i, name), tensor.to(dtype))
+                found.append(row)
+            for streams in (fit, heldout):
+                streams.advance(softmax, converted)
+            if i in layers:
+                found[-1]["residual_error"] = heldout.error()
+            progress(i + 1, count, "converting")
+        losses = source.ending(device).figures(heldout, heldout.student)
     for name in source.reader.tensors:
-        if name not in written:
+        if name not in replaced:
             writer.add(name, source.reader.read(name))
-    if streams is None:
-        return found, None
-    return found, source.ending(device).figures(heldout, heldout.student)
+    return found, losses
+
+
+def _converted(
+    after: MoLConfig,
+    index: int,
+    softmax: Layer,
+    fit: Streams,
+    heldout: Streams,
+    text: Text,
+    recipe: Recipe,
+) -> tuple[Layer, dict[str, Any]]:
+    """The converted layer, fitted and aligned, and its row of the report."""
+    options, x = recipe.convert, fit.student
+    layer = convert_layer(after, index, softmax, x, fit.context, options.ridge)
+    start = end = _delta_error(heldout, softmax, layer)
+    if options.steps:
+        align(after, layer, softmax, x, text.fit, options, recipe.calibrate.seed)
+        end = _delta_error(heldout, softmax, layer)
+    kind = after.layer_kinds[index]
+    return layer, {
+        "layer": index,
+        "kind": kind,
+        "delta_error_start": start,
+        "delta_error": end,
+    }
 
 
 @torch.no_grad()
