@@ -7,6 +7,7 @@ import typer
 
 from molcli import __version__
 from molcli.cli.calibrate import calibrate
+from molcli.cli.convert import convert
 from molcli.cli.data import app as data
 from molcli.cli.demo import demo
 from molcli.cli.evaluate import evaluate
@@ -44,6 +45,7 @@ def _root(
 app.command("demo")(demo)
 app.command("upcycle")(upcycle)
 app.command("plan")(plan)
+app.command("convert")(convert)
 app.command("train")(train)
 app.command("inspect")(inspect)
 app.command("eval")(evaluate)

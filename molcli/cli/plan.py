@@ -76,7 +76,7 @@ def run_plan(
     chosen = GPUS[gpu.lower()]
     if calibration is None:
         return make(outline(parent), recipe, share, tokens, chosen)
-    from molcli.stages.upcycle.calibration import open_calibration
+    from molcli.io.calibration import open_calibration
 
     dense = open_parent(parent)
     text = open_calibration(calibration, dense)

@@ -2,6 +2,7 @@
 
 from molcli.config.sections import (
     CalibrateConfig,
+    ConvertConfig,
     Data,
     EvaluateConfig,
     InspectConfig,
@@ -18,6 +19,7 @@ from molcli.errors import MolError
 def validate(recipe: Recipe) -> None:
     """Raises MolError for the first value that no parent and no text could make sense of."""
     _upcycle(recipe.upcycle)
+    _convert(recipe.convert)
     _calibrate(recipe.calibrate)
     _sample(recipe.sample)
     _train(recipe.train)
@@ -42,14 +44,24 @@ def _upcycle(c: UpcycleConfig) -> None:
                 f"`upcycle.gated_deltanet` names {dense}, which `upcycle.layers` keeps dense",
                 allowed=f"layers of {c.layers}",
             )
+    _between("upcycle.gated_deltanet_budget", c.gated_deltanet_budget, 0, 1)
     if c.gated_deltanet == "auto" and c.method != "fitted":
         raise MolError(
             f"`upcycle.gated_deltanet` is auto, `upcycle.method` {c.method}: auto compares fits",
-            allowed="all, none or a list of layers, where nothing is fitted",
+            allowed="all, none, every:N or a list of layers, where nothing is fitted",
             hint="upcycle.gated_deltanet=none",
         )
     _positive("upcycle.ridge", c.ridge)
     _between("upcycle.shrinkage", c.shrinkage, 0, 1)
+
+
+def _convert(c: ConvertConfig) -> None:
+    if not isinstance(c.gated_deltanet, str):
+        _indices("convert.gated_deltanet", c.gated_deltanet)
+    _between("convert.budget", c.budget, 0, 1)
+    _positive("convert.ridge", c.ridge)
+    _at_least("convert.steps", c.steps, 0)
+    _positive("convert.learning_rate", c.learning_rate)
 
 
 def _calibrate(c: CalibrateConfig) -> None:

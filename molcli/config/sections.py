@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from molcli.config.layer_choice import LayerChoice
+
 Data = str | dict[str, float]
 """A source, or a mapping from sources to weights, a source's share of the tokens in any unit. A
 source is a .txt, .jsonl or .parquet file, a folder of `molcli data tokenize`, or a data set on the
@@ -28,7 +30,10 @@ class UpcycleConfig:
         preset.
     layers: which parent layers become Mixture of Layers, "all" or a list of indices.
     gated_deltanet: layers whose routed blocks use Gated DeltaNet instead of softmax attention:
-        "all", "none", a list of layers, or "auto" (those where it fits about as well).
+        "all", "none", "every:N" (of N neighbouring ones the last), a list of layers, or "auto":
+        those that cost least. The cost of a layer is what it adds to KL(parent || model) with that
+        layer alone converted, on calibration text kept from its fit.
+    gated_deltanet_budget: share of the converted layers that "auto" takes.
     ridge: Tikhonov term of the least-squares refits, relative to the mean feature energy.
     shrinkage: share of every block's refit that sees all tokens, not only its cluster's.
     method: how blocks are filled. "fitted" by least squares; the others are baselines, to train
@@ -47,11 +52,32 @@ class UpcycleConfig:
     d_ff_thin: int | None = None
     num_heads_thin: int | None = None
     layers: Literal["all"] | list[int] = "all"
-    gated_deltanet: Literal["all", "none", "auto"] | list[int] = "none"
+    gated_deltanet: LayerChoice = "none"
+    gated_deltanet_budget: float = 0.5
     ridge: float = 1e-2
     shrinkage: float = 0.1
     method: Literal["fitted", "random", "svd", "pca"] = "fitted"
     receipt: Literal["short", "full"] = "short"
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Softmax attention of a Mixture of Layers model becomes Gated DeltaNet.
+
+    gated_deltanet: as `upcycle.gated_deltanet`, among the layers whose routed blocks use softmax; a
+        list may also name dense layers, whose attention is then converted at full width.
+    budget: share of these layers that "auto" takes; the cost of a layer is KL(original || original
+        with that layer alone converted), on text kept from its fit.
+    ridge: Tikhonov term of the least-squares refits, relative to the mean feature energy.
+    steps: of Adam, per layer, on the converted attention: it learns to give the layer the output
+        that it had with softmax. learning_rate: of these steps, falling linearly to 0.
+    """
+
+    gated_deltanet: LayerChoice = "all"
+    budget: float = 0.5
+    ridge: float = 1e-2
+    steps: int = 0
+    learning_rate: float = 1e-3
 
 
 @dataclass(frozen=True)
@@ -252,6 +278,7 @@ class Recipe:
     """Every section, with defaults that work."""
 
     upcycle: UpcycleConfig = field(default_factory=UpcycleConfig)
+    convert: ConvertConfig = field(default_factory=ConvertConfig)
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from molcli.config.layer_choice import Every, is_every
 from molcli.errors import MolError
 
 
@@ -14,8 +15,8 @@ def checked(name: str, value: object, hint: Any) -> Any:
     """The value as the type `hint` holds it.
 
     name: dotted, as the user writes it ("upcycle.d_thin"). hint: int, float, str, bool, None, a
-    Literal of strings, list[int], tuple[float, float], dict[str, float], a list of a dataclass, or
-    a union of them.
+    Literal of strings, Every, list[int], tuple[float, float], dict[str, float], a list of a
+    dataclass, or a union of them.
     Raises MolError with the allowed values, and the nearest one for a mistyped word.
     """
     for alternative in _alternatives(hint):
@@ -86,6 +87,8 @@ def _match(value: Any, hint: Any) -> tuple[bool, Any]:
     """(accepted, value as the type holds it)."""
     if hint is NoneType:
         return value is None, value
+    if hint is Every:
+        return isinstance(value, str) and is_every(value), value
     if hint is float:
         fits = _is_finite(value)
         return fits, float(value) if fits else value
@@ -125,6 +128,7 @@ def _describe_one(hint: Any) -> str:
         return "a list with a mapping in each entry"
     names: dict[Any, str] = {
         NoneType: "null",
+        Every: "every:N",
         int: "an integer",
         float: "a finite number",
         str: "text",

@@ -92,6 +92,28 @@ class Rows:
             max_seqlen=self.max_seqlen,
         )
 
+    def of_first_tokens(self, count: int) -> tuple["Rows", Tensor]:
+        """The rows of the stream's first `count` tokens, and which of these rows they are (M', ).
+
+        For work that neither gathers nor combines tokens: `of_token` is empty.
+        """
+        kept = (self.tokens < count).nonzero()[:, 0]
+        segments = self.segments[kept].contiguous()
+        starts = torch.arange(self.cu_seqlens.shape[0], device=segments.device)
+        cu = torch.searchsorted(segments, starts).int()
+        documents = (self.cu_seqlens.shape[0] - 1) // self.num_blocks
+        first = Rows(
+            tokens=self.tokens[kept],
+            slots=self.slots[kept],
+            blocks=self.blocks[kept],
+            offsets=cu[documents::documents].clone(),
+            segments=segments,
+            cu_seqlens=cu,
+            of_token=self.of_token[:, :0],
+            max_seqlen=self.max_seqlen,
+        )
+        return first, kept
+
     def scatter(self, x: Tensor, num_tokens: int) -> Tensor:
         """x: (M, D) -> (num_tokens, D), summed over rows; for layouts without `of_token`."""
         return x.new_zeros(num_tokens, x.shape[1]).index_add(0, self.tokens, x)

@@ -52,8 +52,8 @@ def count_parameters(config: Architecture) -> ParameterCount:
     embedding = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
     total = active = embedding + config.hidden_size  # and the final norm
     for kind in config.layer_kinds:
-        if kind == "dense":
-            layer = _dense_layer(config)
+        if kind.startswith("dense"):
+            layer = _dense_layer(config, kind)
             total, active = total + layer, active + layer
             continue
         shared = config.num_shared_blocks * _thin_block(config, "softmax")
@@ -66,9 +66,12 @@ def count_parameters(config: Architecture) -> ParameterCount:
     return ParameterCount(total, active, embedding)
 
 
-def _dense_layer(config: Architecture) -> int:
+def _dense_layer(config: Architecture, kind: str) -> int:
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    mixer = _softmax_attention(config, config.hidden_size, heads, kv_heads)
+    if kind == "dense_gated_deltanet":
+        mixer = _gated_deltanet(config.hidden_size, heads, config.head_dim)
+    else:
+        mixer = _softmax_attention(config, config.hidden_size, heads, kv_heads)
     return mixer + _mlp_and_norms(config, config.hidden_size, config.intermediate_size)
 
 

@@ -72,15 +72,13 @@ class RecurrentState:
 
 
 class MoLCacheLayer(CacheLayerMixin):
-    """The states of one layer: attention of dense or shared blocks, and of the routed blocks."""
+    """The states of one layer: of the dense or the shared blocks, and of the routed blocks."""
 
-    def __init__(self, spec: BlockSpec | None) -> None:
-        """spec: the layer's routed blocks, None where it has none."""
+    def __init__(self, always: BlockSpec, routed: BlockSpec | None) -> None:
+        """routed: None where the layer has no routed blocks."""
         super().__init__()
-        self.always = AttentionState()
-        self.routed: AttentionState | RecurrentState | None = None
-        if spec is not None:
-            self.routed = RecurrentState() if spec.mixer == "gated_deltanet" else AttentionState()
+        self.always = _new_state(always)
+        self.routed = None if routed is None else _new_state(routed)
 
     def states(self) -> list[AttentionState | RecurrentState]:
         return [self.always] if self.routed is None else [self.always, self.routed]
@@ -130,11 +128,15 @@ class MoLCache(Cache):
     """One `MoLCacheLayer` per layer, and the number of tokens seen, pads counted."""
 
     def __init__(self, config: MoLConfig) -> None:
-        specs = [
-            None if kind == "dense" or not config.num_routed_blocks else config.routed_spec(i)
+        layers: list[Any] = [
+            MoLCacheLayer(config.dense_spec(kind), None)
+            if config.is_dense(i)
+            else MoLCacheLayer(
+                config.shared_spec(), config.routed_spec(i) if config.num_routed_blocks else None
+            )
             for i, kind in enumerate(config.layer_kinds)
         ]
-        super().__init__(layers=[MoLCacheLayer(spec) for spec in specs])
+        super().__init__(layers=layers)
         self.seen = 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -147,6 +149,10 @@ class MoLCache(Cache):
     @property
     def is_compileable(self) -> bool:
         return False
+
+
+def _new_state(spec: BlockSpec) -> AttentionState | RecurrentState:
+    return RecurrentState() if spec.mixer == "gated_deltanet" else AttentionState()
 
 
 def _by_slot(x: Tensor, rows: Rows, stream: TokenStream, fill: int) -> Tensor:

@@ -10,6 +10,13 @@ from molcli.errors import MolError
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.modeling_mol import MoLForCausalLM
 
+KEPT_IN_FP32 = ("A_log", "dt_bias", "router.weight", "router.correction_bias")
+
+
+def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """In which a tensor of a layer is stored, in a model of this dtype."""
+    return torch.float32 if name.endswith(KEPT_IN_FP32) else dtype
+
 
 def default_device() -> torch.device:
     """The GPU if there is one."""
@@ -18,7 +25,7 @@ def default_device() -> torch.device:
 
 def open_config(folder: Path) -> MoLConfig:
     """The configuration alone. Raises MolError if the folder is no Mixture of Layers checkpoint."""
-    _check_model_type(folder)
+    check_model_type(folder)
     return MoLConfig.from_pretrained(folder)
 
 
@@ -27,7 +34,7 @@ def open_checkpoint(folder: Path, device: torch.device) -> MoLForCausalLM:
 
     Raises MolError if the folder is not a Mixture of Layers checkpoint, or not a whole one.
     """
-    _check_model_type(folder)
+    check_model_type(folder)
     model: MoLForCausalLM
     report: dict[str, set[str]]
     try:
@@ -53,7 +60,8 @@ def open_checkpoint(folder: Path, device: torch.device) -> MoLForCausalLM:
     return model.eval()
 
 
-def _check_model_type(folder: Path) -> None:
+def check_model_type(folder: Path) -> None:
+    """Raises MolError if the folder holds no Mixture of Layers model."""
     config = folder / "config.json"
     if not config.is_file():
         raise MolError(

@@ -5,7 +5,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-LAYER_KINDS = ("dense", "softmax", "gated_deltanet")
+# The mixer of a dense layer's one block, by the layer's kind.
+DENSE_KINDS = {"dense": "softmax", "dense_gated_deltanet": "gated_deltanet"}
+LAYER_KINDS = (*DENSE_KINDS, "softmax", "gated_deltanet")
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,10 @@ class BlockSpec:
 class MoLConfig(PreTrainedConfig):
     """A stack of dense and Mixture of Layers (MoL) layers.
 
-    layer_kinds: one of "dense", "softmax", "gated_deltanet" per layer. Dense layers are ordinary
-        pre-norm Transformer layers; the others are MoL layers, named after the mixer of their
-        routed blocks (shared blocks always use softmax attention).
+    layer_kinds: one of "dense", "dense_gated_deltanet", "softmax", "gated_deltanet" per layer. The
+        first two are ordinary pre-norm Transformer layers, with softmax attention or Gated DeltaNet
+        at full width; the others are MoL layers, named after the mixer of their routed blocks
+        (shared blocks always use softmax attention).
     num_blocks, num_shared_blocks, num_blocks_per_tok: N thin blocks, S of them on every token, K of
         the other N - S on each token.
     d_thin, d_ff_thin, thin_num_attention_heads, thin_num_key_value_heads: shape of a thin block.
@@ -118,15 +121,20 @@ class MoLConfig(PreTrainedConfig):
     def num_routed_blocks(self) -> int:
         return self.num_blocks - self.num_shared_blocks
 
-    def dense_spec(self) -> BlockSpec:
-        """The one full-width block of a dense layer."""
+    def is_dense(self, layer: int) -> bool:
+        """Whether layer `layer` is one full-width block."""
+        return self.layer_kinds[layer] in DENSE_KINDS
+
+    def dense_spec(self, kind: str = "dense") -> BlockSpec:
+        """The one full-width block of a dense layer of this kind."""
+        heads, mixer = self.num_attention_heads, DENSE_KINDS[kind]
         return BlockSpec(
             num_blocks=1,
             width=self.hidden_size,
-            mixer="softmax",
+            mixer=mixer,
             d_ff=self.intermediate_size,
-            num_heads=self.num_attention_heads,
-            num_kv_heads=self.num_key_value_heads,
+            num_heads=heads,
+            num_kv_heads=self.num_key_value_heads if mixer == "softmax" else heads,
             head_dim=self.head_dim,
         )
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from molcli.kernels.rows import Rows, all_rows
 from molcli.model.configuration_mol import MoLConfig
-from molcli.model.layers import DenseLayer, MoLLayer
+from molcli.model.layers import DenseLayer, Layer
 from molcli.model.rotary import rotary_embedding
 from molcli.model.tokens import TokenStream, token_stream
 
@@ -25,7 +25,7 @@ class Context:
     shared_rows: Rows
     rotary: tuple[Tensor, Tensor]
 
-    def run(self, layer: DenseLayer | MoLLayer, x: Tensor) -> Tensor:
+    def run(self, layer: Layer, x: Tensor) -> Tensor:
         """One layer on the residual x (n, d_model) -> (n, d_model)."""
         rows = self.dense_rows if isinstance(layer, DenseLayer) else self.shared_rows
         out: Tensor = layer(x, rows, self.rotary, self.stream)[0]

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from molcli.config.layer_choice import chosen_layers, refuse_beyond
 from molcli.config.sections import UpcycleConfig
 from molcli.errors import MolError
 from molcli.maths.partition import thin_kv_heads
@@ -24,12 +25,13 @@ def converted_config(dense: dict[str, Any], options: UpcycleConfig) -> MoLConfig
     top_k = min(2, routed) if options.top_k is None else options.top_k
     shape = dense_shape(dense)
     thin = _thin_shape(options, shape, options.num_shared_blocks + top_k)
-    converted = _layers("upcycle.layers", options.layers, layers)
-    deltanet: set[int] = set()
-    if options.gated_deltanet == "all":
-        deltanet = converted
-    elif not isinstance(options.gated_deltanet, str):
-        deltanet = _layers("upcycle.gated_deltanet", options.gated_deltanet, layers)
+    converted = set(range(layers))
+    if not isinstance(options.layers, str):
+        converted = set(options.layers)
+        refuse_beyond("upcycle.layers", options.layers, layers)
+    if not isinstance(options.gated_deltanet, str):
+        refuse_beyond("upcycle.gated_deltanet", options.gated_deltanet, layers)
+    deltanet = chosen_layers(options.gated_deltanet, sorted(converted))
     changed: dict[str, Any] = {
         "layer_kinds": [_kind(i in converted, i in deltanet) for i in range(layers)],
         "num_blocks": options.num_blocks,
@@ -111,18 +113,6 @@ def _check_width(d_thin: int, dense: DenseShape, active: int) -> None:
             allowed=f"multiples of head_dim, {head_dim}, up to {d_model}",
             hint=f"--set upcycle.d_thin={below}",
         )
-
-
-def _layers(name: str, wanted: str | list[int], count: int) -> set[int]:
-    if isinstance(wanted, str):  # "all"
-        return set(range(count))
-    beyond = sorted(i for i in wanted if i >= count)
-    if beyond:
-        raise MolError(
-            f"`{name}` names layer {beyond[0]}, but the parent has {count}",
-            allowed=f"layers 0 to {count - 1}",
-        )
-    return set(wanted)
 
 
 def _kind(converted: bool, deltanet: bool) -> str:

@@ -29,8 +29,8 @@ def count_flops(config: MoLConfig, context_length: int) -> Flops:
     total = active = float(_head(config))
     routed_blocks, top_k = config.num_routed_blocks, config.num_blocks_per_tok
     for i, kind in enumerate(config.layer_kinds):
-        if kind == "dense":
-            layer = _block(config.dense_spec(), config, context_length)
+        if config.is_dense(i):
+            layer = _block(config.dense_spec(kind), config, context_length)
             total, active = total + layer, active + layer
             continue
         always = 2.0 * config.hidden_size * routed_blocks  # the router

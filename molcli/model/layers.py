@@ -51,9 +51,9 @@ class ThinBlocks(nn.Module):
 class DenseLayer(GradientCheckpointingLayer):
     """An ordinary pre-norm Transformer layer: a stack of one block at full width."""
 
-    def __init__(self, config: MoLConfig) -> None:
+    def __init__(self, config: MoLConfig, kind: str = "dense") -> None:
         super().__init__()
-        self.block = BlockStack(config.dense_spec(), config)
+        self.block = BlockStack(config.dense_spec(kind), config)
 
     def forward(
         self,
@@ -109,3 +109,13 @@ class MoLLayer(GradientCheckpointingLayer):
             rows = all_rows(*sizes)
             weights = torch.zeros_like(routing.logits).scatter(1, routing.blocks, weights)
         return rows, rows.gather_slots(weights)
+
+
+Layer = DenseLayer | MoLLayer
+
+
+def new_layer(config: MoLConfig, index: int) -> Layer:
+    """Layer `index`, of the kind that the configuration says."""
+    if config.is_dense(index):
+        return DenseLayer(config, config.layer_kinds[index])
+    return MoLLayer(config, index)

@@ -16,7 +16,7 @@ from molcli.model.block_stack import BlockStack, StackedAttention, StackedMLP, r
 from molcli.model.cache import MoLCache
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.gated_deltanet import StackedGatedDeltaNet
-from molcli.model.layers import DenseLayer, MoLLayer, ThinBlocks
+from molcli.model.layers import ThinBlocks, new_layer
 from molcli.model.rotary import rotary_embedding
 from molcli.model.router import Router, Routing
 from molcli.model.tokens import token_stream
@@ -109,10 +109,7 @@ class MoLModel(MoLPreTrainedModel):
     def __init__(self, config: MoLConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            DenseLayer(config) if kind == "dense" else MoLLayer(config, i)
-            for i, kind in enumerate(config.layer_kinds)
-        )
+        self.layers = nn.ModuleList(new_layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = FinalNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = rotary_embedding(config)
         self.gradient_checkpointing = False
@@ -156,8 +153,8 @@ class MoLModel(MoLPreTrainedModel):
             for count in {1, self.config.num_shared_blocks} - {0}
         }
         routings = []
-        for i, (layer, kind) in enumerate(zip(self.layers, self.config.layer_kinds, strict=True)):
-            always = rows[1 if kind == "dense" else max(1, self.config.num_shared_blocks)]
+        for i, layer in enumerate(self.layers):
+            always = rows[1 if self.config.is_dense(i) else max(1, self.config.num_shared_blocks)]
             states = None if cache is None else cache.layers[i]
             x, routing = layer(x, always, rotary, stream, states)
             if routing is not None:

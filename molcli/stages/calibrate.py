@@ -4,7 +4,6 @@ Writes a folder: `tokens.safetensors` (packed rows to fit on and rows held out),
 float64 second moments of the residual that attention and FFN read, and `calibration.json`.
 """
 
-import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -15,9 +14,8 @@ from safetensors.torch import save_file
 
 from molcli.config.sections import CalibrateConfig
 from molcli.errors import MolError
-from molcli.io.data import load_rows
+from molcli.io.calibration import split_text, text_hash
 from molcli.io.folder import output_folder
-from molcli.io.packing import TokenRows
 from molcli.io.parent import Parent
 from molcli.maths.moments import second_moment, unit_rms
 from molcli.model.checkpoint import default_device
@@ -38,7 +36,7 @@ def calibrate(
     Raises MolError if there is no text, too little for one row to fit on and one held out, nothing
     to predict in the latter, or if the parent overflows on it.
     """
-    fit, heldout = _rows(parent, config)
+    fit, heldout = split_text(config, parent.tokenizer(), parent.config.vocab_size)
     model = MoLConfig(**parent.mol_config_kwargs())
     device = default_device()
     embedding = parent.embedding()
@@ -81,45 +79,9 @@ def calibrate(
         save_file(moments, staging / "moments.safetensors")
         about = {
             "parent": parent.fingerprint(),
-            "data": hashlib.sha256(
-                (fit.fingerprint() + heldout.fingerprint()).encode()
-            ).hexdigest(),
+            "data": text_hash(fit, heldout),
             "tokens": fit.tokens,
             "heldout_tokens": heldout.tokens,
             "config": asdict(config),
         }
         (staging / "calibration.json").write_text(json.dumps(about, indent=2) + "\n")
-
-
-def _rows(parent: Parent, config: CalibrateConfig) -> tuple[TokenRows, TokenRows]:
-    """Rows to fit on and rows held out, in that order, none of them twice."""
-    if config.data is None:
-        raise MolError(
-            "there is no text to calibrate on", allowed="calibrate.data: a source of text"
-        )
-    rows = load_rows(
-        config.data,
-        parent.tokenizer(),
-        vocab_size=parent.config.vocab_size,
-        length=config.context_length,
-        limit=config.tokens + config.heldout_tokens,
-        seed=config.seed,
-    ).once()
-    wanted = max(1, config.heldout_tokens // config.context_length)
-    # A short text still gives some of itself to the measurement.
-    heldout = min(wanted, max(1, len(rows) // 2))
-    if len(rows) < 2:
-        raise MolError(
-            f"calibrate.data fills {len(rows)} row of {config.context_length} tokens",
-            allowed="at least 2 rows: one to fit on, one held out",
-            hint="give more text, or a shorter calibrate.context_length",
-        )
-    first = len(rows) - heldout
-    kept = rows.rows(slice(first, None))
-    if not kept.predicted:
-        raise MolError(
-            "in the text held out of calibrate.data, no token follows another one",
-            allowed="documents of 2 tokens or more",
-            hint="give longer documents, or more calibrate.heldout_tokens",
-        )
-    return rows.rows(slice(0, first)), kept

@@ -14,6 +14,7 @@ from molcli.io.packing import Batch
 from molcli.io.tokenizer import open_tokenizer
 from molcli.maths.routing_stats import RoutingCounts, RoutingSummary, count_routing, summarise
 from molcli.model.checkpoint import default_device, open_checkpoint
+from molcli.model.configuration_mol import DENSE_KINDS
 from molcli.progress import Progress, silent
 
 
@@ -60,7 +61,7 @@ def inspect_routing(
     device = default_device()
     model = open_checkpoint(checkpoint, device)
     settings = model.config
-    if settings.num_routed_blocks == 0 or set(settings.layer_kinds) == {"dense"}:
+    if settings.num_routed_blocks == 0 or set(settings.layer_kinds) <= set(DENSE_KINDS):
         raise MolError(
             f"{checkpoint} routes nothing: "
             f"{settings.num_shared_blocks} of {settings.num_blocks} blocks are shared",
@@ -74,7 +75,7 @@ def inspect_routing(
         limit=config.tokens,
         keep_short=True,
     )
-    mol_layers = [i for i, kind in enumerate(settings.layer_kinds) if kind != "dense"]
+    mol_layers = [i for i in range(settings.num_hidden_layers) if not settings.is_dense(i)]
     counts: dict[int, RoutingCounts] = {}
     done = 0
     for batch in rows.batches(config.batch_size):

@@ -25,6 +25,7 @@ from conversions import Case, Lines, Workshop, attempt
 from machine import machine
 
 from molcli.config.sections import Recipe
+from molcli.io.calibration import open_calibration
 from molcli.io.parent import Parent, open_parent
 from molcli.maths.forecast import (
     Predictors,
@@ -36,7 +37,6 @@ from molcli.model.configuration_mol import MoLConfig
 from molcli.model.costs import GPUS, conversion_cost
 from molcli.stages.evaluate import evaluate
 from molcli.stages.plan import FORECAST, layer_spectra, predictors
-from molcli.stages.upcycle.calibration import open_calibration
 
 BAR = 0.9
 

@@ -106,7 +106,7 @@ def test_another_parent(
 
 
 @pytest.mark.parametrize("settings, words", [
-    (["upcycle.layers=[7]"], "`upcycle.layers` names layer 7, but the parent has 2"),
+    (["upcycle.layers=[7]"], "`upcycle.layers` names layer 7, but the model has 2"),
     (["upcycle.d_thin=768"], "`upcycle.d_thin` is 768, but the model's width is 64"),
 ])  # fmt: skip
 def test_a_misfit_is_refused_before_any_work(

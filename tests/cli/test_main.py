@@ -11,7 +11,18 @@ from molcli import __version__
 from molcli.cli import main as command
 from molcli.errors import Interrupted, MolError
 
-COMMANDS = ["demo", "upcycle", "plan", "train", "inspect", "eval", "init", "data", "calibrate"]
+COMMANDS = [
+    "demo",
+    "upcycle",
+    "convert",
+    "plan",
+    "train",
+    "inspect",
+    "eval",
+    "init",
+    "data",
+    "calibrate",
+]
 HEAVY = ["torch", "transformers", "datasets", "accelerate", "numpy"]
 
 

@@ -108,6 +108,51 @@ def test_an_interrupted_run_prints_the_command_that_resumes_it(
     assert calls == [0, 4]
 
 
+def test_convert_takes_its_text_from_a_file_a_calibration_or_the_parent(
+    tmp_path: Path,
+    tiny_parent: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    parent, start, calibration = tiny_parent("llama"), tmp_path / "start", tmp_path / "calibration"
+    small = [word for setting in SMALL for word in ("--set", setting)]
+    data = tmp_path / "text.jsonl"
+    assert molcli(monkeypatch, "data", "sample", parent, data, "--set", "sample.tokens=640") == 0
+    assert molcli(monkeypatch, "calibrate", parent, calibration, "--data", data, *small) == 0
+    known = ["--calibration", calibration]
+    assert molcli(monkeypatch, "upcycle", parent, start, *known, *small) == 0
+    convert = ["convert", start]
+    assert molcli(monkeypatch, *convert, tmp_path / "a", "--data", data) == 0
+    assert molcli(monkeypatch, *convert, tmp_path / "b", *known) == 0
+    listed = ["--parent", parent, "--gated-deltanet", "1"]
+    assert molcli(monkeypatch, *convert, tmp_path / "c", *listed) == 0
+    kinds = {
+        name: [
+            row["layer"]
+            for row in json.loads((tmp_path / name / "convert.json").read_text())["layers"]
+        ]
+        for name in "abc"
+    }
+    assert kinds == {"a": [0, 1], "b": [0, 1], "c": [1]}
+    # The same rows either way.
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (
+        tmp_path / "b" / "model.safetensors"
+    ).read_bytes()
+    recipe = load_recipe(tmp_path / "c" / "recipe.yaml")
+    assert recipe.convert.gated_deltanet == [1]
+    assert recipe.upcycle == load_recipe(None, SMALL).upcycle
+    capsys.readouterr()
+    for arguments, message in (
+        ([], "there is no text"),
+        (["--data", data, "--gated-deltanet", "1,1"], "each layer once"),
+        (["--data", data, "--gated-deltanet", "some"], "every:N"),
+        (["--data", data, "--gated-deltanet", "2"], "names layer 2"),
+    ):
+        assert molcli(monkeypatch, *convert, tmp_path / "d", *arguments) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "d").exists()
+
+
 def test_a_recipe_that_does_not_fit_is_refused_before_any_work(
     tmp_path: Path,
     tiny_parent: Callable[..., Path],

@@ -68,6 +68,19 @@ def test_neighbouring_blocks_are_a_layout_of_their_own(case, data):
     assert torch.equal(ones[:, 0], ((chosen >= first) & (chosen < first + count)).sum(1).float())
 
 
+@settings(deadline=None, max_examples=40)
+@given(routings(), st.data())
+def test_the_rows_of_the_first_tokens_are_those_of_a_shorter_stream(case, data):
+    chosen, document, documents, blocks = case
+    rows = routed_rows(chosen, document, documents, blocks, 30)
+    count = data.draw(st.integers(1, len(chosen)))
+    found, kept = rows.of_first_tokens(count)
+    wanted = routed_rows(chosen[:count], document[:count], documents, blocks, 30)
+    for name in ("tokens", "slots", "blocks", "offsets", "segments", "cu_seqlens"):
+        assert torch.equal(getattr(found, name), getattr(wanted, name)), name
+    assert torch.equal(rows.tokens[kept], found.tokens)
+
+
 def test_all_rows_holds_every_token_in_every_block():
     document = torch.tensor([0, 0, 1])
     rows = all_rows(document, 2, 2, 3)

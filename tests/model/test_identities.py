@@ -10,6 +10,7 @@ from molcli.model.layers import MoLLayer
 from molcli.model.tokens import token_stream
 
 KINDS = ["softmax", "gated_deltanet"]
+DENSE = {"softmax": "dense", "gated_deltanet": "dense_gated_deltanet"}
 
 
 def batch(model, rows=3, length=20):
@@ -36,7 +37,7 @@ def stepwise(model, ids, mask, cuts):
 @pytest.mark.parametrize("cuts", [[0, *range(5, 21)], [0, 4, 5, 12, 20]], ids=["steps", "pieces"])
 @torch.no_grad()
 def test_decoding_with_a_cache_equals_one_forward_pass_padding_included(make_model, kind, cuts):
-    model = make_model(layer_kinds=[kind, "dense", kind])
+    model = make_model(layer_kinds=[kind, DENSE[kind], kind])
     ids, mask = batch(model)
     full = model(ids, attention_mask=mask, use_cache=False).logits
     found = stepwise(model, ids, mask, cuts)

@@ -16,12 +16,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from molcli.io.calibration import Calibration
 from molcli.maths.partition import Part
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.context import Context
 from molcli.model.layers import DenseLayer, MoLLayer
 from molcli.model.modeling_mol import MoLModel
-from molcli.stages.upcycle.calibration import Calibration
 from molcli.stages.upcycle.layer import FittedLayer, clones_of_families, set_router
 from molcli.stages.upcycle.projection import Share, pca_bases, project, svd_bases
 

@@ -9,12 +9,12 @@ from molcli.io.packing import TokenRows
 from molcli.io.parent import Parent
 from molcli.maths.parameters import count_parameters
 from molcli.model.configuration_mol import MoLConfig
+from molcli.model.ending import Ending
 from molcli.model.from_parent import dense_layer
 from molcli.model.layers import DenseLayer, MoLLayer
+from molcli.model.sensitivity import Sensitivity
+from molcli.model.streams import Streams
 from molcli.stages.upcycle.baselines import METHODS, ParentLayer, baseline_layer
-from molcli.stages.upcycle.ending import Ending
-from molcli.stages.upcycle.sensitivity import Sensitivity
-from molcli.stages.upcycle.streams import Streams
 
 
 class Comparison:

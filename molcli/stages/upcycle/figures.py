@@ -7,7 +7,7 @@ from torch import Tensor
 
 from molcli.maths.routing_stats import count_routing, routing_margin, summarise
 from molcli.model.layers import DenseLayer, MoLLayer
-from molcli.stages.upcycle.streams import Streams
+from molcli.model.streams import Streams
 
 DEAD_SHARE = 0.01
 

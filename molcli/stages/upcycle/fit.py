@@ -17,9 +17,9 @@ from molcli.maths.moments import grouped_cross_moment
 from molcli.maths.partition import Part
 from molcli.maths.refit import aligning_turn, least_squares_left, reduced_rank, ridge
 from molcli.model.context import Context
+from molcli.model.deltanet_start import Site, set_gated_deltanet
 from molcli.model.gated_deltanet import StackedGatedDeltaNet
 from molcli.model.layers import ThinBlocks
-from molcli.stages.upcycle.deltanet import set_gated_deltanet
 from molcli.stages.upcycle.teacher import Teacher
 
 MAX_NORM_WEIGHT = 100.0  # coordinates that hardly vary are not blown up without bound
@@ -127,7 +127,8 @@ def _fit_heads(blocks: ThinBlocks, part: Part, task: Task, thin: Tensor) -> Tens
         if bias is not None:
             bias.copy_(fitted[..., -1])
     if isinstance(mixer, StackedGatedDeltaNet):
-        set_gated_deltanet(mixer, read, rows, task.regress)
+        wanted = rows.gather(task.teacher.heads(part.heads))
+        set_gated_deltanet(mixer, Site(read, rows, context), wanted, task.regress)
     else:
         for name in ("q_norm", "k_norm"):
             if getattr(mixer, name) is not None:

@@ -9,18 +9,19 @@ import transformers
 
 from molcli import __version__
 from molcli.config.sections import Recipe
+from molcli.io.calibration import Calibration
 from molcli.io.parent import Parent
 from molcli.maths.parameters import count_parameters
 from molcli.model.checkpoint import default_device
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.flops import count_flops
-from molcli.stages.upcycle.calibration import Calibration
 
 
 @dataclass(frozen=True)
 class Measured:
-    """layers: a row per layer (`figures.advance`). heldout: `Ending.figures` of the student.
-    baselines: `Comparison.figures`. None where that was not measured."""
+    """layers: a row per layer (`figures.advance`, and `deltanet_costs` under auto). heldout:
+    `Ending.figures` of the student. baselines: `Comparison.figures`. None where that was not
+    measured."""
 
     layers: list[dict[str, Any]]
     heldout: dict[str, float] | None = None

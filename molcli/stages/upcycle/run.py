@@ -7,34 +7,32 @@ from typing import Any
 
 import torch
 
+from molcli.config.layer_choice import cheapest
 from molcli.config.recipe import RECIPE_FILE, save_recipe
 from molcli.config.sections import Recipe
 from molcli.errors import MolError
+from molcli.io.calibration import Calibration, open_calibration
 from molcli.io.folder import output_folder
 from molcli.io.parent import Parent
 from molcli.io.tensors import ShardedWriter
 from molcli.maths.parameters import count_parameters
-from molcli.model.checkpoint import default_device
+from molcli.model.checkpoint import default_device, stored_dtype
 from molcli.model.configuration_mol import MoLConfig
+from molcli.model.ending import open_ending
 from molcli.model.from_parent import dense_layer
 from molcli.model.layers import DenseLayer, MoLLayer
+from molcli.model.streams import Streams, open_streams
 from molcli.progress import Progress, silent
 from molcli.stages.upcycle.baselines import ParentLayer, baseline_layer
-from molcli.stages.upcycle.calibration import Calibration, open_calibration
 from molcli.stages.upcycle.comparison import Comparison
 from molcli.stages.upcycle.continuations import continuations
-from molcli.stages.upcycle.ending import open_ending
 from molcli.stages.upcycle.figures import advance
 from molcli.stages.upcycle.layer import FittedLayer, copy_layer, fit_layer
 from molcli.stages.upcycle.page import receipt_page
 from molcli.stages.upcycle.receipt import Measured, receipt
+from molcli.stages.upcycle.selection import deltanet_costs
 from molcli.stages.upcycle.shape import is_copy, mol_config, parts
-from molcli.stages.upcycle.streams import Streams, open_streams, relative_error
 from molcli.stages.upcycle.teacher import Teacher
-
-# `gated_deltanet: auto` takes Gated DeltaNet where it leaves at most this much more error.
-AUTO_TOLERANCE = 1.05
-KEPT_IN_FP32 = ("A_log", "dt_bias", "router.weight", "router.correction_bias")
 
 
 def upcycle(
@@ -64,8 +62,16 @@ def upcycle(
     with output_folder(out, need_bytes=size) as staging:
         writer = ShardedWriter(staging)
         config.dtype = embedding.dtype
+        costs: dict[int, float] = {}
+        auto = recipe.upcycle.gated_deltanet == "auto" and config.num_routed_blocks > 0
+        if auto and text is not None:
+            costs = deltanet_costs(parent, config, text, recipe, progress)
+            for i in cheapest(costs, recipe.upcycle.gated_deltanet_budget):
+                config.layer_kinds[i] = "gated_deltanet"
         measured = _convert(parent, config, text, recipe, writer, progress)
         writer.close()
+        for i, cost in costs.items():
+            measured.layers[i]["gated_deltanet_kl"] = cost
         config.architectures = ["MoLForCausalLM"]
         config.save_pretrained(staging)
         parent.copy_tokenizer(staging)
@@ -117,8 +123,7 @@ def _convert(
                 comparison.advance(source, layer, before, streams[0].parent)
         report.append(row)
         for name, tensor in layer.state_dict().items():
-            wanted = torch.float32 if name.endswith(KEPT_IN_FP32) else dtype
-            writer.add(f"model.layers.{i}.{name}", tensor.to(wanted))
+            writer.add(f"model.layers.{i}.{name}", tensor.to(stored_dtype(name, dtype)))
         progress(i + 1, config.num_hidden_layers)
     norm, head = parent.final_norm(), parent.lm_head()
     writer.add("model.norm.weight", norm)
@@ -145,7 +150,7 @@ def _layer(
     recipe: Recipe,
     generator: torch.Generator,
 ) -> FittedLayer | None:
-    """The converted layer, None where the parent's is kept. Decides `gated_deltanet: auto`."""
+    """The converted layer, None where the parent's is kept."""
     if config.layer_kinds[index] == "dense":
         return None
     if is_copy(config, recipe.upcycle):
@@ -155,37 +160,17 @@ def _layer(
     if recipe.upcycle.method != "fitted":
         source = _source(index, config, dense, text, fit)
         return baseline_layer(recipe.upcycle.method, config, source, recipe.calibrate.seed)
-    teacher = Teacher(dense, fit.parent, fit.context)
-    moment = text.moment(index).to(fit.parent.device)
-    state = generator.get_state()
-
-    def fitted(kind: str) -> FittedLayer:
-        config.layer_kinds[index] = kind
-        generator.set_state(state)  # both mixers get the same clusters
-        return fit_layer(
-            config,
-            index,
-            parts(config),
-            teacher,
-            fit.student,
-            moment,
-            fit.context,
-            recipe.upcycle,
-            generator,
-        )
-
-    softmax = fitted(config.layer_kinds[index])
-    if recipe.upcycle.gated_deltanet != "auto" or not config.num_routed_blocks:
-        return softmax
-    deltanet = fitted("gated_deltanet")
-    errors = [
-        relative_error(fit.context.run(x.layer, fit.student), teacher.output)
-        for x in (softmax, deltanet)
-    ]
-    if errors[1] <= AUTO_TOLERANCE * errors[0]:
-        return deltanet
-    config.layer_kinds[index] = "softmax"
-    return softmax
+    return fit_layer(
+        config,
+        index,
+        parts(config),
+        Teacher(dense, fit.parent, fit.context),
+        fit.student,
+        text.moment(index).to(fit.parent.device),
+        fit.context,
+        recipe.upcycle,
+        generator,
+    )
 
 
 def _source(

@@ -22,6 +22,7 @@ class Teacher:
         assert isinstance(block.mixer, StackedAttention)
         self.block, self.mixer = block, block.mixer
         self._attention_input = block.norm(x, block.input_norm, rows)
+        self._rows, self._context = rows, context
         self.attention = block.mixer(
             self._attention_input, rows, context.rotary, context.stream, None
         )
@@ -34,6 +35,14 @@ class Teacher:
         out = self._attention_input @ self._head_weight(name, heads).mT
         bias = getattr(self.mixer, f"{name}_bias")
         return out if bias is None else out + bias[0, self._head_rows(heads)]
+
+    def heads(self, heads: tuple[int, ...]) -> Tensor:
+        """(n, heads, head_dim), what attention heads read, before the output projection."""
+        context = self._context
+        out = self.mixer.heads(
+            self._attention_input, self._rows, context.rotary, context.stream, None
+        )
+        return out[:, list(heads)]
 
     def neuron_inputs(self, name: str, neurons: tuple[int, ...]) -> Tensor:
         """(n, neurons), what "gate" or "up" gives."""

@@ -38,7 +38,7 @@ def refusal(parent: Path, calibration: Path | None, out: Path, **options: Any) -
         ({"d_thin": 40}, "`upcycle.d_thin` is 40, but a head is 16 wide", "upcycle.d_thin=32"),
         ({"d_thin": 8}, "`upcycle.d_thin` is 8, but a head is 16 wide", "upcycle.d_thin=16"),
         ({"d_thin": 80}, "`upcycle.d_thin` is 80, but the model's width is 64", "d_thin=16"),
-        ({"layers": [0, 2]}, "`upcycle.layers` names layer 2, but the parent has 2", ""),
+        ({"layers": [0, 2]}, "`upcycle.layers` names layer 2, but the model has 2", ""),
         ({"gated_deltanet": [7]}, "`upcycle.gated_deltanet` names layer 7", ""),
     ],
 )

@@ -113,6 +113,8 @@ def test_layers_that_are_kept_are_the_parents_bits(
         ("all", [0, 2], ["gated_deltanet", "softmax", "gated_deltanet"]),
         ([0, 1], "all", ["gated_deltanet", "gated_deltanet", "dense"]),
         ([1, 2], [2], ["dense", "softmax", "gated_deltanet"]),
+        ("all", "every:2", ["softmax", "gated_deltanet", "softmax"]),
+        ([0, 2], "every:2", ["softmax", "dense", "gated_deltanet"]),
     ],
 )
 def test_the_mixers_are_those_asked_for(
@@ -128,38 +130,29 @@ def test_the_mixers_are_those_asked_for(
     assert [row["kind"] for row in converted.receipt["layers"]] == kinds
 
 
-@pytest.mark.parametrize("tolerance, mixer", [(0.0, "none"), (1e9, "all")])
-def test_auto_takes_deltanet_where_its_error_is_tolerable(
-    tolerance: float,
-    mixer: str,
-    tiny_parent: Callable[..., Path],
-    convert: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("budget, mixer", [(0.0, "none"), (1.0, "all")])
+def test_auto_with_all_or_nothing_to_spend(
+    budget: float, mixer: str, tiny_parent: Callable[..., Path], convert: Callable[..., Any]
 ) -> None:
-    """At either end, the very weights of that mixer alone: trying the other left no trace."""
+    """The very weights of that mixer alone: measuring left no trace."""
     folder = tiny_parent("llama")
-    monkeypatch.setattr("molcli.stages.upcycle.run.AUTO_TOLERANCE", tolerance)
-    auto, alone = convert(folder, gated_deltanet="auto"), convert(folder, gated_deltanet=mixer)
+    auto = convert(folder, gated_deltanet="auto", gated_deltanet_budget=budget)
+    alone = convert(folder, gated_deltanet=mixer)
     assert auto.weights == alone.weights
     assert auto.model().config.layer_kinds == alone.model().config.layer_kinds
 
 
-def test_auto_compares_the_two_on_the_same_stream(
-    tiny_parent: Callable[..., Path],
-    convert: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
+def test_auto_takes_the_layers_that_cost_least(
+    tiny_parent: Callable[..., Path], convert: Callable[..., Any]
 ) -> None:
-    """Just above the ratio of the first layer's errors it takes one, just below the other."""
-    folder = tiny_parent("llama", num_hidden_layers=1)
-    softmax, deltanet = (
-        convert(folder, gated_deltanet=mixer).receipt["layers"][0]["residual_error_fit"]
-        for mixer in ("none", "all")
-    )
-    for factor, kind in ((0.99, "softmax"), (1.01, "gated_deltanet")):
-        ratio = factor * deltanet / softmax
-        monkeypatch.setattr("molcli.stages.upcycle.run.AUTO_TOLERANCE", ratio)
-        model = convert(folder, gated_deltanet="auto").model()
-        assert model.config.layer_kinds == [kind]
+    folder = tiny_parent("llama", num_hidden_layers=4)
+    converted = convert(folder, gated_deltanet="auto", layers=[0, 1, 3])
+    rows = converted.receipt["layers"]
+    assert "gated_deltanet_kl" not in rows[2]
+    costs = {row["layer"]: row["gated_deltanet_kl"] for row in rows if row["layer"] != 2}
+    taken = {row["layer"] for row in rows if row["kind"] == "gated_deltanet"}
+    assert len(taken) == 2  # half of three, rounded
+    assert max(costs[i] for i in taken) < min(costs[i] for i in costs.keys() - taken)
 
 
 def families(routed: int, top_k: int) -> list[int]:

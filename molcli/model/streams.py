@@ -1,4 +1,4 @@
-"""The parent's and the student's residuals, side by side through the layers."""
+"""Residuals of an original model and of what it becomes, side by side through the layers."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from molcli.maths.losses import Head, TokenLosses, token_losses
 from molcli.model.block_stack import rms_norm
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.context import Context, token_context
-from molcli.model.layers import DenseLayer, MoLLayer
+from molcli.model.layers import Layer
 
 
 @dataclass
@@ -24,10 +24,10 @@ class Streams:
     student: Tensor
 
     @torch.no_grad()
-    def advance(self, dense: DenseLayer, converted: DenseLayer | MoLLayer) -> None:
+    def advance(self, original: Layer, converted: Layer) -> None:
         """Both go through their own layer; once, as long as they are the same."""
-        same = self.student is self.parent and converted is dense
-        self.parent, before = self.context.run(dense, self.parent), self.student
+        same = self.student is self.parent and converted is original
+        self.parent, before = self.context.run(original, self.parent), self.student
         self.student = self.parent if same else self.context.run(converted, before)
 
     def error(self) -> float:

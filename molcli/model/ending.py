@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from molcli.io.parent import Parent
-from molcli.stages.upcycle.streams import Streams
+from molcli.model.streams import Streams
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,51 @@
+"""Which layers are converted."""
+
+import copy
+from dataclasses import dataclass
+
+from molcli.config.layer_choice import LayerChoice, chosen_layers, refuse_beyond
+from molcli.errors import MolError
+from molcli.model.configuration_mol import MoLConfig
+
+NAME = "convert.gated_deltanet"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """layers: those to convert, None where they have yet to be measured. candidates: those that
+    "all", "every:N" and "auto" choose from, whose routed blocks use softmax attention."""
+
+    layers: set[int] | None
+    candidates: list[int]
+
+
+def plan_layers(config: MoLConfig, choice: LayerChoice) -> Plan:
+    """Raises MolError for a choice that the model has no such layers for."""
+    routed = config.num_routed_blocks > 0
+    candidates = [i for i, kind in enumerate(config.layer_kinds) if routed and kind == "softmax"]
+    if isinstance(choice, str):
+        if choice != "none" and not candidates:
+            raise MolError(
+                f"`{NAME}` is {choice}, but no layer has routed blocks with softmax attention",
+                allowed="dense layers by their numbers, such as [0, 2]",
+            )
+        return Plan(None if choice == "auto" else chosen_layers(choice, candidates), candidates)
+    refuse_beyond(NAME, choice, config.num_hidden_layers)
+    dense = [i for i, kind in enumerate(config.layer_kinds) if kind == "dense"]
+    for i in choice:
+        if i not in candidates and i not in dense:
+            linear = config.layer_kinds[i].endswith("gated_deltanet")
+            why = "uses Gated DeltaNet already" if linear else "has shared blocks alone"
+            raise MolError(
+                f"`{NAME}` names layer {i}, which {why}",
+                allowed=f"layers {sorted(candidates + dense)}",
+            )
+    return Plan(set(choice), candidates)
+
+
+def converted_config(config: MoLConfig, layers: set[int]) -> MoLConfig:
+    """A copy in which these layers use Gated DeltaNet, routed or dense."""
+    after = copy.deepcopy(config)
+    for i in layers:
+        after.layer_kinds[i] = "dense_gated_deltanet" if config.is_dense(i) else "gated_deltanet"
+    return after

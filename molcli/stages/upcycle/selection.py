@@ -1,0 +1,63 @@
+"""`gated_deltanet: auto`: what Gated DeltaNet costs in each layer."""
+
+import copy
+
+import torch
+
+from molcli.config.sections import Recipe
+from molcli.io.calibration import Calibration
+from molcli.io.parent import Parent
+from molcli.model.checkpoint import default_device
+from molcli.model.configuration_mol import MoLConfig
+from molcli.model.ending import open_ending
+from molcli.model.from_parent import dense_layer
+from molcli.model.layers import Layer
+from molcli.model.sensitivity import Sensitivity, split_rows
+from molcli.model.streams import open_streams
+from molcli.progress import Progress
+from molcli.stages.upcycle.layer import fit_layer
+from molcli.stages.upcycle.shape import parts
+from molcli.stages.upcycle.teacher import Teacher
+
+KINDS = ("softmax", "gated_deltanet")
+
+
+@torch.no_grad()
+def deltanet_costs(
+    parent: Parent, config: MoLConfig, text: Calibration, recipe: Recipe, progress: Progress
+) -> dict[int, float]:
+    """KL(parent || parent with one layer converted), nats a token: by layer, how much more of it
+    there is with Gated DeltaNet than with softmax.
+
+    Measured on text that the layers are not fitted to: the last of the rows to fit on.
+    """
+    device, config = default_device(), copy.deepcopy(config)
+    converted = [i for i in range(config.num_hidden_layers) if not config.is_dense(i)]
+    fit, kept = split_rows(text.fit)
+    embedding = parent.embedding()
+    streams = open_streams(fit, config, embedding, device)
+    kinds = {kind: Sensitivity(kept, config, embedding, device) for kind in KINDS}
+    for i in range(config.num_hidden_layers):
+        dense = dense_layer(parent, config, i, device)
+        x, context = streams.parent, streams.context
+        for kind, sensitivity in kinds.items():
+            layer: Layer = dense
+            if i in converted:
+                config.layer_kinds[i] = kind
+                layer = fit_layer(
+                    config,
+                    i,
+                    parts(config),
+                    Teacher(dense, x, context),
+                    x,
+                    text.moment(i).to(device),
+                    context,
+                    recipe.upcycle,
+                    torch.Generator().manual_seed(recipe.calibrate.seed),
+                ).layer
+            sensitivity.advance(i, dense, layer)
+        streams.advance(dense, dense)
+        progress(i + 1, config.num_hidden_layers, "measuring each layer alone")
+    ending = open_ending(parent, device)
+    softmax, deltanet = (kinds[kind].figures(ending) for kind in KINDS)
+    return {i: deltanet[i] - softmax[i] for i in converted}
