@@ -51,7 +51,7 @@ def training_memory(
     checkpointing, which holds the layers' inputs and one layer's activations.
     """
     count = count_parameters(config)
-    routers = sum(kind != "dense" for kind in config.layer_kinds)
+    routers = sum(not kind.startswith("dense") for kind in config.layer_kinds)
     biases = routers * (config.num_blocks - config.num_shared_blocks)
     a_token = [_layer_bytes(config, kind, product_bytes) for kind in config.layer_kinds]
     residual = _FP32 * config.hidden_size
@@ -89,7 +89,7 @@ def _head_bytes(
 def _layer_bytes(config: Architecture, kind: str, product_bytes: int) -> int:
     """What a layer keeps of one token for its backward pass."""
     d = config.hidden_size
-    if kind == "dense":
+    if kind.startswith("dense"):
         q = config.num_attention_heads * config.head_dim
         kv = config.num_key_value_heads * config.head_dim
         inner = _block_bytes(config, d, q, kv, config.intermediate_size, product_bytes, _FP32)
