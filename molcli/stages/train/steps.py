@@ -23,6 +23,7 @@ from molcli.stages.train.objective import Objective
 from molcli.stages.train.optimizer import learning_rate_ratio, set_learning_rates
 from molcli.stages.train.signals import StopSignals
 from molcli.stages.train.state import TrainState, last_good, save_checkpoint
+from molcli.stages.train.utilisation import flops_share
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ def run_stage(
         if accelerator.is_main_process:
             save_checkpoint(state, run.checkpoints, identity)
 
-    with StopSignals() as stop:
+    share = flops_share(stage, model, objective.parent, accelerator.num_processes)
+    with StopSignals() as stop, run.log.following(state, share):
         while state.stage_step < steps:
             ratio = learning_rate_ratio(state.stage_step, steps, config)
             set_learning_rates(state.optimizer, ratio)
@@ -82,6 +84,7 @@ def run_stage(
             if finite:
                 state.optimizer.step()
                 run.log.add(means)
+                run.loads.keep()
                 if config.balance == "bias":
                     run.loads.update(config.bias_update_rate, accelerator)
                 state.skipped_in_a_row = 0
