@@ -49,7 +49,7 @@ Logits = Annotated[
 # The keys of the train section that a plan leaves as they are.
 _BESIDE_A_PLAN = (
     *("data", "tokens", "seed", "precision", "compile", "gradient_checkpointing"),
-    *("checkpoint_every", "log_every", "max_skipped"),
+    *("checkpoint_every", "log_every", "max_skipped", "trackers"),
 )
 
 

@@ -98,6 +98,8 @@ def _train(c: TrainConfig) -> None:
     _at_least("train.checkpoint_every", c.checkpoint_every, 0)
     _at_least("train.log_every", c.log_every, 1)
     _at_least("train.max_skipped", c.max_skipped, 1)
+    if len(set(c.trackers)) < len(c.trackers):
+        raise MolError(f"`train.trackers` is {c.trackers}", allowed="each tracker once")
     _at_least("train.seed", c.seed, 0)
     if isinstance(c.stages, list):
         if not c.stages:

@@ -169,6 +169,8 @@ class TrainConfig:
     compile: torch.compile for layers and loss, which takes a minute; "auto": on a GPU, in runs that
         are long enough and keep one number of blocks (start_top_k: null).
     max_skipped: the run stops after so many steps in a row whose gradient was not finite.
+    trackers: that show the log as it grows, in OUT/molcli (tensorboard) or where the service keeps
+        it, under the project molcli.
     precision: "auto" is bf16 where the device multiplies matrices in it natively, else fp32.
     stages: one after another, each with a fresh optimiser, warm-up and decay; null is one stage,
         distill with a parent and pretrain without; "auto" plans them from the model's size and
@@ -200,6 +202,7 @@ class TrainConfig:
     checkpoint_every: int = 200
     log_every: int = 10
     max_skipped: int = 10
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     compile: Literal["auto"] | bool = "auto"
     gradient_checkpointing: bool = False

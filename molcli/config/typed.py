@@ -15,7 +15,8 @@ def checked(name: str, value: object, hint: Any) -> Any:
     """The value as the type `hint` holds it.
 
     name: dotted, as the user writes it ("upcycle.d_thin"). hint: int, float, str, bool, None, a
-    Literal of strings, Every, list[int], tuple[float, float], dict[str, float], a list of a
+    Literal of strings, a list of such a Literal, Every, list[int], tuple[float, float],
+    dict[str, float], a list of a
     dataclass, or a union of them.
     Raises MolError with the allowed values, and the nearest one for a mistyped word.
     """
@@ -83,6 +84,11 @@ def _words(hint: Any) -> tuple[str, ...]:
     return get_args(hint) if get_origin(hint) is Literal else ()
 
 
+def _choices(hint: Any) -> tuple[str, ...]:
+    """The words that a list may hold, if it is one of words."""
+    return _words(get_args(hint)[0]) if get_origin(hint) is list else ()
+
+
 def _match(value: Any, hint: Any) -> tuple[bool, Any]:
     """(accepted, value as the type holds it)."""
     if hint is NoneType:
@@ -98,6 +104,9 @@ def _match(value: Any, hint: Any) -> tuple[bool, Any]:
         return isinstance(value, hint), value
     if get_origin(hint) is Literal:
         return isinstance(value, str) and value in get_args(hint), value
+    if words := _choices(hint):
+        fits = isinstance(value, list) and all(isinstance(v, str) and v in words for v in value)
+        return fits, value
     if hint == list[int]:
         return isinstance(value, list) and all(map(_is_int, value)), value
     if hint == tuple[float, float]:
@@ -126,6 +135,8 @@ def _describe_one(hint: Any) -> str:
         return ", ".join(get_args(hint))
     if _is_table(hint):
         return "a list with a mapping in each entry"
+    if words := _choices(hint):
+        return f"a list of {', '.join(words)}"
     names: dict[Any, str] = {
         NoneType: "null",
         Every: "every:N",

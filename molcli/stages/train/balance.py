@@ -2,7 +2,7 @@
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from molcli.maths.balance import bias_step, block_counts
 from molcli.model import MoLForCausalLM
@@ -21,9 +21,12 @@ class RouterLoads:
 
     def __init__(self, model: MoLForCausalLM) -> None:
         self.routers = routers(model)
+        numbered = enumerate(model.model.layers)
+        self.layers = [number for number, layer in numbered if routers_of(layer)]
         blocks = model.config.num_routed_blocks
         device = self.routers[0].weight.device if self.routers else None
         self._counts = torch.zeros(len(self.routers), blocks, dtype=torch.int64, device=device)
+        self._window = torch.zeros_like(self._counts)
 
     def add(self, blocks: Tensor, first: int = 0) -> None:
         """Counts the choices of layers that route, from the first of those on.
@@ -47,11 +50,26 @@ class RouterLoads:
         """Counts anew, after a step that was left out."""
         self._counts.zero_()
 
+    def keep(self) -> None:
+        """Adds the step at hand to the log's window; no device waits for it."""
+        self._window += self._counts
+
+    def take_window(self, accelerator: Accelerator) -> Tensor:
+        """(layers, blocks): tokens that each block received in the steps kept since the last call,
+        on all ranks, which all call this."""
+        window = accelerator.reduce(self._window, "sum") if self.routers else self._window
+        self._window = torch.zeros_like(self._window)
+        return window
+
 
 def routers(model: MoLForCausalLM) -> list[Router]:
     """The routers of all layers that have one, in the order of the model's `routing`."""
-    layers = (layer for layer in model.model.layers if isinstance(layer, MoLLayer))
-    return [layer.router for layer in layers if layer.router is not None]
+    return [router for layer in model.model.layers for router in routers_of(layer)]
+
+
+def routers_of(layer: nn.Module) -> list[Router]:
+    """The router of a layer, if it has one."""
+    return [layer.router] if isinstance(layer, MoLLayer) and layer.router is not None else []
 
 
 def set_top_k(model: MoLForCausalLM, top_k: int) -> None:

@@ -14,7 +14,7 @@ DATA = "the data"  # of the stage at hand: its rows' fingerprint
 # order of sums, as another number of processes or compiled code does (and over how many rows CV^2
 # is taken).
 _FREE_SETTINGS = (
-    *("data", "logits", "checkpoint_every", "log_every", "max_skipped"),
+    *("data", "logits", "checkpoint_every", "log_every", "max_skipped", "trackers"),
     *("micro_batch_size", "gradient_checkpointing", "compile"),
 )
 

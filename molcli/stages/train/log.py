@@ -1,15 +1,23 @@
-"""What a run tells: one JSON line per window of steps, and a few words for the progress bar."""
+"""What a run tells: one JSON line per window of steps, a few words for the progress bar, a page."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from molcli.config.sections import TrainConfig
+from molcli.stages.train.balance import RouterLoads
+from molcli.stages.train.page import train_page
+from molcli.stages.train.recovery import RecoveryCurve
 from molcli.stages.train.state import TrainState
+from molcli.stages.train.trackers import show, tracked
 
-LOG = "log.jsonl"
+LOG, PAGE = "log.jsonl", "train.html"
 
 
 class TrainLog:
@@ -18,18 +26,48 @@ class TrainLog:
     A line has: step, tokens, seconds, stage (its number and kind, such as "0 align"), loss (what is
     minimised), ce and kl (nats a token; null where the stage has none), balance (CV^2, mean of
     layers), learning_rate (inherited weights'), gradient_norm (before clipping, of the last step),
-    tokens_per_second, skipped (in all), not_finite (where that began in the window's last skipped
-    step, or null), passes (over each source of the stage's data, since the stage began).
+    tokens_per_second, mfu (of active FLOPs; null where the devices' peak is not known), routing
+    (by the number of each layer that routes, the tokens of its least and its most used block, where
+    1 is an even load; null without a router), skipped (in all), not_finite (where that began in the
+    window's last skipped step, or null), passes (over each source of the stage's data, since the
+    stage began).
     """
 
-    def __init__(self, out: Path, accelerator: Accelerator, state: TrainState) -> None:
-        self.path, self.accelerator = out / LOG, accelerator
+    def __init__(
+        self,
+        out: Path,
+        accelerator: Accelerator,
+        state: TrainState,
+        config: TrainConfig,
+        loads: RouterLoads,
+    ) -> None:
+        self.out, self.accelerator = out, accelerator
+        self.config, self.loads = config, loads
         self.note = ""
         self._trouble = ""
+        self._flops_share: float | None = None
+        self._recovery = RecoveryCurve()
         self._sums = torch.zeros(4, device=accelerator.device)
         self._steps, self._tokens, self._seconds = 0, state.tokens, state.seconds
         if accelerator.is_main_process:
             self._drop_lines_after(state.step)
+            for line in self._lines():
+                self._recovery.add(line)
+
+    @contextmanager
+    def following(self, state: TrainState, flops_share: float | None) -> Iterator[None]:
+        """Around the steps of a stage: trackers follow them, and the page shows them at the end,
+        of whatever kind it is. flops_share: `molcli.stages.train.utilisation.flops_share`."""
+        self._flops_share = flops_share
+        with tracked(self.accelerator, self.config, self.out, state.step):
+            try:
+                yield
+            finally:
+                if self.accelerator.is_main_process:
+                    # A full disk has an error of its own on the way, or will have.
+                    with suppress(OSError):
+                        page = train_page(self._lines(), self.config)
+                        (self.out / PAGE).write_text(page, encoding="utf-8")
 
     def add(self, means: Tensor) -> None:
         """means: (4,) this rank's part of a step's mean loss, ce, kl and balance."""
@@ -51,12 +89,12 @@ class TrainLog:
     ) -> None:
         """Ends a window; every rank calls it, the main one writes. measures: those not null."""
         sums = self.accelerator.reduce(self._sums, "sum")
+        routing = _routing(self.loads.layers, self.loads.take_window(self.accelerator))
         values = [total / self._steps if self._steps else None for total in sums.tolist()]
         names = ("loss", "ce", "kl", "balance")
         line = {n: x if n in measures else None for n, x in zip(names, values, strict=True)}
         rate = (state.tokens - self._tokens) / max(state.seconds - self._seconds, 1e-9)
         state.loss = line["loss"] if line["loss"] is not None else state.loss
-        self.note = _note(stage, line, rate, state.skipped, self._trouble, passes)
         if self.accelerator.is_main_process:
             whole = {
                 "step": state.step,
@@ -67,40 +105,68 @@ class TrainLog:
                 "learning_rate": learning_rate,
                 "gradient_norm": float(norm) if torch.isfinite(norm) else None,
                 "tokens_per_second": rate,
+                "mfu": None if self._flops_share is None else self._flops_share * rate,
+                "routing": routing,
                 "skipped": state.skipped,
                 "not_finite": self._trouble or None,
                 "passes": passes,
             }
-            with self.path.open("a", encoding="utf-8") as file:
+            with (self.out / LOG).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(whole) + "\n")
+            show(self.accelerator, whole)
+            self._recovery.add(whole)
+            self.note = _note(whole, self._recovery.words() if line["kl"] is not None else "")
         self._trouble = ""
         self._sums = torch.zeros_like(self._sums)
         self._steps, self._tokens, self._seconds = 0, state.tokens, state.seconds
 
     def _drop_lines_after(self, step: int) -> None:
         """What came after the checkpoint is written again; a kill may have cut the last line."""
-        if self.path.is_file():
-            lines = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-            self.path.write_text("".join(line + "\n" for line in kept))
+        if (self.out / LOG).is_file():
+            kept = [json.dumps(line) for line in self._lines() if line["step"] <= step]
+            (self.out / LOG).write_text("".join(line + "\n" for line in kept))
+
+    def _lines(self) -> list[dict[str, Any]]:
+        if not (self.out / LOG).is_file():
+            return []
+        lines = (self.out / LOG).read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines if _is_whole(line)]
 
 
-def _note(
-    stage: str,
-    line: dict[str, float | None],
-    rate: float,
-    skipped: int,
-    trouble: str,
-    passes: dict[str, float],
-) -> str:
-    words = [stage]
-    words += [f"{name} {value:.3f}" for name, value in line.items() if value is not None]
-    words.append(f"{rate:,.0f} tokens/s")
-    if skipped:
-        words.append(f"{skipped} steps skipped" + (f" for {trouble}" if trouble else ""))
+def _is_whole(line: str) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def _routing(layers: list[int], counts: Tensor) -> dict[str, list[float]] | None:
+    """counts: (layers, blocks) tokens."""
+    counts = counts.double().cpu()
+    if not counts.any():
+        return None
+    even = counts / counts.mean(-1, keepdim=True)
+    ends = torch.stack([even.amin(-1), even.amax(-1)], dim=-1).tolist()
+    return {str(n): [round(x, 3) for x in pair] for n, pair in zip(layers, ends, strict=True)}
+
+
+def _note(line: dict[str, Any], recovery: str) -> str:
+    words = [line["stage"]]
+    words += [f"{name} {line[name]:.3f}" for name in ("loss", "kl") if line[name] is not None]
+    words.append(f"{line['tokens_per_second']:,.0f} tokens/s")
+    if line["mfu"] is not None:
+        words.append(f"MFU {line['mfu']:.1%}")
+    if line["balance"] is not None:
+        words.append(f"balance {line['balance']:.3f}")
+    if recovery:
+        words.append(recovery)
+    if line["skipped"]:
+        trouble = f" for {line['not_finite']}" if line["not_finite"] else ""
+        words.append(f"{line['skipped']} steps skipped{trouble}")
     words += [
         f"{count:.1f} passes over {Path(source).name}"
-        for source, count in passes.items()
+        for source, count in line["passes"].items()
         if count > 1
     ]
     return ", ".join(words)

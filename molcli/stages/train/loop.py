@@ -35,6 +35,7 @@ from molcli.stages.train.state import (
     save_checkpoint,
 )
 from molcli.stages.train.steps import Run, run_stage, step_tokens, steps_of
+from molcli.stages.train.trackers import check_trackers
 
 # Tokens that pay for the minute of compiling.
 COMPILED_FROM = 5_000_000
@@ -80,7 +81,9 @@ def train(
     """
     config = recipe.train if data is None else replace(recipe.train, data=data, logits=None)
     assert parent is None or config.logits is None
-    accelerator = Accelerator(cpu=default_device().type == "cpu")
+    check_trackers(config)
+    cpu = default_device().type == "cpu"
+    accelerator = Accelerator(cpu=cpu, log_with=list(config.trackers) or None, project_dir=out)
     if config.stages == "auto":
         situation = Situation(
             parent is not None, (checkpoint / RECEIPT).is_file(), accelerator.num_processes
@@ -114,9 +117,10 @@ def train(
     if saved is not None:
         refuse_another_run(saved, identity)
         restore_counters(state, saved)
-    log = TrainLog(out, accelerator, state)
+    loads = RouterLoads(model)
+    log = TrainLog(out, accelerator, state, config, loads)
     total = sum(steps_of(stage.settings) * step_tokens(stage.settings) for stage in stages)
-    run = Run(accelerator, state, out / "checkpoints", log, RouterLoads(model), total, progress)
+    run = Run(accelerator, state, out / "checkpoints", log, loads, total, progress)
     compiled = worth_compiling(config, total, accelerator.device)
     for whole in (model, teacher) if compiled else ():
         if whole is not None:

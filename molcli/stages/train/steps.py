@@ -14,6 +14,7 @@ from molcli.config.sections import TrainConfig
 from molcli.config.stages import Stage
 from molcli.errors import Interrupted, MolError
 from molcli.io.data import Corpus
+from molcli.model import MoLForCausalLM
 from molcli.progress import Progress
 from molcli.stages.train.align import Alignment
 from molcli.stages.train.balance import RouterLoads, set_top_k, top_k_at
@@ -23,6 +24,7 @@ from molcli.stages.train.objective import Objective
 from molcli.stages.train.optimizer import learning_rate_ratio, set_learning_rates
 from molcli.stages.train.signals import StopSignals
 from molcli.stages.train.state import TrainState, last_good, save_checkpoint
+from molcli.stages.train.utilisation import flops_share
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,9 @@ def run_stage(
         if accelerator.is_main_process:
             save_checkpoint(state, run.checkpoints, identity)
 
-    with StopSignals() as stop:
+    parent = objective.parent if isinstance(objective.parent, MoLForCausalLM) else None
+    share = flops_share(stage, model, parent, accelerator.num_processes)
+    with StopSignals() as stop, run.log.following(state, share):
         while state.stage_step < steps:
             ratio = learning_rate_ratio(state.stage_step, steps, config)
             set_learning_rates(state.optimizer, ratio)
@@ -82,6 +86,7 @@ def run_stage(
             if finite:
                 state.optimizer.step()
                 run.log.add(means)
+                run.loads.keep()
                 if config.balance == "bias":
                     run.loads.update(config.bias_update_rate, accelerator)
                 state.skipped_in_a_row = 0

@@ -156,7 +156,11 @@ def test_a_layer_that_one_thin_block_can_express_is_found(
     settings = CalibrateConfig(str(data), tokens=36 * 64, heldout_tokens=4 * 64, context_length=64)
     parent = open_parent(folder)
     calibrate(parent, settings, tmp_path / "calibration")
-    options = UpcycleConfig(**dict(zip(("num_blocks", "num_shared_blocks", "top_k"), blocks, strict=False)), d_thin=thin, ridge=1e-9)
+    options = UpcycleConfig(
+        **dict(zip(("num_blocks", "num_shared_blocks", "top_k"), blocks, strict=False)),
+        d_thin=thin,
+        ridge=1e-9,
+    )
     upcycle(parent, tmp_path / "calibration", Recipe(upcycle=options), tmp_path / "out")
 
     receipt = json.loads((tmp_path / "out" / "receipt.json").read_text())
