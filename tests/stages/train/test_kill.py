@@ -207,7 +207,8 @@ def test_a_disk_that_is_full_at_the_end_costs_the_steps_since_the_last_checkpoin
         patch.setattr(MoLForCausalLM, "save_pretrained", full)
         with pytest.raises(MolError, match=r"could not be written to .*out: .*No space"):
             train(checkpoint, out, data, recipe())
-    assert sorted(path.name for path in out.iterdir()) == ["checkpoints", "log.jsonl"]
+    left = sorted(path.name for path in out.iterdir())
+    assert left == ["checkpoints", "log.jsonl", "train.html"]
     assert train(checkpoint, out, data, recipe(), resume=True).steps == 10
     assert (out / "config.json").is_file()
 
