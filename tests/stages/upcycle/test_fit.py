@@ -156,8 +156,9 @@ def test_a_layer_that_one_thin_block_can_express_is_found(
     settings = CalibrateConfig(str(data), tokens=36 * 64, heldout_tokens=4 * 64, context_length=64)
     parent = open_parent(folder)
     calibrate(parent, settings, tmp_path / "calibration")
+    names = ("num_blocks", "num_shared_blocks", "top_k")[: len(blocks)]
     options = UpcycleConfig(
-        **dict(zip(("num_blocks", "num_shared_blocks", "top_k"), blocks, strict=False)),
+        **dict(zip(names, blocks, strict=True)),
         d_thin=thin,
         ridge=1e-9,
     )
