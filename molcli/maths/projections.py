@@ -28,3 +28,8 @@ def turned_towards(basis: Tensor, wanted: Tensor) -> Tensor:
 def unit_trace(gram: Tensor) -> Tensor:
     """gram: (d, d), scaled to trace 1; zeros stay zeros."""
     return gram / gram.trace().clamp(min=1e-30)
+
+
+def equal_say(attention: Tensor, neurons: Tensor) -> Tensor:
+    """(d, d), sum of W^T W over what attention and FFN read, (p, d) and (q, d), each of trace 1."""
+    return unit_trace(attention.mT @ attention) + unit_trace(neurons.mT @ neurons)

@@ -16,6 +16,7 @@ from molcli.errors import MolError
 from molcli.io.parent import Parent
 from molcli.maths.forecast import Forecast, Predictors, reading_spectrum
 from molcli.maths.parameters import count_parameters
+from molcli.maths.projections import equal_say
 from molcli.maths.shapes import thin_shape, widths_near
 from molcli.model.checkpoint import default_device
 from molcli.model.configuration_mol import MoLConfig
@@ -148,15 +149,14 @@ def layer_spectra(
     for i in layers:
         block = dense_layer(parent, config, i, device).block
         parts = dict(block.named_parameters())
-        gram = torch.zeros((), dtype=torch.float64, device=device)
-        for names, norm in (
-            (("mixer.q_proj", "mixer.k_proj", "mixer.v_proj"), block.input_norm),
-            (("mlp.gate_proj", "mlp.up_proj"), block.post_norm),
-        ):
-            reads = (torch.cat([parts[name][0] for name in names]) * norm).double()
-            own = reads.mT @ reads
-            gram = gram + own / own.trace()  # attention and FFN count alike
-        yield i, reading_spectrum(gram, moment(i).to(device)).cpu()
+        attention, neurons = (
+            (torch.cat([parts[name][0] for name in names]) * norm).double()
+            for names, norm in (
+                (("mixer.q_proj", "mixer.k_proj", "mixer.v_proj"), block.input_norm),
+                (("mlp.gate_proj", "mlp.up_proj"), block.post_norm),
+            )
+        )
+        yield i, reading_spectrum(equal_say(attention, neurons), moment(i).to(device)).cpu()
 
 
 def _shapes(

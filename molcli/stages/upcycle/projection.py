@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from molcli.maths.partition import Part
-from molcli.maths.projections import leading_directions, turned_towards, unit_trace
+from molcli.maths.projections import equal_say, leading_directions, turned_towards
 from molcli.model.block_stack import StackedAttention
 from molcli.model.layers import DenseLayer, ThinBlocks
 
@@ -73,7 +73,7 @@ def svd_bases(share: Share, rank: int) -> Bases:
     which weights know nothing else.
     """
     reading, writing = (
-        unit_trace(a.mT @ a) + unit_trace(b.mT @ b)
+        equal_say(a, b)
         for a, b in (
             (torch.cat([share.q, share.k, share.v]), torch.cat([share.gate, share.up])),
             (share.o.mT, share.down.mT),

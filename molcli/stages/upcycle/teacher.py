@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from molcli.maths.partition import Part
+from molcli.maths.projections import equal_say
 from molcli.model.block_stack import StackedAttention
 from molcli.model.context import Context
 from molcli.model.layers import DenseLayer
@@ -54,12 +55,10 @@ class Teacher:
         attention = [self._head_weight("q", part.heads)]
         attention += [self._head_weight(name, part.kv_heads) for name in ("k", "v")]
         neurons = [self._neuron_weight(name, part.neurons) for name in ("gate", "up")]
-        total = torch.zeros((), dtype=torch.float64, device=self.output.device)
-        for weights, norm in ((attention, self.block.input_norm), (neurons, self.block.post_norm)):
-            weight = (torch.cat(weights) * norm).double()
-            gram = weight.mT @ weight
-            total = total + gram / gram.trace()
-        return total
+        return equal_say(
+            (torch.cat(attention) * self.block.input_norm).double(),
+            (torch.cat(neurons) * self.block.post_norm).double(),
+        )
 
     def _head_rows(self, heads: tuple[int, ...]) -> Tensor:
         index = torch.tensor(heads, device=self.output.device)
