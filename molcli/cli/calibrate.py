@@ -13,8 +13,8 @@ from molcli.cli.bars import bar
 from molcli.cli.data.sample import run_sample
 from molcli.cli.options import Data, Out, Overrides, Parent, RecipeName, data_for, recipe_for
 from molcli.cli.parents import open_dense
+from molcli.config.sections import CalibrateConfig, Recipe
 from molcli.config.sections import Data as DataSpec
-from molcli.config.sections import Recipe
 
 if TYPE_CHECKING:  # torch comes with it
     from molcli.io.parent import Parent as DenseParent
@@ -50,14 +50,17 @@ def run_calibrate(parent: "DenseParent", recipe: Recipe, out: Path) -> None:
     settings = recipe.calibrate
     with scratch_beside(out) as scratch:
         if settings.data is None:
-            text = scratch / "sample.jsonl"
-            wanted = replace(
-                recipe.sample, tokens=settings.tokens + settings.heldout_tokens, seed=settings.seed
-            )
-            run_sample(parent, wanted, text)
-            settings = replace(settings, data=str(text))
+            settings = with_sample(parent, recipe, scratch)
         with bar("calibrating") as progress:
             collect(parent, settings, out, progress=progress)
+
+
+def with_sample(parent: "DenseParent", recipe: Recipe, scratch: Path) -> CalibrateConfig:
+    """recipe.calibrate, with as much text as it wants sampled from the parent into `scratch`."""
+    settings, text = recipe.calibrate, scratch / "sample.jsonl"
+    tokens = settings.tokens + settings.heldout_tokens
+    run_sample(parent, replace(recipe.sample, tokens=tokens, seed=settings.seed), text)
+    return replace(settings, data=str(text))
 
 
 @contextmanager

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from molcli.cli.bars import bar
-from molcli.cli.calibrate import scratch_beside, with_data
-from molcli.cli.data.sample import run_sample
+from molcli.cli.calibrate import scratch_beside, with_data, with_sample
 from molcli.cli.options import (
     Checkpoint,
     Data,
@@ -114,10 +113,7 @@ def _text(
                     "there is no text to fit Gated DeltaNet to",
                     allowed="--data FILE, --calibration DIR, or a --parent to sample text from",
                 )
-            sample = scratch / "sample.jsonl"
-            wanted = settings.tokens + settings.heldout_tokens
-            run_sample(parent, replace(recipe.sample, tokens=wanted, seed=settings.seed), sample)
-            settings = replace(settings, data=str(sample))
+            settings = with_sample(parent, recipe, scratch)
         fit, heldout = split_text(settings, open_tokenizer(source.folder), size)
     largest = max(int(rows.input_ids.max()) for rows in (fit, heldout))
     if largest >= size:
