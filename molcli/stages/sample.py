@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from itertools import chain, cycle, islice, repeat
+from math import ceil
 from pathlib import Path
 
 import torch
@@ -43,12 +44,16 @@ def sample(parent: Parent, config: SampleConfig, out: Path, progress: Progress =
     generator = torch.Generator(device).manual_seed(config.seed)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
-    done = 0
+    done = drawn = 0
     try:
         with partial.open("w", encoding="utf-8") as file:
             while done < config.tokens:
-                count = min(config.batch_size, -(-(config.tokens - done) // config.length))
+                # As many as will do at the length seen so far: a batch costs as many steps as its
+                # longest document has tokens, however few the documents.
+                length = done / drawn if drawn else config.length
+                count = min(config.batch_size, ceil((config.tokens - done) / length))
                 starts = list(islice(prompts, count))
+                drawn += count
 
                 def report(new: int, before: int = done) -> None:
                     progress(min(before + new, config.tokens), config.tokens)
