@@ -26,7 +26,7 @@ class Rows:
     segments: (M,) int64, block * num_documents + document.
     cu_seqlens: (B * num_documents + 1,) int32, where segments begin; empty ones are legal.
     of_token: (n, num_slots) int64, the rows of each token.
-    max_seqlen: no segment is longer.
+    max_seqlen: no segment is longer. even: whether all are as long.
     """
 
     tokens: Tensor
@@ -37,6 +37,7 @@ class Rows:
     cu_seqlens: Tensor
     of_token: Tensor
     max_seqlen: int
+    even: bool = False
 
     @property
     def num_slots(self) -> int:
@@ -188,6 +189,7 @@ def all_rows(document: Tensor, num_documents: int, num_blocks: int, max_seqlen: 
         document=document,
         sizes=(num_blocks, num_documents),
         max_seqlen=max_seqlen,
+        even=num_documents * max_seqlen == n,
     )
 
 
@@ -200,7 +202,10 @@ def routed_rows(
     The sort is stable, so time order survives inside a segment.
     """
     n, k = chosen.shape
-    blocks, order = torch.sort(chosen.flatten(), stable=True)
+    # A radix sort passes over the keys once for each of their bytes.
+    small = torch.uint8 if num_blocks <= 2**8 else torch.int64
+    keys, order = torch.sort(chosen.flatten().to(small), stable=True)
+    blocks = keys.long()
     of_token = torch.empty_like(order)
     of_token[order] = torch.arange(n * k, device=chosen.device)
     return _rows(
@@ -223,6 +228,7 @@ def _rows(
     document: Tensor,
     sizes: tuple[int, int],
     max_seqlen: int,
+    even: bool = False,
 ) -> Rows:
     num_blocks, num_documents = sizes
     segments = blocks * num_documents + document[tokens]
@@ -240,7 +246,22 @@ def _rows(
         cu_seqlens=cu_seqlens,
         of_token=of_token,
         max_seqlen=max_seqlen,
+        even=even,
     )
+
+
+def chunk_table(cu_seqlens: Tensor, num_rows: int, size: int) -> Tensor:
+    """Rows in chunks of at most `size` that never cross segments.
+
+    cu_seqlens: (segments + 1,) int64 -> (num_rows // size + segments, 2) int64, the segment of
+    every chunk and its place there. There are never more; lines to spare name places past the end
+    of the last segment that has rows. Knowing the right number would mean waiting for the device.
+    """
+    ends = ((cu_seqlens.diff() + size - 1) // size).cumsum(0)
+    line = torch.arange(num_rows // size + ends.shape[0], device=ends.device)
+    segment = torch.searchsorted(ends, torch.minimum(line, ends[-1] - 1), right=True)
+    begins = torch.cat([ends.new_zeros(1), ends[:-1]])
+    return torch.stack([segment, line - begins[segment]], dim=1)
 
 
 def pad_segments(x: Tensor, cu_seqlens: Tensor, length: int) -> Tensor:

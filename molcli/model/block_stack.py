@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from molcli.kernels.grouped_linear import grouped_linear
+from molcli.kernels.grouped_linear import grouped_linear, grouped_linears
 from molcli.kernels.rows import Rows
 from molcli.kernels.segment_attention import segment_attention
 from molcli.model.cache import AttentionState, RecurrentState
@@ -79,13 +79,10 @@ class StackedAttention(nn.Module):
         state: AttentionState | None,
     ) -> Tensor:
         """What the heads read, before the output projection. x: (M, d) -> (M, h, head_dim)."""
+        weights = (self.q_proj, self.k_proj, self.v_proj)
+        biases = (self.q_bias, self.k_bias, self.v_bias)
         q, k, v = (
-            grouped_linear(x, weight, rows, bias).unflatten(1, (-1, self.head_dim))
-            for weight, bias in (
-                (self.q_proj, self.q_bias),
-                (self.k_proj, self.k_bias),
-                (self.v_proj, self.v_bias),
-            )
+            z.unflatten(1, (-1, self.head_dim)) for z in grouped_linears(x, weights, rows, biases)
         )
         if self.q_norm is not None and self.k_norm is not None:
             q = rms_norm(q, rows.per_row(self.q_norm)[:, None], self.eps)
@@ -118,10 +115,10 @@ class StackedMLP(nn.Module):
 
     def neurons(self, x: Tensor, rows: Rows) -> Tensor:
         """The hidden activations. x: (M, d) -> (M, d_ff)."""
-        up = grouped_linear(x, self.up_proj, rows)
         if self.gate_proj is None:
-            return self.activation(up)
-        return self.activation(grouped_linear(x, self.gate_proj, rows)) * up
+            return self.activation(grouped_linear(x, self.up_proj, rows))
+        gate, up = grouped_linears(x, (self.gate_proj, self.up_proj), rows)
+        return self.activation(gate) * up
 
 
 class BlockStack(nn.Module):

@@ -5,9 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from molcli.kernels.gated_delta_rule import gated_delta_rule
-from molcli.kernels.grouped_linear import grouped_linear
+from molcli.kernels.grouped_linear import grouped_linear, grouped_linears
+from molcli.kernels.qkv_conv import qkv_conv
 from molcli.kernels.rows import Rows
-from molcli.kernels.short_conv import short_conv, short_conv_state
+from molcli.kernels.short_conv import short_conv_state
 from molcli.model.cache import RecurrentState
 from molcli.model.configuration_mol import BlockSpec, MoLConfig
 from molcli.model.tokens import TokenStream
@@ -71,42 +72,33 @@ class StackedGatedDeltaNet(nn.Module):
         """Gated read-out before the output projection. x: (M, d) -> (M, h, head_dim)."""
         exact = torch.promote_types(x.dtype, torch.float32)
         places = _Places(rows, stream)
-        mixed = torch.cat(
-            [grouped_linear(x, w, rows) for w in (self.q_proj, self.k_proj, self.v_proj)], dim=-1
-        )
-        weight = torch.cat([self.q_conv, self.k_conv, self.v_conv], dim=1)
-        before = self._states(state, places, mixed)
-        conv = None if state is None else before["conv"]
-        filtered = short_conv(mixed, rows.per_row(weight), places.of_row, places.index, conv)
-        q, k, v = F.silu(filtered).unflatten(1, (3, *self.shape)).unbind(1)
-        q, k = (F.normalize(z.to(exact), dim=-1, eps=1e-6).to(v.dtype) for z in (q, k))
-        a, b = (grouped_linear(x, w, rows).to(exact) for w in (self.a_proj, self.b_proj))
+        qkv = torch.cat([self.q_proj, self.k_proj, self.v_proj], dim=1)
+        mixed, gate = grouped_linears(x, (qkv, self.g_proj), rows)
+        before = None if state is None else self._states(state, places, mixed)
+        conv = None if before is None else before["conv"]
+        filters = (self.q_conv, self.k_conv, self.v_conv)
+        q, k, v = qkv_conv(mixed, filters, rows, places.of_row, places.index, conv, self.shape[1])
+        a, b = (z.to(exact) for z in grouped_linears(x, (self.a_proj, self.b_proj), rows))
         decay = -rows.per_row(self.A_log).to(exact).exp()
         g = decay * F.softplus(a + rows.per_row(self.dt_bias).to(exact))
+        recurrent = None if before is None else before["recurrent"]
         out, last = gated_delta_rule(
-            q, k, v, g, b.sigmoid(), places.cu_seqlens, places.max_seqlen, before["recurrent"]
+            q, k, v, g, b.sigmoid(), places.cu_seqlens, places.max_seqlen, recurrent
         )
-        if state is not None:
+        if state is not None and before is not None and last is not None:
             after = short_conv_state(mixed, places.cu_seqlens, before["conv"])
             state.write("conv", places.segments, stream.batch_size, after)
             state.write("recurrent", places.segments, stream.batch_size, last)
-        gate = F.silu(grouped_linear(x, self.g_proj, rows)).unflatten(1, self.shape)
+        gate = F.silu(gate).unflatten(1, self.shape)
         norm = out.to(exact) * torch.rsqrt(out.to(exact).square().mean(-1, keepdim=True) + self.eps)
         return norm.to(gate.dtype) * rows.per_row(self.o_norm)[:, None].to(gate.dtype) * gate
 
-    def _states(
-        self, state: RecurrentState | None, places: "_Places", mixed: Tensor
-    ) -> dict[str, Tensor]:
-        """What stands before every segment: zeros, or what the cache holds."""
+    def _states(self, state: RecurrentState, places: "_Places", mixed: Tensor) -> dict[str, Tensor]:
+        """What the cache holds before every segment; zeros where it is new."""
         heads, dim = self.shape
         exact = torch.promote_types(mixed.dtype, torch.float32)
         sizes = {"conv": (mixed.shape[1], CONV_WIDTH - 1), "recurrent": (heads, dim, dim)}
         dtypes = {"conv": mixed.dtype, "recurrent": exact}
-        if state is None:
-            return {
-                n: mixed.new_zeros(places.segments.shape[0], *s, dtype=dtypes[n])
-                for n, s in sizes.items()
-            }
         batch, blocks = places.batch_size, self.A_log.shape[0]
         if not state.tensors:
             state.tensors = {

@@ -1,4 +1,4 @@
-"""fla-core's Gated DeltaNet kernels, used only where they compute right gradients.
+"""Whether fla-core's Gated DeltaNet kernels compute right gradients on the GPU at hand.
 
 Some pairs of Triton release and GPU miscompile fla's gated backward (fla issue 640), and fla then
 refuses by version. We ask the GPU instead: one small forward and backward against the recurrence.
@@ -8,40 +8,33 @@ import functools
 import importlib
 import itertools
 import warnings
-from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from molcli.kernels.gated_delta_rule.chunked import chunk_gated_delta_rule_fla, load_fla
 from molcli.kernels.gated_delta_rule.reference import recurrent_gated_delta_rule
 
 # bf16 rounds to 2^-9; sums of a few hundred such terms stay well under this.
 MAX_RELATIVE_ERROR = 2e-2
 
 
-def chunk_gated_delta_rule_fla(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Shapes as `gated_delta_rule`. Computes in bf16 with float32 states."""
-    ops, _ = _load()
-    half = [x[None].to(torch.bfloat16) for x in (q, k, v)]
-    out, last = ops.chunk_gated_delta_rule(
-        *half,
-        g[None].float(),
-        beta[None].float(),
-        initial_state=state.float(),
-        output_final_state=True,
-        cu_seqlens=cu_seqlens.long(),
-    )
-    return out[0].to(v.dtype), last
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def fla_is_sound(device: int, head_dim: int) -> bool:
+    """Whether fla-core is installed and agrees with the recurrence on this GPU, gradients too.
+
+    The first call for a GPU and a head width runs the check.
+    """
+    return _fla_is_sound(device, head_dim)
 
 
 @functools.cache
-def fla_is_sound(device: int, head_dim: int) -> bool:
-    """Whether fla-core is installed and agrees with the recurrence on this GPU, gradients too."""
+def _fla_is_sound(device: int, head_dim: int) -> bool:
     try:
-        _, guard = _load()
+        load_fla()
+        guard = importlib.import_module("fla.ops.common.chunk_o")
     except ImportError:
         warnings.warn(
             "fla-core is not installed: Gated DeltaNet runs eagerly and slowly "
@@ -61,13 +54,6 @@ def fla_is_sound(device: int, head_dim: int) -> bool:
         )
         return False
     return True
-
-
-def _load() -> tuple[ModuleType, ModuleType]:
-    return (
-        importlib.import_module("fla.ops.gated_delta_rule"),
-        importlib.import_module("fla.ops.common.chunk_o"),
-    )
 
 
 def _gradient_error(device: torch.device, head_dim: int) -> float:
@@ -102,16 +88,16 @@ def _gradient_error(device: torch.device, head_dim: int) -> float:
         ]
         return torch.cat([o[0] for o, _ in pieces]), torch.cat([s for _, s in pieces])
 
-    def by_fla(tensors: list[Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
+    def by_fla(tensors: list[Tensor], state: Tensor | None) -> tuple[Tensor, Tensor | None]:
         q, k, v, g, beta = tensors
         return chunk_gated_delta_rule_fla(q, k, v, g, beta, cu, state)
 
     fast = [x.clone().requires_grad_() for x in inputs]
     exact = [x.clone().requires_grad_() for x in inputs]
-    out = by_fla(fast, torch.zeros_like(state))[0]
+    out = by_fla(fast, None)[0]
     expected = exactly(exact, torch.zeros_like(state))[0]
     weight = torch.randn_like(expected)
-    pairs = [(out, expected)]
+    pairs: list[tuple[Any, Any]] = [(out, expected)]
     gradients = (
         torch.autograd.grad((x * weight).sum(), z) for x, z in ((out, fast), (expected, exact))
     )

@@ -1,5 +1,7 @@
 """One linear layer per block, on rows sorted by block."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,7 +9,11 @@ from torch import Tensor
 from molcli.kernels.grouped_linear.reference import grouped_linear_reference
 from molcli.kernels.rows import Rows
 
-__all__ = ["grouped_linear", "grouped_linear_reference"]
+__all__ = ["grouped_linear", "grouped_linear_reference", "grouped_linears"]
+
+# From so many rows on, one product with joined weights is quicker than several: a copy of the
+# weights costs less than their narrow products lose.
+_MANY_ROWS = 1024
 
 
 def grouped_linear(x: Tensor, weight: Tensor, rows: Rows, bias: Tensor | None = None) -> Tensor:
@@ -25,3 +31,23 @@ def grouped_linear(x: Tensor, weight: Tensor, rows: Rows, bias: Tensor | None = 
     else:
         out = grouped_linear_reference(x, weight, rows.offsets)
     return out if bias is None else out + rows.per_row(bias).to(out.dtype)
+
+
+def grouped_linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    rows: Rows,
+    biases: Sequence[Tensor | None] | None = None,
+) -> tuple[Tensor, ...]:
+    """Several linear layers of the same rows.
+
+    weights: (B, out_i, in) each; biases: (B, out_i) or None each, all of one kind -> (M, out_i)
+    each.
+    """
+    each = [None] * len(weights) if biases is None else list(biases)
+    if weights[0].shape[0] == 1 or not x.is_cuda or x.shape[0] < _MANY_ROWS:
+        pairs = zip(weights, each, strict=True)
+        return tuple(grouped_linear(x, weight, rows, bias) for weight, bias in pairs)
+    bias = torch.cat([b for b in each if b is not None], dim=1) if each[0] is not None else None
+    joint = grouped_linear(x, torch.cat(list(weights), dim=1), rows, bias)
+    return joint.split([weight.shape[1] for weight in weights], dim=-1)
