@@ -1,6 +1,7 @@
 """Fixtures that several areas share: tiny random parents with a tiny tokenizer."""
 
 import itertools
+import os
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -11,6 +12,9 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+if not torch.cuda.is_available():  # before anything imports Triton: its kernels run interpreted
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 torch.set_num_threads(1)  # tiny models gain nothing from more, and xdist's workers share the cores
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from molcli.kernels.backend import on_triton
+from molcli.kernels import backend
 from molcli.kernels.block_rows import every_block
 from molcli.model.cache import AttentionState, MoLCache, RecurrentState, State, cache_layers
 from molcli.model.configuration_mol import BlockSpec, MoLConfig
@@ -146,7 +146,7 @@ class StaticStore:
         }
         rope: dict[str, Any] = config.rope_parameters
         # Without Triton, the references wait for the device.
-        self.capturable = on_triton(clock.counts) and rope["rope_type"] not in _ROPE_BY_LENGTH
+        self.capturable = backend.on_triton(clock.counts) and rope["rope_type"] not in _ROPE_BY_LENGTH
         self.warm, self.graph = False, None
         self.graph: Any
 

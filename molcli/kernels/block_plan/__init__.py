@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from molcli.kernels.backend import on_triton
+from molcli.kernels import backend
 from molcli.kernels.block_plan.reference import block_plan_reference
 
 __all__ = ["block_plan", "block_plan_reference"]
@@ -17,7 +17,7 @@ def block_plan(blocks: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
     """blocks: (R,) int64 -> the rows sorted by block, stably, (R,) int64, and where the blocks
     begin among them, (num_blocks + 1,) int64. Does not wait for the device.
     """
-    if on_triton(blocks) and blocks.shape[0] <= MAX_ROWS:
+    if backend.on_triton(blocks) and blocks.shape[0] <= MAX_ROWS:
         from molcli.kernels.block_plan.triton_kernels import launch
 
         return launch(blocks, num_blocks)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from molcli.kernels.backend import on_triton
+from molcli.kernels import backend
 from molcli.kernels.gated_delta_step.reference import gated_delta_step_reference
 
 __all__ = ["gated_delta_step", "gated_delta_step_reference"]
@@ -31,7 +31,7 @@ def gated_delta_step(
     one token, but for sequences that are not `active` (B,) int32. Returns (R, H D).
     """
     arguments = (projected, convs, a_log, dt_bias, o_norm, conv_state, state, blocks, active, eps)
-    if on_triton(projected):
+    if backend.on_triton(projected):
         from molcli.kernels.gated_delta_step.triton_kernels import launch
 
         return launch(*arguments)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from molcli.kernels.backend import on_triton
+from molcli.kernels import backend
 from molcli.kernels.block_rows import BlockRows
 from molcli.kernels.indexed_combine.reference import indexed_combine_reference
 from molcli.kernels.indexed_linear import indexed_linear
@@ -40,7 +40,7 @@ def _indexed_combine(
     scale: float,
 ) -> Tensor:
     """weight: None where x has been multiplied by it."""
-    if on_triton(x):
+    if backend.on_triton(x):
         from molcli.kernels.indexed_combine.triton_kernels import launch, launch_sum
 
         if weight is None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from molcli.kernels.backend import on_triton
+from molcli.kernels import backend
 from molcli.kernels.block_rows import BlockRows
 from molcli.kernels.indexed_linear.reference import indexed_linear_reference
 
@@ -48,7 +48,7 @@ def _indexed_linear(
     bias: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
-    if on_triton(x):
+    if backend.on_triton(x):
         from molcli.kernels.indexed_linear.triton_kernels import ACTIVATIONS, launch
 
         if activation is None or activation in ACTIVATIONS:

@@ -171,13 +171,16 @@ def _blocks_kernel(
             known = k < K
             mask = own[:, None] & known[None, :]
             h = tl.load(x + (row // X_DIV)[:, None] * K + k[None, :], mask=mask, other=0.0)
-            if HAS_PLUS:
-                h += tl.load(plus + row[:, None] * K + k[None, :], mask=mask, other=0.0)
-            if HAS_NORM:
+            if HAS_PLUS or HAS_NORM:
                 wide = h.to(tl.float32)
-                squares += tl.sum(wide * wide, 1)
-                scale_in = tl.load(norm + block * K + k, mask=known, other=0.0).to(tl.float32)
-                h = (wide * scale_in[None, :]).to(x.dtype.element_ty)
+                if HAS_PLUS:
+                    more = tl.load(plus + row[:, None] * K + k[None, :], mask=mask, other=0.0)
+                    wide += more.to(tl.float32)
+                if HAS_NORM:
+                    squares += tl.sum(wide * wide, 1)
+                    shape = tl.load(norm + block * K + k, mask=known, other=0.0)
+                    wide *= shape.to(tl.float32)[None, :]
+                h = wide.to(x.dtype.element_ty)
             mask = known[:, None] & inside[None, :]
             matrix = tl.load(w + n[None, :] * K + k[:, None], mask=mask, other=0.0)
             acc = tl.dot(h, matrix, acc, input_precision="ieee")

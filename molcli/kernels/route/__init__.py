@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from molcli.kernels.backend import on_triton
+from molcli.kernels import backend
 from molcli.kernels.route.reference import route_reference
 
 __all__ = ["route", "route_reference"]
@@ -16,7 +16,7 @@ def route(
     """x: (n, d), weight: (R, d), correction_bias: (R,) -> logits (n, R), blocks (n, k) int64,
     weights (n, k); float32, or float64 for such an x.
     """
-    if on_triton(x):
+    if backend.on_triton(x):
         from molcli.kernels.route.triton_kernels import launch
 
         return launch(x, weight, correction_bias, top_k)

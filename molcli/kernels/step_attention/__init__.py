@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from molcli.kernels.backend import on_triton
+from molcli.kernels import backend
 from molcli.kernels.step_attention.reference import append_reference, attend_reference
 
 __all__ = ["append", "append_reference", "attend", "attend_reference"]
@@ -34,7 +34,7 @@ def append(
     blocks: (R,) int64. Returns q, (R, heads, D).
     """
     arguments = (projected, biases, norms, cos, sin, keys, values, owners, filled, blocks, active)
-    if on_triton(projected):
+    if backend.on_triton(projected):
         from molcli.kernels.step_attention.triton_kernels import launch_append
 
         return launch_append(*arguments, heads, eps)
@@ -68,7 +68,7 @@ def attend(
     time `filled`, and no others are read; scores are scaled by D^-1/2. The cache's shapes are those
     of `append`.
     """
-    if on_triton(q):
+    if backend.on_triton(q):
         from molcli.kernels.step_attention.triton_kernels import launch_attend
 
         return launch_attend(q, keys, values, owners, filled, blocks)
