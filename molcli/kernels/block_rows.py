@@ -26,7 +26,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class BlockRows:
-    """blocks: (R,) int64. slots: rows a token. num_blocks: B. plan: where R is PLANNED_FROM or more."""
+    """blocks: (R,) int64. slots: rows a token. num_blocks: B. plan: from PLANNED_FROM rows on."""
 
     blocks: Tensor
     slots: int

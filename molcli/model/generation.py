@@ -60,19 +60,20 @@ class StepGraph:
 class MoLGenerationMixin(GenerationMixin):
     """`generate`, with `cache_implementation="static"`."""
 
-    def _prepare_cache_for_generation(
-        self,
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self: Any,
         generation_config: GenerationConfig,
         model_kwargs: dict[str, Any],
         generation_mode: Any,
         batch_size: int,
         max_cache_length: int,
     ) -> None:
-        """Also takes what a caller wants to reserve: `max_cache_len`, where transformers knows it."""
+        """As transformers, whose later releases let the caller ask for `max_cache_len` too."""
         static = generation_config.cache_implementation == "static"
         fresh = model_kwargs.get("past_key_values") is None
         if not (static and fresh and generation_config.use_cache):
-            super()._prepare_cache_for_generation(
+            parent: Any = super()
+            parent._prepare_cache_for_generation(
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
             return
@@ -87,9 +88,7 @@ class MoLGenerationMixin(GenerationMixin):
         return False
 
     @staticmethod
-    def create_masks_for_generate(
-        attention_mask: Tensor | None = None, **_: Any
-    ) -> Tensor | None:
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
         """The model takes the mask as it is."""
         return attention_mask
 
@@ -118,7 +117,7 @@ class MoLGenerationMixin(GenerationMixin):
                     **kwargs,
                 )
             assert input_ids is not None
-            cache.clock.room_for(1)
+            cache.clock.room_for(*input_ids.shape)
             store = cache.store
             if store.graph is None:
                 store.graph = StepGraph(model, store)

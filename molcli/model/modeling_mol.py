@@ -138,7 +138,7 @@ class MoLModel(MoLPreTrainedModel):
         use_cache = self.config.use_cache if use_cache is None else use_cache
         cache = past_key_values
         if isinstance(cache, MoLStaticCache):
-            cache.clock.room_for(embeds.shape[1])
+            cache.clock.room_for(embeds.shape[0], embeds.shape[1])
             if embeds.shape[1] == 1 and document_ids is None and not torch.is_grad_enabled():
                 return self._one_step(embeds, cache, attention_mask, position_ids)
         if use_cache and cache is None and not self.training:
@@ -215,7 +215,8 @@ class MoLModel(MoLPreTrainedModel):
         cos, sin = self.rotary_emb(x, position[:, None])
         step = Step(cos[:, 0].contiguous(), sin[:, 0].contiguous(), active, store)
         branch, routings = Branch(x.device), []
-        for layer, states in zip(self.layers, store.layers, strict=True):
+        layers: list[Any] = list(self.layers)
+        for layer, states in zip(layers, store.layers, strict=True):
             x, routing = step_layer(layer, x, step, states, branch)
             if routing is not None:
                 routings.append(routing)

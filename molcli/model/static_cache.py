@@ -32,8 +32,12 @@ class Clock:
         self.filled.zero_()
         self.counts.zero_()
 
-    def room_for(self, tokens: int) -> None:
-        """Raises ValueError where the cache has no room for so many more."""
+    def room_for(self, batch_size: int, tokens: int) -> None:
+        """Raises ValueError where the cache has no room for so many more tokens a sequence."""
+        if batch_size != len(self.counts):
+            raise ValueError(
+                f"the static cache is for {len(self.counts)} sequences, and {batch_size} have come"
+            )
         if self.seen + tokens > self.length:
             raise ValueError(
                 f"the static cache has room for {self.length} tokens, "
@@ -64,7 +68,7 @@ class _InPlace(State):
 
 
 class StaticAttentionState(_InPlace, AttentionState):
-    """keys, values: (B, L, slots, kv, d), blocks: (B, L, slots) int32, of which `seen` are filled."""
+    """keys, values: (B, L, slots, kv, d), blocks: (B, L, slots) int32; filled up to the clock."""
 
     def __init__(
         self, spec: BlockSpec, slots: int, clock: Clock, dtype: torch.dtype, device: torch.device
@@ -84,7 +88,9 @@ class StaticAttentionState(_InPlace, AttentionState):
         return self.clock.seen == 0
 
     def held(self) -> tuple[Tensor, Tensor, Tensor]:
-        keys, values, blocks = (self.tensors[n][:, : self.end] for n in ("keys", "values", "blocks"))
+        keys, values, blocks = (
+            self.tensors[n][:, : self.end] for n in ("keys", "values", "blocks")
+        )
         return keys, values, blocks
 
     def extend(self, new: dict[str, Tensor]) -> None:
@@ -105,7 +111,10 @@ class StaticRecurrentState(_InPlace, RecurrentState):
     ) -> None:
         super().__init__()
         heads, dim = spec.num_heads, spec.head_dim
-        shape, exact = (len(clock.counts), spec.num_blocks), torch.promote_types(dtype, torch.float32)
+        shape, exact = (
+            (len(clock.counts), spec.num_blocks),
+            torch.promote_types(dtype, torch.float32),
+        )
         conv = (*shape, 3 * heads * dim, CONV_WIDTH - 1)
         self.tensors = {
             "conv": torch.zeros(conv, dtype=dtype, device=device),
@@ -146,9 +155,11 @@ class StaticStore:
         }
         rope: dict[str, Any] = config.rope_parameters
         # Without Triton, the references wait for the device.
-        self.capturable = backend.on_triton(clock.counts) and rope["rope_type"] not in _ROPE_BY_LENGTH
-        self.warm, self.graph = False, None
-        self.graph: Any
+        self.capturable = (
+            backend.on_triton(clock.counts) and rope["rope_type"] not in _ROPE_BY_LENGTH
+        )
+        self.warm = False
+        self.graph: Any = None
 
 
 class MoLStaticCache(MoLCache):
@@ -186,6 +197,10 @@ class MoLStaticCache(MoLCache):
     def reset(self) -> None:
         Cache.reset(self)
         self.clock.reset()
+
+    @property
+    def max_batch_size(self) -> int:
+        return len(self.clock.counts)
 
     @property
     def is_compileable(self) -> bool:

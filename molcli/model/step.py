@@ -61,9 +61,7 @@ def step_layer(
             rows = every_block(len(x), count, x.device)
         delta = _thin_blocks(layer.routed, x, rows, step, states.routed)
         branch.join()
-        out = indexed_combine(
-            delta, layer.routed.thin_out, rows, share, out, scale=1 / layer.top_k
-        )
+        out = indexed_combine(delta, layer.routed.thin_out, rows, share, out, scale=1 / layer.top_k)
     branch.join()
     return out, routing
 
@@ -84,7 +82,7 @@ def _delta(block: BlockStack, x: Tensor, rows: BlockRows, step: Step, state: Sta
     else:
         heads, bias = _attention_heads(mixer, x, block.input_norm, rows, step, state), mixer.o_bias
     mixed = indexed_linear(heads, [mixer.o_proj], rows, bias=bias)
-    weights = [mlp.up_proj] if mlp.gate_proj is None else [mlp.gate_proj, mlp.up_proj]
+    weights: list[Tensor] = [mlp.up_proj] if mlp.gate_proj is None else [mlp.gate_proj, mlp.up_proj]
     hidden = indexed_linear(
         x,
         weights,

@@ -37,7 +37,9 @@ def draw(request, triton_device):
 def exact(value):
     if isinstance(value, list):
         return [exact(x) for x in value]
-    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+    return (
+        value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+    )
 
 
 def check(found, eager, truth, what=""):
@@ -55,7 +57,7 @@ def rows_of(blocks, planned):
     return BlockRows(blocks, 1, BLOCKS, plan)
 
 
-# Rows without a plan take a program each, planned ones a program per block; 36 rows of one block are
+# Rows without a plan take a program each, planned ones a program per block; 36 rows of a block are
 # more than one tile of rows. 192 and 24 are no powers of two; 2304 is wider than one tile.
 @pytest.mark.parametrize(
     "planned, count, shared, width, sizes",

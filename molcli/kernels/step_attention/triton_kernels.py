@@ -10,7 +10,9 @@ _PIECE = 64  # entries of the cache that a program reads at a time
 
 
 @triton.jit
-def _channels(source, bias, norm, d, mask, D: tl.constexpr, eps, HAS_BIAS: tl.constexpr, NORM: tl.constexpr):
+def _channels(
+    source, bias, norm, d, mask, D: tl.constexpr, eps, HAS_BIAS: tl.constexpr, NORM: tl.constexpr
+):
     x = tl.load(source + d, mask=mask, other=0.0).to(tl.float32)
     if HAS_BIAS:
         x += tl.load(bias + d, mask=mask, other=0.0).to(tl.float32)
@@ -46,7 +48,9 @@ def _append_kernel(
         norm = q_norm + block * D
         x = _channels(source, bias, norm, d, mask, D, eps, HAS_BIAS, HAS_NORM)
         y = _channels(source, bias, norm, partner, mask, D, eps, HAS_BIAS, HAS_NORM)
-        tl.store(out + (row * H + head) * D + d, (x * c + y * s).to(out.dtype.element_ty), mask=mask)
+        tl.store(
+            out + (row * H + head) * D + d, (x * c + y * s).to(out.dtype.element_ty), mask=mask
+        )
     elif head < H + KV:
         kv = head - H
         bias = k_bias + block * (KV * D) + kv * D
