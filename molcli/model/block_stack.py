@@ -91,7 +91,7 @@ class StackedAttention(nn.Module):
         q, k, v = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype), v
         if state is None:
             return segment_attention(q, k, v, rows)
-        fresh = not state.tensors
+        fresh = state.empty
         state.append(k, v, rows, stream)
         return segment_attention(q, k, v, rows) if fresh else state.attend(q, rows, stream)
 
@@ -107,7 +107,8 @@ class StackedMLP(nn.Module):
         self.gate_proj: nn.Parameter | None
         self.up_proj = nn.Parameter(torch.empty(b, f, d))
         self.down_proj = nn.Parameter(torch.empty(b, d, f))
-        self.activation = ACT2FN[config.hidden_act]
+        self.activation_name = config.hidden_act
+        self.activation = ACT2FN[self.activation_name]
 
     def forward(self, x: Tensor, rows: Rows) -> Tensor:
         """x: (M, d) -> (M, d)."""

@@ -7,18 +7,21 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.generation import GenerationMixin
 from transformers.utils import ModelOutput
 
 from molcli.kernels.rows import all_rows
 from molcli.maths.balance import cv_squared
 from molcli.model.block_stack import BlockStack, StackedAttention, StackedMLP, rms_norm
+from molcli.model.branch import Branch
 from molcli.model.cache import MoLCache
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.gated_deltanet import StackedGatedDeltaNet
+from molcli.model.generation import MoLGenerationMixin
 from molcli.model.layers import ThinBlocks, new_layer
 from molcli.model.rotary import rotary_embedding
 from molcli.model.router import Router, Routing
+from molcli.model.static_cache import MoLStaticCache, StaticStore
+from molcli.model.step import Step, step_layer
 from molcli.model.tokens import token_stream
 
 
@@ -134,6 +137,10 @@ class MoLModel(MoLPreTrainedModel):
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
         cache = past_key_values
+        if isinstance(cache, MoLStaticCache):
+            cache.clock.room_for(embeds.shape[0], embeds.shape[1])
+            if embeds.shape[1] == 1 and document_ids is None and not torch.is_grad_enabled():
+                return self._one_step(embeds, cache, attention_mask, position_ids)
         if use_cache and cache is None and not self.training:
             cache = MoLCache(self.config)
         stream = token_stream(
@@ -160,7 +167,7 @@ class MoLModel(MoLPreTrainedModel):
             if routing is not None:
                 routings.append(routing)
         if cache is not None:
-            cache.seen += stream.length
+            cache.advance(stream)
         wanted = (
             self.config.output_router_logits
             if output_router_logits is None
@@ -173,8 +180,51 @@ class MoLModel(MoLPreTrainedModel):
             routing=tuple(routings),
         )
 
+    def _one_step(
+        self,
+        embeds: Tensor,
+        cache: MoLStaticCache,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+    ) -> MoLModelOutput:
+        """embeds: (B, 1, d_model); the rest as `forward` has it."""
+        store, batch = cache.store, embeds.shape[0]
+        position = store.clock.counts
+        if position_ids is not None:
+            position = position_ids.expand(batch, 1)[:, 0]
+        active = torch.ones_like(store.clock.counts, dtype=torch.int32)
+        if attention_mask is not None:
+            active = attention_mask[:, -1].int()
+        hidden, routing = self.step(embeds[:, 0], position, active, store)
+        cache.clock.seen += 1
+        return MoLModelOutput(
+            last_hidden_state=hidden[:, None],
+            past_key_values=cache,
+            router_logits=tuple(r.logits for r in routing),
+            routing=routing,
+        )
 
-class MoLForCausalLM(MoLPreTrainedModel, GenerationMixin):
+    def step(
+        self, x: Tensor, position: Tensor, active: Tensor, store: StaticStore
+    ) -> tuple[Tensor, tuple[Routing, ...]]:
+        """One token a sequence, without a word to the host.
+
+        x: (B, d_model), its embedding; position: (B,); active: (B,) int32, 0 where it is padding.
+        Returns the normalised residual, (B, d_model), and each routing layer's decisions.
+        """
+        cos, sin = self.rotary_emb(x, position[:, None])
+        step = Step(cos[:, 0].contiguous(), sin[:, 0].contiguous(), active, store)
+        branch, routings = Branch(x.device), []
+        layers: list[Any] = list(self.layers)
+        for layer, states in zip(layers, store.layers, strict=True):
+            x, routing = step_layer(layer, x, step, states, branch)
+            if routing is not None:
+                routings.append(routing)
+        store.clock.advance_on_device(active)
+        return self.norm(x), tuple(routings)
+
+
+class MoLForCausalLM(MoLPreTrainedModel, MoLGenerationMixin):
     """A Mixture of Layers language model with a next-token head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -231,9 +281,3 @@ class MoLForCausalLM(MoLPreTrainedModel, GenerationMixin):
             router_logits=out.router_logits,
             routing=out.routing,
         )
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        """`generate` leaves the cache to the model's first call: blocks have states of their own
-        that its standard caches have no place for."""
-        return False

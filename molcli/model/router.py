@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from molcli.kernels.route import route_reference
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,8 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Routing:
         """x: (n, d_model) residual. Ties go to the block with the lower index."""
-        exact = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            x = x.to(exact)
-            x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
-            logits = F.linear(x, self.weight.to(exact))
-        biased = logits.detach() + self.correction_bias
-        blocks = biased.sort(dim=-1, descending=True, stable=True).indices[:, : self.top_k]
-        if self.top_k == 1:  # renormalising would cut the router off from the loss
-            weights = logits.softmax(-1).gather(1, blocks)
-        else:
-            weights = logits.gather(1, blocks).softmax(-1)
+            logits, blocks, weights = route_reference(
+                x, self.weight, self.correction_bias, self.top_k
+            )
         return Routing(logits, blocks, weights)

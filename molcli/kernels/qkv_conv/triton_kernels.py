@@ -250,8 +250,10 @@ def backward(
     blocks = torch.arange(offsets.shape[0], device=x.device)
     total = (table[:, 0] == blocks[:, None]).float() @ shares
     split = total.view(offsets.shape[0], 3, -1, WIDTH).unbind(1)
-    copies = (g.to(w.dtype, copy=True).contiguous() for g, w in zip(split, weights, strict=True))
-    return dx, *copies
+    dq, dk, dv = (
+        g.to(w.dtype, copy=True).contiguous() for g, w in zip(split, weights, strict=True)
+    )
+    return dx, dq, dk, dv
 
 
 def _table(offsets: Tensor, rows: int) -> Tensor:

@@ -1,0 +1,182 @@
+"""Triton kernels: rotate and append; attend over pieces of the cache; put the pieces together."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_PROGRAMS = 512  # enough for every GPU's processors to hold a few
+_PIECE = 64  # entries of the cache that a program reads at a time
+
+
+@triton.jit
+def _channels(
+    source, bias, norm, d, mask, D: tl.constexpr, eps, HAS_BIAS: tl.constexpr, NORM: tl.constexpr
+):
+    x = tl.load(source + d, mask=mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        x += tl.load(bias + d, mask=mask, other=0.0).to(tl.float32)
+    if NORM:
+        x = x * tl.rsqrt(tl.sum(x * x, 0) / D + eps)
+        x *= tl.load(norm + d, mask=mask, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _append_kernel(
+    projected, q_bias, k_bias, v_bias, q_norm, k_norm, cos, sin, keys, values, owners, filled,
+    blocks, active, out, length, slots, eps,
+    H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, TURN: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row, head = tl.program_id(0), tl.program_id(1)
+    token, block = row // slots, tl.load(blocks + row)
+    d = tl.arange(0, BLOCK_D)
+    mask = d < D
+    source = projected + row.to(tl.int64) * ((H + 2 * KV) * D) + head * D
+    time = tl.load(filled)
+    entry = (token.to(tl.int64) * length + time) * slots + row % slots
+    # Channel d turns together with its partner, half of the turning channels away.
+    half: tl.constexpr = TURN // 2
+    turning = d < TURN
+    partner = tl.where(turning, tl.where(d < half, d + half, d - half), d)
+    sign = tl.where(d < half, -1.0, 1.0)
+    c = tl.load(cos + token * TURN + d, mask=turning, other=1.0).to(tl.float32)
+    s = tl.load(sin + token * TURN + d, mask=turning, other=0.0).to(tl.float32) * sign
+    if head < H:
+        bias = q_bias + block * (H * D) + head * D
+        norm = q_norm + block * D
+        x = _channels(source, bias, norm, d, mask, D, eps, HAS_BIAS, HAS_NORM)
+        y = _channels(source, bias, norm, partner, mask, D, eps, HAS_BIAS, HAS_NORM)
+        tl.store(
+            out + (row * H + head) * D + d, (x * c + y * s).to(out.dtype.element_ty), mask=mask
+        )
+    elif head < H + KV:
+        kv = head - H
+        bias = k_bias + block * (KV * D) + kv * D
+        norm = k_norm + block * D
+        x = _channels(source, bias, norm, d, mask, D, eps, HAS_BIAS, HAS_NORM)
+        y = _channels(source, bias, norm, partner, mask, D, eps, HAS_BIAS, HAS_NORM)
+        rotated = (x * c + y * s).to(keys.dtype.element_ty)
+        tl.store(keys + (entry * KV + kv) * D + d, rotated, mask=mask)
+        if kv == 0:
+            live = tl.load(active + token) != 0
+            tl.store(owners + entry, tl.where(live, block, -1).to(owners.dtype.element_ty))
+    else:
+        kv = head - H - KV
+        bias = v_bias + block * (KV * D) + kv * D
+        x = _channels(source, bias, bias, d, mask, D, eps, HAS_BIAS, False)
+        tl.store(values + (entry * KV + kv) * D + d, x.to(values.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _attend_kernel(
+    q, keys, values, owners, filled, blocks, partial, best, total, length, slots, scale,
+    H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr,
+    PIECE: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    program, split = tl.program_id(0), tl.program_id(1)
+    row, head = program // H, program % H
+    kv = head // (H // KV)
+    block = tl.load(blocks + row)
+    first = (row // slots).to(tl.int64) * length * slots
+    entries = (tl.load(filled) + 1) * slots
+    share = tl.cdiv(tl.cdiv(entries, SPLITS), PIECE) * PIECE
+    begin = split * share
+    end = tl.minimum(begin + share, entries)
+    d = tl.arange(0, BLOCK_D)
+    real = d < D
+    query = tl.load(q + program * D + d, mask=real, other=0.0).to(tl.float32) * scale
+    peak = -float("inf")
+    mass = 0.0
+    acc = tl.zeros((BLOCK_D,), tl.float32)
+    start = begin
+    while start < end:
+        index = start + tl.arange(0, PIECE)
+        owner = tl.load(owners + first + index, mask=index < end, other=-1)
+        seen = owner.to(tl.int64) == block
+        mask = seen[:, None] & real[None, :]
+        place = ((first + index) * KV + kv)[:, None] * D + d[None, :]
+        key = tl.load(keys + place, mask=mask, other=0.0).to(tl.float32)
+        value = tl.load(values + place, mask=mask, other=0.0).to(tl.float32)
+        score = tl.where(seen, tl.sum(key * query[None, :], 1), -float("inf"))
+        higher = tl.maximum(peak, tl.max(score, 0))
+        level = tl.where(higher == -float("inf"), 0.0, higher)
+        weight = tl.exp(score - level)
+        keep = tl.exp(peak - level)
+        mass = mass * keep + tl.sum(weight, 0)
+        acc = acc * keep + tl.sum(weight[:, None] * value, 0)
+        peak = higher
+        start += PIECE
+    place = program * SPLITS + split
+    tl.store(partial + place * D + d, acc, mask=real)
+    tl.store(best + place, peak)
+    tl.store(total + place, mass)
+
+
+@triton.jit
+def _merge_kernel(
+    partial, best, total, out,
+    D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    split = tl.arange(0, SPLITS)
+    d = tl.arange(0, BLOCK_D)
+    peak = tl.load(best + program * SPLITS + split)
+    level = tl.max(peak, 0)
+    level = tl.where(level == -float("inf"), 0.0, level)
+    factor = tl.exp(peak - level)
+    mass = tl.sum(tl.load(total + program * SPLITS + split) * factor, 0)
+    place = (program * SPLITS + split)[:, None] * D + d[None, :]
+    piece = tl.load(partial + place, mask=(d < D)[None, :], other=0.0)
+    read = tl.sum(piece * factor[:, None], 0) / tl.where(mass > 0, mass, 1.0)
+    tl.store(out + program * D + d, read.to(out.dtype.element_ty), mask=d < D)
+
+
+def launch_append(
+    projected: Tensor,
+    biases: list[Tensor],
+    norms: list[Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    owners: Tensor,
+    filled: Tensor,
+    blocks: Tensor,
+    active: Tensor,
+    heads: int,
+    eps: float,
+) -> Tensor:
+    """Shapes as `append`."""
+    _, length, slots, kv, dim = keys.shape
+    out = projected.new_empty(blocks.shape[0], heads, dim)
+    _append_kernel[(blocks.shape[0], heads + 2 * kv)](
+        projected, *(biases or [projected] * 3), *(norms or [projected] * 2), cos, sin,
+        keys, values, owners, filled, blocks, active, out, length, slots, eps,
+        H=heads, KV=kv, D=dim, TURN=cos.shape[-1], HAS_BIAS=bool(biases), HAS_NORM=bool(norms),
+        BLOCK_D=triton.next_power_of_2(dim), num_warps=1,
+    )  # fmt: skip
+    return out
+
+
+def launch_attend(
+    q: Tensor, keys: Tensor, values: Tensor, owners: Tensor, filled: Tensor, blocks: Tensor
+) -> Tensor:
+    """Shapes as `attend`."""
+    _, length, slots, kv, dim = keys.shape
+    rows, heads = q.shape[:2]
+    wanted = triton.next_power_of_2(triton.cdiv(_PROGRAMS, rows * heads))
+    splits = min(64, wanted, triton.next_power_of_2(triton.cdiv(length * slots, _PIECE)))
+    partial = q.new_empty(rows * heads, splits, dim, dtype=torch.float32)
+    best, total = (q.new_empty(rows * heads, splits, dtype=torch.float32) for _ in range(2))
+    out = q.new_empty(rows, heads * dim)
+    block_d = triton.next_power_of_2(dim)
+    _attend_kernel[(rows * heads, splits)](
+        q, keys, values, owners, filled, blocks, partial, best, total, length, slots, dim**-0.5,
+        H=heads, KV=kv, D=dim, SPLITS=splits, PIECE=_PIECE, BLOCK_D=block_d, num_warps=4,
+    )  # fmt: skip
+    _merge_kernel[(rows * heads,)](
+        partial, best, total, out, D=dim, SPLITS=splits, BLOCK_D=block_d, num_warps=2
+    )
+    return out

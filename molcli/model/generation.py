@@ -1,0 +1,150 @@
+"""How `generate` gets a static cache, and its steps from a CUDA graph."""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from molcli.model.static_cache import MoLStaticCache, StaticStore
+
+# Lengths are rounded up to this, so that prompts of about one length share tensors and graph.
+_LENGTHS = 64
+
+
+@dataclass
+class _Kept:
+    """The tensors that a model decoded with last. weights: where its parameters lay then; user:
+    the cache that took them, while somebody holds it."""
+
+    store: StaticStore
+    weights: tuple[int, ...]
+    user: "weakref.ref[MoLStaticCache]"
+
+
+_KEPT: "weakref.WeakKeyDictionary[Any, _Kept]" = weakref.WeakKeyDictionary()
+
+
+class StepGraph:
+    """One step of a model on a store's tensors, recorded once and repeated."""
+
+    def __init__(self, model: Any, store: StaticStore) -> None:
+        counts = store.clock.counts
+        self.ids, self.position = counts.new_zeros(len(counts), 1), torch.zeros_like(counts)
+        self.active = torch.ones_like(counts, dtype=torch.int32)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            x = model.model.embed_tokens(self.ids)[:, 0]
+            hidden, _ = model.model.step(x, self.position, self.active, store)
+            self.logits: Tensor = model.lm_head(hidden)[:, None]
+        self.all_active = True
+
+    def __call__(
+        self, ids: Tensor, position_ids: Tensor | None, mask: Tensor | None, counts: Tensor
+    ) -> Tensor:
+        """Logits, (B, 1, V), that the next call overwrites."""
+        self.ids.copy_(ids)
+        self.position.copy_(counts if position_ids is None else position_ids[:, -1])
+        if mask is not None or not self.all_active:
+            self.active.copy_(torch.ones_like(self.active) if mask is None else mask[:, -1])
+            self.all_active = mask is None
+        self.graph.replay()
+        return self.logits
+
+
+class MoLGenerationMixin(GenerationMixin):
+    """`generate`, with `cache_implementation="static"`."""
+
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self: Any,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """As transformers, whose later releases let the caller ask for `max_cache_len` too."""
+        static = generation_config.cache_implementation == "static"
+        fresh = model_kwargs.get("past_key_values") is None
+        if not (static and fresh and generation_config.use_cache):
+            parent: Any = super()
+            parent._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
+            return
+        copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        length = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
+        model_kwargs["past_key_values"] = static_cache(self, batch_size * copies, length)
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """`generate` leaves other caches to the model's first call: blocks have states of their own
+        that its standard caches have no place for."""
+        return False
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
+        """The model takes the mask as it is."""
+        return attention_mask
+
+    def get_compiled_call(self, compile_config: Any) -> Callable[..., Any]:
+        """What `generate` makes its steps with where the cache allows it: a CUDA graph of our own,
+        not torch.compile's, whose guards on a thousand parameters cost more than the step."""
+        model: Any = self
+
+        def call(
+            input_ids: Tensor | None = None,
+            past_key_values: Any = None,
+            attention_mask: Tensor | None = None,
+            position_ids: Tensor | None = None,
+            **kwargs: Any,
+        ) -> Any:
+            cache = past_key_values
+            one = input_ids is not None and input_ids.shape[1] == 1
+            if not (one and isinstance(cache, MoLStaticCache) and cache.store.warm):
+                if one and isinstance(cache, MoLStaticCache):
+                    cache.store.warm = True  # kernels are compiled now, not while recording
+                return model(
+                    input_ids=input_ids,
+                    past_key_values=cache,
+                    attention_mask=attention_mask,
+                    position_ids=position_ids,
+                    **kwargs,
+                )
+            assert input_ids is not None
+            cache.clock.room_for(*input_ids.shape)
+            store = cache.store
+            if store.graph is None:
+                store.graph = StepGraph(model, store)
+            logits = store.graph(input_ids, position_ids, attention_mask, store.clock.counts)
+            cache.clock.seen += 1
+            return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+
+        return call
+
+
+def static_cache(model: Any, batch_size: int, length: int) -> MoLStaticCache:
+    """An empty cache, in the tensors of the model's last one if they fit and are free."""
+    weights = tuple(p.data_ptr() for p in model.parameters())
+    kept = _KEPT.get(model)
+    if kept is not None:
+        clock = kept.store.clock
+        same = kept.weights == weights and len(clock.counts) == batch_size
+        if same and kept.user() is None and clock.length >= length:
+            cache = MoLStaticCache.of(kept.store)
+            kept.user = weakref.ref(cache)
+            return cache
+        del _KEPT[model]
+        if same:  # one that grows now and then is not to be recorded for every length
+            length = max(length, clock.length)
+    length = -(-length // _LENGTHS) * _LENGTHS
+    embedding = model.get_input_embeddings().weight
+    store = StaticStore(model.config, batch_size, length, embedding.dtype, embedding.device)
+    cache = MoLStaticCache.of(store)
+    _KEPT[model] = _Kept(store, weights, weakref.ref(cache))
+    return cache

@@ -1,0 +1,204 @@
+"""Decoding's Triton kernels against their references, compiled or interpreted.
+
+A kernel may be off, from the reference in float64, by twice what the reference in the same dtype
+is off by. In float32 both are off by rounding alone, whose size depends on the order of sums: there
+two of its last bits are allowed in any case. The interpreter cannot multiply matrices in bf16: half
+precision is fp16 there.
+"""
+
+import pytest
+import torch
+
+from molcli.kernels.block_plan import block_plan, block_plan_reference
+from molcli.kernels.block_rows import BlockRows, Plan, chosen_rows
+from molcli.kernels.gated_delta_step import gated_delta_step, gated_delta_step_reference
+from molcli.kernels.indexed_combine import indexed_combine
+from molcli.kernels.indexed_combine.reference import indexed_combine_reference
+from molcli.kernels.indexed_linear import indexed_linear, indexed_linear_reference
+from molcli.kernels.route import route, route_reference
+from molcli.kernels.step_attention import append, append_reference, attend, attend_reference
+
+BLOCKS = 5
+
+
+@pytest.fixture(params=["full", "half"])
+def draw(request, triton_device):
+    """Draws a normal tensor in the dtype and on the device of the test."""
+    generator = torch.Generator().manual_seed(0)
+    half = torch.bfloat16 if triton_device == "cuda" else torch.float16
+    default = torch.float32 if request.param == "full" else half
+
+    def make(*shape, dtype=default):
+        return torch.randn(shape, generator=generator).to(triton_device, dtype)
+
+    return make
+
+
+def exact(value):
+    if isinstance(value, list):
+        return [exact(x) for x in value]
+    return (
+        value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+    )
+
+
+def check(found, eager, truth, what=""):
+    def distance(x):
+        return ((x.double() - truth).norm() / truth.norm()).item()
+
+    error, allowed = distance(found), distance(eager)
+    print(f"{what} error {error:.2e}, eager {allowed:.2e}")
+    assert found.dtype == eager.dtype and found.shape == eager.shape
+    assert error <= 2 * allowed + 2.5e-7
+
+
+def rows_of(blocks, planned):
+    plan = Plan(*block_plan_reference(blocks, BLOCKS)) if planned else None
+    return BlockRows(blocks, 1, BLOCKS, plan)
+
+
+# Rows without a plan take a program each, planned ones a program per block; 36 rows of a block are
+# more than one tile of rows. 192 and 24 are no powers of two; 2304 is wider than one tile.
+@pytest.mark.parametrize(
+    "planned, count, shared, width, sizes",
+    [
+        (False, 1, 1, 64, [64]),
+        (False, 4, 2, 192, [5, 4, 4, 4, 3, 3]),
+        (False, 2, 1, 2304, [8]),
+        (True, 4, 2, 192, [5, 4, 4, 4, 3, 3]),
+        (True, 40, 1, 24, [20, 33]),
+    ],
+)
+def test_linear_layers(draw, triton_device, planned, count, shared, width, sizes):
+    blocks = torch.arange(count, device=triton_device) * 3 % BLOCKS
+    if count == 40:
+        blocks[:36] = 2
+    total = sum(sizes)
+    x, weights = draw(count // shared, width), [draw(BLOCKS, n, width) for n in sizes]
+    everything = dict(
+        plus=draw(count, width),
+        norm=draw(BLOCKS, width),
+        eps=1e-6,
+        bias=draw(BLOCKS, total),
+        residual=draw(count, total),
+    )
+    for options in ({}, everything):
+        found = indexed_linear(x, weights, rows_of(blocks, planned), **options)
+        eager = indexed_linear_reference(x, weights, blocks, **options)
+        precise = {name: exact(value) for name, value in options.items()}
+        truth = indexed_linear_reference(exact(x), exact(weights), blocks, **precise)
+        check(found, eager, truth)
+
+
+@pytest.mark.parametrize("planned", [False, True], ids=["rows", "planned"])
+@pytest.mark.parametrize(
+    "activation, gated",
+    [("silu", True), ("gelu", False), ("gelu_pytorch_tanh", True), ("relu", False), ("mish", True)],
+)
+def test_feed_forward_layers(draw, triton_device, planned, activation, gated):
+    """mish has no kernel."""
+    blocks = torch.tensor([0, 3], device=triton_device)
+    x, weights = draw(2, 48), [draw(BLOCKS, 20, 48) for _ in range(1 + gated)]
+    options = dict(norm=draw(BLOCKS, 48), eps=1e-6, activation=activation)
+    found = indexed_linear(x, weights, rows_of(blocks, planned), **options)
+    eager = indexed_linear_reference(x, weights, blocks, **options)
+    options["norm"] = exact(options["norm"])
+    check(found, eager, indexed_linear_reference(exact(x), exact(weights), blocks, **options))
+
+
+@pytest.mark.parametrize("tokens, slots", [(1, 3), (9, 2)])
+@pytest.mark.parametrize("shares", [False, True])
+def test_combining(draw, triton_device, tokens, slots, shares):
+    """Eighteen rows are planned: the products come first, the sum after them."""
+    chosen = torch.arange(tokens * slots, device=triton_device).view(tokens, slots) % BLOCKS
+    rows = chosen_rows(chosen, BLOCKS)
+    assert (rows.plan is None) == (tokens < 9)
+    x, weight, base = draw(tokens * slots, 24), draw(BLOCKS, 40, 24), draw(tokens, 40)
+    share = draw(tokens, slots, dtype=torch.float32) if shares else None
+    found = indexed_combine(x, weight, rows, share, base, 0.5)
+    arguments = (x, weight, rows.blocks, share, base, 0.5)
+    eager = indexed_combine_reference(*arguments)
+    check(found, eager, indexed_combine_reference(*map(exact, arguments)))
+
+
+@pytest.mark.parametrize("top_k", [1, 3, BLOCKS])
+def test_routing_and_its_ties(draw, top_k):
+    x, weight = draw(4, 200), draw(BLOCKS, 200, dtype=torch.float32)
+    weight[2] = weight[1]
+    bias = torch.tensor([0.0, 0.1, 0.1, -3.0, 0.0], device=x.device)
+    found, eager = route(x, weight, bias, top_k), route_reference(x, weight, bias, top_k)
+    truth = route_reference(exact(x), exact(weight), exact(bias), top_k)
+    assert torch.equal(found[1], truth[1]), "ties go to the lower index"
+    check(found[0], eager[0], truth[0], "logits")
+    torch.testing.assert_close(found[2], eager[2])
+
+
+@pytest.mark.parametrize("count, blocks", [(1, 1), (17, 1), (40, 5), (96, 14)])
+def test_plans_sort_stably(triton_device, count, blocks):
+    generator = torch.Generator().manual_seed(count)
+    chosen = torch.randint(blocks, (count,), generator=generator).to(triton_device)
+    for found, wanted in zip(
+        block_plan(chosen, blocks), block_plan_reference(chosen, blocks), strict=True
+    ):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("dim", [64, 128, 12])
+def test_gated_deltanet(draw, triton_device, dim):
+    """Three sequences of two rows, the middle one's token padding."""
+    heads, inner = 2, 2 * dim
+    blocks = torch.tensor([0, 3, 1, 2, 4, 0], device=triton_device)
+    active = torch.tensor([1, 0, 1], dtype=torch.int32, device=triton_device)
+    exponents = [draw(BLOCKS, heads, dtype=torch.float32) for _ in range(2)]
+    inputs = [draw(6, 4 * inner + 2 * heads), [draw(BLOCKS, inner, 4) for _ in range(3)]]
+    inputs += [*exponents, draw(BLOCKS, dim)]
+    conv = draw(3, BLOCKS, 3 * inner, 3)
+    state = draw(3, BLOCKS, heads, dim, dim, dtype=torch.float32)
+    states = [[conv.clone(), state.clone()] for _ in range(3)]
+    states[2] = exact(states[2])
+    found = gated_delta_step(*inputs, *states[0], blocks, active, 1e-6)
+    eager = gated_delta_step_reference(*inputs, *states[1], blocks, active, 1e-6)
+    truth = gated_delta_step_reference(*exact(inputs), *states[2], blocks, active, 1e-6)
+    check(found, eager, truth, "output")
+    for name, *three in zip(("conv", "state"), *states, strict=True):
+        check(*three, name)
+    untouched = torch.ones(3, BLOCKS, dtype=torch.bool)
+    untouched[0, [0, 3]] = untouched[2, [4, 0]] = False
+    for before, after in ((conv, states[0][0]), (state, states[0][1])):
+        assert torch.equal(before[untouched], after[untouched])
+
+
+@pytest.mark.parametrize(
+    "turning, length, filled, settings",
+    [(64, 90, 70, "plain"), (16, 3, 0, "plain"), (64, 3, 2, "biases and norms")],
+)
+def test_attention(draw, triton_device, turning, length, filled, settings):
+    """Two slots, grouped heads, entries of other blocks and of padding (-1) between a row's own."""
+    heads, kv, dim, slots = 2, 1, 64, 2
+    blocks = torch.tensor([0, 3, 1, 2], device=triton_device)
+    active = torch.tensor([1, 0], dtype=torch.int32, device=triton_device)
+    projected = draw(4, (heads + 2 * kv) * dim)
+    biases, norms = [], []
+    if settings != "plain":
+        biases = [draw(BLOCKS, n * dim) for n in (heads, kv, kv)]
+        norms = [draw(BLOCKS, dim) for _ in range(2)]
+    angle = draw(2, turning // 2).repeat(1, 2)
+    owners = (torch.arange(2 * length * slots, device=triton_device) * 7 % (BLOCKS + 1)) - 1
+    owners = owners.view(2, length, slots).int()
+    cache = [draw(2, length, slots, kv, dim), draw(2, length, slots, kv, dim), owners]
+    caches = [[x.clone() for x in cache] for _ in range(3)]
+    caches[2] = exact(caches[2])
+    time = torch.tensor([filled], dtype=torch.int32, device=triton_device)
+    inputs = (projected, biases, norms, angle.cos(), angle.sin())
+    rest = (time, blocks, active, heads, 1e-6)
+    found = append(*inputs, *caches[0], *rest)
+    eager = append_reference(*inputs, *caches[1], *rest)
+    truth = append_reference(*map(exact, inputs), *caches[2], *rest)
+    check(found, eager, truth, "query")
+    for name, *three in zip(("keys", "values"), *caches, strict=False):
+        check(*three, name)
+    assert torch.equal(caches[0][2], caches[2][2])
+    assert (caches[0][2][1, filled] == -1).all(), "padding owns nothing"
+    found = attend(found, *caches[0], time, blocks)
+    eager = attend_reference(eager, *caches[1], time, blocks)
+    check(found, eager, attend_reference(truth, *caches[2], time, blocks), "output")
