@@ -49,5 +49,6 @@ def chosen_rows(chosen: Tensor, num_blocks: int) -> BlockRows:
 
 def every_block(num_tokens: int, num_blocks: int, device: torch.device) -> BlockRows:
     """Every token in every block."""
-    blocks = torch.arange(num_blocks, device=device).expand(num_tokens, num_blocks)
+    # Not expand(): kernels take the blocks of neighbouring rows to be neighbours in memory.
+    blocks = torch.arange(num_blocks, device=device).repeat(num_tokens, 1)
     return chosen_rows(blocks, num_blocks)

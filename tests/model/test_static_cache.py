@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from molcli.kernels import backend, block_rows
-from molcli.model.generation import static_cache
+from molcli.model import MoLForCausalLM
+from molcli.model.generation import MoLGenerationMixin, static_cache
 from molcli.model.static_cache import MoLStaticCache
 
 CASES = {
@@ -168,3 +169,8 @@ def test_steps_on_a_gpu_are_as_exact_as_prefill(make_model, case):
     stepwise_error, prefill_error = (e.median().item() for e in errors)
     print(f"{case}: decoding error {stepwise_error:.4f}, prefill error {prefill_error:.4f}")
     assert stepwise_error <= 2 * prefill_error
+
+
+def test_generate_takes_its_steps_from_our_graph():
+    """PreTrainedModel has a `get_compiled_call` of its own, which must not come first."""
+    assert MoLForCausalLM.get_compiled_call is MoLGenerationMixin.get_compiled_call
