@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from molcli import __version__
+from molcli.cli.bench import bench
 from molcli.cli.calibrate import calibrate
 from molcli.cli.convert import convert
 from molcli.cli.data import app as data
@@ -49,6 +50,7 @@ app.command("convert")(convert)
 app.command("train")(train)
 app.command("inspect")(inspect)
 app.command("eval")(evaluate)
+app.command("bench")(bench)
 app.command("init")(init)
 app.command("calibrate")(calibrate)
 app.add_typer(data, name="data")

@@ -19,6 +19,7 @@ COMMANDS = [
     "train",
     "inspect",
     "eval",
+    "bench",
     "init",
     "data",
     "calibrate",

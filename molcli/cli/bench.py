@@ -1,0 +1,92 @@
+"""`molcli bench`: how fast a model is beside a dense one, on this machine."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from molcli.cli.bars import bar
+from molcli.cli.options import Json, Overrides, ParentOption, RecipeName
+from molcli.cli.parents import open_dense
+from molcli.errors import MolError
+
+if TYPE_CHECKING:  # torch comes with it
+    from molcli.stages.bench import Report
+
+OptionalCheckpoint = Annotated[
+    Path | None,
+    typer.Argument(metavar="[CKPT]", help="The folder of a Mixture of Layers model."),
+]
+Only = Annotated[
+    str | None,
+    typer.Option("--only", metavar="A,B", help="Of prefill, decode, train, grouped, gdn."),
+]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Of tokens and random weights.")]
+Compiled = Annotated[
+    bool, typer.Option("--compile/--no-compile", help="Compile models for prefill and training.")
+]
+
+
+def bench(
+    checkpoint: OptionalCheckpoint = None,
+    parent: ParentOption = None,
+    only: Only = None,
+    json_file: Json = None,
+    recipe: RecipeName = None,
+    overrides: Overrides = None,
+    seed: Seed = 0,
+    compiled: Compiled = True,
+) -> None:
+    """Time a model beside its dense parent, or a Llama of its width: prefill, decoding, training.
+
+    With --recipe in place of a checkpoint, an untrained model of its section `model`.
+    """
+    from rich.console import Console
+
+    from molcli.cli.bench_table import bench_tables
+
+    report = run_bench(checkpoint, parent, only, recipe, overrides, seed, compiled)
+    if json_file is not None:
+        json_file.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
+    console = Console()
+    for part in bench_tables(report):
+        console.print(part)
+
+
+def run_bench(
+    checkpoint: Path | None,
+    parent: str | None,
+    only: str | None,
+    recipe: str | None,
+    overrides: list[str] | None,
+    seed: int,
+    compiled: bool,
+) -> "Report":
+    """All that was asked for, under a bar."""
+    if (checkpoint is None) == (recipe is None):
+        raise MolError(
+            "there is nothing to time"
+            if checkpoint is None
+            else "--recipe comes with a checkpoint",
+            allowed="a checkpoint, or --recipe for an untrained model",
+            hint="molcli bench --recipe paper-1.3b-1+3of15",
+        )
+    from molcli.config.recipe import load_recipe
+
+    settings = None if recipe is None else load_recipe(recipe, overrides or ())
+    from molcli.model.checkpoint import default_device
+    from molcli.stages.bench import SECTIONS, bench, open_contest
+    from molcli.stages.init import untrained_config
+
+    sections = SECTIONS if only is None else [name for name in only.split(",") if name]
+    unknown = [name for name in sections if name not in SECTIONS]
+    if unknown or not sections:
+        raise MolError(
+            f"--only names {', '.join(unknown) or 'nothing'}", allowed=", ".join(SECTIONS)
+        )
+    config = None if settings is None else untrained_config(settings.model)
+    dense = None if parent is None else open_dense(parent).config
+    contest = open_contest(config, checkpoint, dense, default_device())
+    with bar("timing") as progress:
+        return bench(contest, sections, seed=seed, compiled=compiled, progress=progress)
