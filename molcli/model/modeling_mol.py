@@ -14,9 +14,11 @@ from molcli.maths.balance import cv_squared
 from molcli.model.block_stack import BlockStack, StackedAttention, StackedMLP, rms_norm
 from molcli.model.branch import Branch
 from molcli.model.cache import MoLCache
+from molcli.model.compiled import compile_layers
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.gated_deltanet import StackedGatedDeltaNet
 from molcli.model.generation import MoLGenerationMixin
+from molcli.model.graphs import ForwardGraphs
 from molcli.model.layers import ThinBlocks, new_layer
 from molcli.model.rotary import rotary_embedding
 from molcli.model.router import Router, Routing
@@ -234,6 +236,14 @@ class MoLForCausalLM(MoLGenerationMixin, MoLPreTrainedModel):
         self.model = MoLModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def compile(self, *, graphs: bool = True) -> None:
+        """Makes later calls faster on a GPU: compiles the layers, each kind once, and with `graphs`
+        repeats prefill (`use_cache=False`, no gradients) of shapes it has met from CUDA graphs.
+        """
+        compile_layers(self)
+        if graphs:
+            self._compiled_call_impl = ForwardGraphs(self)
 
     def forward(
         self,

@@ -26,7 +26,7 @@ TINY = [
     "model.d_ff_thin=24",
 ]
 LITTLE = sizes.Sizes(
-    prefill=(16,), decode=((1, 8), (2, 4)), new_tokens=2, train=(1, 8), rows=32, repeats=1
+    prefill=(16,), decode=((1, 8), (2, 4)), new_tokens=2, train=((1, 8),), rows=32, repeats=1
 )
 
 

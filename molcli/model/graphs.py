@@ -1,0 +1,83 @@
+"""Forward passes repeated from CUDA graphs.
+
+Up to some ten thousand tokens, a layer of thin blocks is computed faster than its kernels are
+launched one by one.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from molcli.model.modeling_mol import MoLForCausalLM
+
+# Past this many tokens launching is no longer what takes time, and a graph holds on to the memory
+# of all that is computed in it.
+_MAX_TOKENS = 16_384
+_MAX_GRAPHS = 8
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    graph: torch.cuda.CUDAGraph
+    input_ids: Tensor
+    output: Any
+
+    def __call__(self, input_ids: Tensor) -> Any:
+        self.input_ids.copy_(input_ids)
+        self.graph.replay()
+        return type(self.output)(logits=self.output.logits.clone())
+
+
+class ForwardGraphs:
+    """Calls a model; from the third call of one shape on, by playing back the second.
+
+    That goes for calls with token ids alone: without a cache, a mask, labels or gradients, on a
+    GPU. Their output has logits, and no routing. All others go to the model as they are.
+    """
+
+    def __init__(self, model: "MoLForCausalLM") -> None:
+        self.model = model
+        self.seen: Counter[tuple[int, ...]] = Counter()
+        self.recorded: dict[tuple[int, ...], _Recorded] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        ids = self._ids(*args, **kwargs)
+        if ids is None:
+            return self.model._call_impl(*args, **kwargs)
+        key = (*ids.shape, kwargs.get("logits_to_keep", 0), *self._weights())
+        self.seen[key] += 1
+        if self.seen[key] == 1:  # kernels are compiled now, not while recording
+            return self.model._call_impl(*args, **kwargs)
+        if key not in self.recorded:
+            if len(self.recorded) == _MAX_GRAPHS:
+                del self.recorded[next(iter(self.recorded))]
+            self.recorded[key] = self._record(ids, **kwargs)
+        return self.recorded[key](ids)
+
+    def _ids(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        """The token ids of a call that a graph can repeat."""
+        given = {name for name, value in kwargs.items() if value is not None and value is not False}
+        ids = args[0] if args else kwargs.get("input_ids")
+        plain = given <= {"input_ids", "logits_to_keep", "return_dict"} and len(args) <= 1
+        if not plain or kwargs.get("use_cache") is not False or not isinstance(ids, Tensor):
+            return None
+        if not ids.is_cuda or ids.numel() > _MAX_TOKENS or torch.is_grad_enabled():
+            return None
+        if self.model.training or not isinstance(kwargs.get("logits_to_keep", 0), int):
+            return None
+        return ids
+
+    def _weights(self) -> tuple[int, ...]:
+        """Changes where the model moves: its graphs read weights from where they lay."""
+        return tuple(p.data_ptr() for p in list(self.model.parameters())[:1])
+
+    def _record(self, ids: Tensor, **kwargs: Any) -> _Recorded:
+        kwargs = {name: value for name, value in kwargs.items() if name != "input_ids"}
+        graph, held = torch.cuda.CUDAGraph(), ids.clone()
+        with torch.cuda.graph(graph):
+            output = self.model._call_impl(input_ids=held, **kwargs)
+        return _Recorded(graph, held, output)
