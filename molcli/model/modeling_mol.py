@@ -224,7 +224,7 @@ class MoLModel(MoLPreTrainedModel):
         return self.norm(x), tuple(routings)
 
 
-class MoLForCausalLM(MoLPreTrainedModel, MoLGenerationMixin):
+class MoLForCausalLM(MoLGenerationMixin, MoLPreTrainedModel):
     """A Mixture of Layers language model with a next-token head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}

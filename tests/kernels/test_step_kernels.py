@@ -199,6 +199,16 @@ def test_attention(draw, triton_device, turning, length, filled, settings):
         check(*three, name)
     assert torch.equal(caches[0][2], caches[2][2])
     assert (caches[0][2][1, filled] == -1).all(), "padding owns nothing"
-    found = attend(found, *caches[0], time, blocks)
+    found = attend(found, *caches[0], time, blocks, BLOCKS)
     eager = attend_reference(eager, *caches[1], time, blocks)
     check(found, eager, attend_reference(truth, *caches[2], time, blocks), "output")
+
+
+def test_attention_of_one_block_leaves_out_padding(draw, triton_device):
+    blocks = torch.zeros(2, dtype=torch.int64, device=triton_device)
+    owners = torch.zeros(2, 90, 1, dtype=torch.int32, device=triton_device)
+    owners[1, :66] = -1
+    q, keys, values = draw(2, 3, 16), draw(2, 90, 1, 3, 16), draw(2, 90, 1, 3, 16)
+    inputs = (q, keys, values, owners, owners.new_tensor([80]), blocks)
+    found, eager = attend(*inputs, 1), attend_reference(*inputs)
+    check(found, eager, attend_reference(*map(exact, inputs)))

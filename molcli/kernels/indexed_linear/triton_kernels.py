@@ -256,6 +256,8 @@ def launch(
     num_blocks = weights[0].shape[0]
     block_m = 16 if rows <= 16 * num_blocks else 32 if rows <= 32 * num_blocks else 64
     block_n, block_k = 32, 64 if x.dtype == torch.float32 else 128
+    if num_blocks * total < 132 * block_n:  # one block's outputs would not keep a GPU busy
+        block_n = 16
     tiles = sum(triton.cdiv(n, block_n) for n in sizes)
     _blocks_kernel[(tiles, num_blocks)](
         *head, order, starts, out, eps, **settings,
