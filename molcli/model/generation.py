@@ -38,7 +38,7 @@ class StepGraph:
         self.ids, self.position = counts.new_zeros(len(counts), 1), torch.zeros_like(counts)
         self.active = torch.ones_like(counts, dtype=torch.int32)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.device_of(counts), torch.cuda.graph(self.graph):
             x = model.model.embed_tokens(self.ids)[:, 0]
             hidden, _ = model.model.step(x, self.position, self.active, store)
             self.logits: Tensor = model.lm_head(hidden)[:, None]
@@ -129,7 +129,12 @@ class MoLGenerationMixin(GenerationMixin):
 
 
 def static_cache(model: Any, batch_size: int, length: int) -> MoLStaticCache:
-    """An empty cache, in the tensors of the model's last one if they fit and are free."""
+    """An empty cache, in the tensors of the model's last one if they fit and are free.
+
+    Raises ValueError where the model is spread over several devices.
+    """
+    if len({p.device for p in model.parameters()}) > 1:
+        raise ValueError("a static cache needs the whole model on one device")
     weights = tuple(p.data_ptr() for p in model.parameters())
     kept = _KEPT.get(model)
     if kept is not None:
