@@ -5,7 +5,6 @@ and sum in float32. The norm needs no pass of its own: its weight multiplies the
 scale, which needs their sum of squares, the outputs.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
