@@ -71,7 +71,7 @@ class MoLGenerationMixin(GenerationMixin):
         """As transformers, whose later releases let the caller ask for `max_cache_len` too."""
         static = generation_config.cache_implementation == "static"
         fresh = model_kwargs.get("past_key_values") is None
-        if not (static and fresh and generation_config.use_cache):
+        if not (static and fresh) or generation_config.use_cache is False:
             parent: Any = super()
             parent._prepare_cache_for_generation(
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
