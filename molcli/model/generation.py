@@ -38,7 +38,7 @@ class StepGraph:
         self.ids, self.position = counts.new_zeros(len(counts), 1), torch.zeros_like(counts)
         self.active = torch.ones_like(counts, dtype=torch.int32)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.device_of(counts), torch.cuda.graph(self.graph):
             x = model.model.embed_tokens(self.ids)[:, 0]
             hidden, _ = model.model.step(x, self.position, self.active, store)
             self.logits: Tensor = model.lm_head(hidden)[:, None]
@@ -71,7 +71,7 @@ class MoLGenerationMixin(GenerationMixin):
         """As transformers, whose later releases let the caller ask for `max_cache_len` too."""
         static = generation_config.cache_implementation == "static"
         fresh = model_kwargs.get("past_key_values") is None
-        if not (static and fresh and generation_config.use_cache):
+        if not (static and fresh) or generation_config.use_cache is False:
             parent: Any = super()
             parent._prepare_cache_for_generation(
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -129,7 +129,12 @@ class MoLGenerationMixin(GenerationMixin):
 
 
 def static_cache(model: Any, batch_size: int, length: int) -> MoLStaticCache:
-    """An empty cache, in the tensors of the model's last one if they fit and are free."""
+    """An empty cache, in the tensors of the model's last one if they fit and are free.
+
+    Raises ValueError where the model is spread over several devices.
+    """
+    if len({p.device for p in model.parameters()}) > 1:
+        raise ValueError("a static cache needs the whole model on one device")
     weights = tuple(p.data_ptr() for p in model.parameters())
     kept = _KEPT.get(model)
     if kept is not None:

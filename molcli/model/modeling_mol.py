@@ -197,7 +197,8 @@ class MoLModel(MoLPreTrainedModel):
         active = torch.ones_like(store.clock.counts, dtype=torch.int32)
         if attention_mask is not None:
             active = attention_mask[:, -1].int()
-        hidden, routing = self.step(embeds[:, 0], position, active, store)
+        with torch.cuda.device_of(embeds):  # Triton launches on the current device
+            hidden, routing = self.step(embeds[:, 0], position, active, store)
         cache.clock.seen += 1
         return MoLModelOutput(
             last_hidden_state=hidden[:, None],

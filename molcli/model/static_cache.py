@@ -155,9 +155,8 @@ class StaticStore:
         }
         rope: dict[str, Any] = config.rope_parameters
         # Without Triton, the references wait for the device.
-        self.capturable = (
-            backend.on_triton(clock.counts) and rope["rope_type"] not in _ROPE_BY_LENGTH
-        )
+        served = backend.on_triton(clock.counts.new_empty(0, dtype=dtype))
+        self.capturable = served and rope["rope_type"] not in _ROPE_BY_LENGTH
         self.warm = False
         self.graph: Any = None
 

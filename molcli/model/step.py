@@ -138,4 +138,4 @@ def _attention_heads(
         heads,
         mixer.eps,
     )
-    return attend(q, *cache, filled, rows.blocks)
+    return attend(q, *cache, filled, rows.blocks, rows.num_blocks)

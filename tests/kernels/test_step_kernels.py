@@ -199,6 +199,51 @@ def test_attention(draw, triton_device, turning, length, filled, settings):
         check(*three, name)
     assert torch.equal(caches[0][2], caches[2][2])
     assert (caches[0][2][1, filled] == -1).all(), "padding owns nothing"
-    found = attend(found, *caches[0], time, blocks)
+    found = attend(found, *caches[0], time, blocks, BLOCKS)
     eager = attend_reference(eager, *caches[1], time, blocks)
     check(found, eager, attend_reference(truth, *caches[2], time, blocks), "output")
+
+
+def test_attention_of_one_block_leaves_out_padding(draw, triton_device):
+    blocks = torch.zeros(2, dtype=torch.int64, device=triton_device)
+    owners = torch.zeros(2, 90, 1, dtype=torch.int32, device=triton_device)
+    owners[1, :66] = -1
+    q, keys, values = draw(2, 3, 16), draw(2, 90, 1, 3, 16), draw(2, 90, 1, 3, 16)
+    inputs = (q, keys, values, owners, owners.new_tensor([80]), blocks)
+    found, eager = attend(*inputs, 1), attend_reference(*inputs)
+    check(found, eager, attend_reference(*map(exact, inputs)))
+
+
+def test_torch_compile_is_told_the_truth_about_every_operation():
+    """Shapes without data, and which arguments change."""
+    blocks = torch.tensor([0, 3, 1, 2])
+    order, starts = block_plan(blocks, BLOCKS)
+    x, weight = torch.randn(2, 24), torch.randn(BLOCKS, 40, 24)
+    y, active = torch.randn(4, 40), torch.ones(2, dtype=torch.int32)
+    shared = (x, [weight, weight], blocks, order, starts)
+    heads = torch.randn(BLOCKS, 2)
+    cache = [torch.randn(2, 5, 2, 1, 8), torch.randn(2, 5, 2, 1, 8)]
+    cache += [torch.zeros(2, 5, 2, dtype=torch.int32), torch.tensor([3], dtype=torch.int32)]
+    angle = torch.randn(2, 8)
+    operations = torch.ops.molcli
+    calls = [
+        (operations.block_plan, (blocks, BLOCKS)),
+        (operations.route, (x, torch.randn(BLOCKS, 24), torch.zeros(BLOCKS), 3)),
+        (operations.indexed_linear, (*shared, None, None, 0.0, None, None, None)),
+        (operations.indexed_linear, (*shared, None, None, 0.0, "silu", None, y)),
+        (operations.indexed_combine, (y, None, blocks, None, torch.randn(2, 40), 1.0)),
+        (
+            operations.gated_delta_step,
+            (torch.randn(4, 68), [torch.randn(BLOCKS, 16, 4)] * 3, heads, heads)
+            + (torch.randn(BLOCKS, 8), torch.randn(2, BLOCKS, 48, 3))
+            + (torch.randn(2, BLOCKS, 2, 8, 8), blocks, active, 1e-6),
+        ),
+        (
+            operations.step_append,
+            (torch.randn(4, 32), [], [], angle.cos(), angle.sin(), *cache)
+            + (blocks, active, 2, 1e-6),
+        ),
+        (operations.step_attend, (torch.randn(4, 2, 8), *cache, blocks, BLOCKS)),
+    ]
+    for operation, arguments in calls:
+        torch.library.opcheck(operation.default, arguments)

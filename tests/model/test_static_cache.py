@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from molcli.kernels import backend, block_rows
-from molcli.model import MoLForCausalLM
-from molcli.model.generation import MoLGenerationMixin, static_cache
+from molcli.model import generation
+from molcli.model.generation import static_cache
 from molcli.model.static_cache import MoLStaticCache
 
 CASES = {
@@ -92,6 +92,41 @@ def test_generate_finds_the_same_tokens(make_model, case, beams):
         assert torch.equal(found, wanted)
 
 
+def test_generate_takes_its_later_steps_from_the_graph(make_model, monkeypatch):
+    """With a stand-in that does on a CPU what a graph does; the first step compiles kernels."""
+
+    class Standin:
+        calls = 0
+
+        def __init__(self, model, store):
+            self.model, self.store = model, store
+
+        def __call__(self, ids, position_ids, mask, counts):
+            Standin.calls += 1
+            x = self.model.model.embed_tokens(ids)[:, 0]
+            active = torch.ones_like(counts) if mask is None else mask[:, -1]
+            position = counts if position_ids is None else position_ids[:, -1]
+            hidden, _ = self.model.model.step(x, position, active.int(), self.store)
+            return self.model.lm_head(hidden)[:, None]
+
+    monkeypatch.setattr(generation, "StepGraph", Standin)
+    monkeypatch.setattr(MoLStaticCache, "is_compileable", True)
+    model = make_model(num_blocks_per_tok=2)
+    monkeypatch.setattr(
+        model, "_valid_auto_compile_criteria", lambda kwargs, config: not config.disable_compile
+    )
+    ids, mask = batch()
+    options = dict(attention_mask=mask, max_new_tokens=12, do_sample=False)
+    wanted = model.generate(ids, **options)
+    for steps in (10, 21, 21):  # of 12 tokens one comes from the prompt, and one step is the first
+        disabled = Standin.calls == 21
+        found = model.generate(
+            ids, cache_implementation="static", disable_compile=disabled, **options
+        )
+        assert torch.equal(found, wanted)
+        assert Standin.calls == steps
+
+
 def test_the_tensors_of_a_cache_serve_the_next_one_once_they_are_free(make_model):
     model = make_model()
     first = static_cache(model, 2, 100)
@@ -169,8 +204,3 @@ def test_steps_on_a_gpu_are_as_exact_as_prefill(make_model, case):
     stepwise_error, prefill_error = (e.median().item() for e in errors)
     print(f"{case}: decoding error {stepwise_error:.4f}, prefill error {prefill_error:.4f}")
     assert stepwise_error <= 2 * prefill_error
-
-
-def test_generate_takes_its_steps_from_our_graph():
-    """PreTrainedModel has a `get_compiled_call` of its own, which must not come first."""
-    assert MoLForCausalLM.get_compiled_call is MoLGenerationMixin.get_compiled_call

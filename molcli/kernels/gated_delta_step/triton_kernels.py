@@ -92,9 +92,10 @@ def launch(
     """Shapes as `gated_delta_step`."""
     rows, (batch, num_blocks, heads, dim) = blocks.shape[0], state.shape[:4]
     out = projected.new_empty(rows, heads * dim)
+    block_d = triton.next_power_of_2(dim)
     _step_kernel[(rows, heads)](
         projected, *convs, a_log, dt_bias, o_norm, conv_state, state, blocks, active,
         out, rows // batch, num_blocks, eps,
-        H=heads, D=dim, BLOCK_D=triton.next_power_of_2(dim), num_warps=4,
+        H=heads, D=dim, BLOCK_D=block_d, num_warps=8 if block_d > 64 else 4,
     )  # fmt: skip
     return out

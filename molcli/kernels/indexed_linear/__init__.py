@@ -5,7 +5,7 @@ from torch import Tensor
 
 from molcli.kernels import backend
 from molcli.kernels.block_rows import BlockRows
-from molcli.kernels.indexed_linear.reference import indexed_linear_reference
+from molcli.kernels.indexed_linear.reference import activate, indexed_linear_reference
 
 __all__ = ["indexed_linear", "indexed_linear_reference"]
 
@@ -51,9 +51,11 @@ def _indexed_linear(
     if backend.on_triton(x):
         from molcli.kernels.indexed_linear.triton_kernels import ACTIVATIONS, launch
 
+        rows = (x, weights, blocks, order, starts, plus, norm, eps)
         if activation is None or activation in ACTIVATIONS:
-            options = (plus, norm, eps, activation, bias, residual)
-            return launch(x, weights, blocks, order, starts, *options)
+            return launch(*rows, activation, bias, residual)
+        y = activate(launch(*rows, None, bias, None), activation, weights[0].shape[1])
+        return y if residual is None else residual + y
     return indexed_linear_reference(
         x,
         weights,

@@ -32,7 +32,12 @@ def indexed_linear_reference(
     if bias is not None:
         y = y + bias[blocks].to(y.dtype)
     if activation is not None:
-        first, *second = y.split(weights[0].shape[1], dim=-1)
-        y = ACT2FN[activation](first)
-        y = y * second[0] if second else y
+        y = activate(y, activation, weights[0].shape[1])
     return y if residual is None else residual + y
+
+
+def activate(y: Tensor, name: str, size: int) -> Tensor:
+    """y: (R, size), or (R, 2 size) with what multiplies the activations behind them."""
+    first, *second = y.split(size, dim=-1)
+    activated: Tensor = ACT2FN[name](first)
+    return activated * second[0] if second else activated

@@ -5,7 +5,6 @@ and sum in float32. The norm needs no pass of its own: its weight multiplies the
 scale, which needs their sum of squares, the outputs.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -255,7 +254,10 @@ def launch(
         return out
     num_blocks = weights[0].shape[0]
     block_m = 16 if rows <= 16 * num_blocks else 32 if rows <= 32 * num_blocks else 64
-    block_n, block_k = 32, 64 if x.dtype == torch.float32 else 128
+    # Up to 60 KB of shared memory, which GPUs before Hopper have as well.
+    block_n, block_k = 32, (256 if block_m < 64 else 128) // x.element_size()
+    if num_blocks * total < 132 * block_n:  # one block's outputs would not keep a GPU busy
+        block_n = 16
     tiles = sum(triton.cdiv(n, block_n) for n in sizes)
     _blocks_kernel[(tiles, num_blocks)](
         *head, order, starts, out, eps, **settings,

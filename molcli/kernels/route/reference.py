@@ -18,7 +18,7 @@ def route_reference(
     x = x.to(exact)
     logits = F.linear(x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6), weight.to(exact))
     biased = logits.detach() + correction_bias
-    blocks = biased.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    blocks = biased.sort(dim=-1, descending=True, stable=True).indices[:, :top_k].contiguous()
     if top_k == 1:  # renormalising would cut the router off from the loss
         return logits, blocks, logits.softmax(-1).gather(1, blocks)
     return logits, blocks, logits.gather(1, blocks).softmax(-1)

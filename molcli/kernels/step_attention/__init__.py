@@ -62,21 +62,33 @@ def _(
 
 @torch.library.custom_op("molcli::step_attend", mutates_args=())
 def attend(
-    q: Tensor, keys: Tensor, values: Tensor, owners: Tensor, filled: Tensor, blocks: Tensor
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    owners: Tensor,
+    filled: Tensor,
+    blocks: Tensor,
+    num_blocks: int,
 ) -> Tensor:
-    """q: (R, heads, D) -> (R, heads D). A row sees the entries of its own sequence and block up to
-    time `filled`, and no others are read; scores are scaled by D^-1/2. The cache's shapes are those
-    of `append`.
+    """q: (R, heads, D) -> (R, heads * D). A row sees the entries of its own sequence and block up
+    to time `filled`, and no later ones are read; scores are scaled by D^-1/2. The cache's shapes
+    are those of `append`; num_blocks: how many blocks share it.
     """
     if backend.on_triton(q):
         from molcli.kernels.step_attention.triton_kernels import launch_attend
 
-        return launch_attend(q, keys, values, owners, filled, blocks)
+        return launch_attend(q, keys, values, owners, filled, blocks, num_blocks)
     return attend_reference(q, keys, values, owners, filled, blocks)
 
 
 @attend.register_fake
 def _(
-    q: Tensor, keys: Tensor, values: Tensor, owners: Tensor, filled: Tensor, blocks: Tensor
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    owners: Tensor,
+    filled: Tensor,
+    blocks: Tensor,
+    num_blocks: int,
 ) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[1] * q.shape[2])

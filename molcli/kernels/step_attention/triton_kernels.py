@@ -73,7 +73,7 @@ def _append_kernel(
 def _attend_kernel(
     q, keys, values, owners, filled, blocks, partial, best, total, length, slots, scale,
     H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr,
-    PIECE: tl.constexpr, BLOCK_D: tl.constexpr,
+    PIECE: tl.constexpr, BLOCK_D: tl.constexpr, EVERY: tl.constexpr,
 ):  # fmt: skip
     program, split = tl.program_id(0), tl.program_id(1)
     row, head = program // H, program % H
@@ -95,7 +95,10 @@ def _attend_kernel(
         index = start + tl.arange(0, PIECE)
         owner = tl.load(owners + first + index, mask=index < end, other=-1)
         seen = owner.to(tl.int64) == block
-        mask = seen[:, None] & real[None, :]
+        wanted = seen
+        if EVERY:  # not waiting for the owners
+            wanted = index < end
+        mask = wanted[:, None] & real[None, :]
         place = ((first + index) * KV + kv)[:, None] * D + d[None, :]
         key = tl.load(keys + place, mask=mask, other=0.0).to(tl.float32)
         value = tl.load(values + place, mask=mask, other=0.0).to(tl.float32)
@@ -161,7 +164,13 @@ def launch_append(
 
 
 def launch_attend(
-    q: Tensor, keys: Tensor, values: Tensor, owners: Tensor, filled: Tensor, blocks: Tensor
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    owners: Tensor,
+    filled: Tensor,
+    blocks: Tensor,
+    num_blocks: int,
 ) -> Tensor:
     """Shapes as `attend`."""
     _, length, slots, kv, dim = keys.shape
@@ -174,7 +183,8 @@ def launch_attend(
     block_d = triton.next_power_of_2(dim)
     _attend_kernel[(rows * heads, splits)](
         q, keys, values, owners, filled, blocks, partial, best, total, length, slots, dim**-0.5,
-        H=heads, KV=kv, D=dim, SPLITS=splits, PIECE=_PIECE, BLOCK_D=block_d, num_warps=4,
+        H=heads, KV=kv, D=dim, SPLITS=splits, PIECE=_PIECE, BLOCK_D=block_d,
+        EVERY=num_blocks == 1, num_warps=4,
     )  # fmt: skip
     _merge_kernel[(rows * heads,)](
         partial, best, total, out, D=dim, SPLITS=splits, BLOCK_D=block_d, num_warps=2
