@@ -1,6 +1,6 @@
 """One dense layer becomes one Mixture of Layers layer."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -38,14 +38,18 @@ class FittedLayer:
 @torch.no_grad()
 def copy_layer(config: MoLConfig, index: int, parent: DenseLayer) -> FittedLayer:
     """The parent's layer as the one full-width block of a Mixture of Layers layer: exact."""
-    device = parent.block.input_norm.device
-    layer = MoLLayer(config, index).to(device)
-    assert layer.shared is not None
-    eye = torch.eye(config.hidden_size, device=device)
-    layer.shared.thin_in.copy_(eye)
-    layer.shared.thin_out.copy_(eye)
-    layer.shared.block.load_state_dict(parent.block.state_dict())
-    return FittedLayer(layer, [1.0])
+    with torch.device("meta"):
+        layer = MoLLayer(config, index)
+    layer.load_state_dict(copied_tensors(parent.state_dict()), assign=True)
+    return FittedLayer(layer.requires_grad_(False), [1.0])
+
+
+def copied_tensors(parent: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of `copy_layer`, of those of a dense layer, in their dtype."""
+    norm = parent["block.input_norm"]
+    eye = torch.eye(norm.shape[-1], dtype=norm.dtype, device=norm.device)[None]
+    thin = {"shared.thin_in": eye, "shared.thin_out": eye.clone()}
+    return thin | {f"shared.{name}": tensor for name, tensor in parent.items()}
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from molcli.model.configuration_mol import MoLConfig
 from molcli.model.from_parent import dense_layer
 from molcli.progress import Progress
 from molcli.stages.upcycle.baselines import ParentLayer, baseline_layer
-from molcli.stages.upcycle.layer import FittedLayer, copy_layer
+from molcli.stages.upcycle.layer import FittedLayer, copied_tensors
 from molcli.stages.upcycle.shape import is_copy, parts
 
 EMBEDDINGS = 2048  # of the vocabulary, evenly spread, whose clusters routers start from
@@ -25,7 +25,7 @@ def convert_without_text(
     parent: Parent, config: MoLConfig, recipe: Recipe, writer: ShardedWriter, progress: Progress
 ) -> list[dict[str, Any]]:
     """Writes the layers; returns a row for the receipt about each. Of the parent, only layers
-    whose weights count are read, and kept layers pass as they are stored."""
+    whose weights count are read; kept and copied ones pass as they are stored."""
     device, embedding = default_device(), parent.embedding()
     x = embedding[:: -(-len(embedding) // EMBEDDINGS)].to(device, torch.float32)
     del embedding
@@ -34,8 +34,11 @@ def convert_without_text(
         row: dict[str, Any] = {"layer": i, "kind": kind}
         if kind == "dense":
             add_layer(writer, config, i, parent.dense_layer(i))
+        elif is_copy(config, recipe.upcycle):
+            add_layer(writer, config, i, copied_tensors(parent.dense_layer(i)))
+            row["retained_energy"] = [1.0]
         else:
-            fitted = _converted(parent, config, i, x, recipe)
+            fitted = _started(parent, config, i, x, recipe)
             add_layer(writer, config, i, fitted.layer.state_dict())
             row["retained_energy"] = fitted.retained
             del fitted  # the next layer needs its room
@@ -54,12 +57,10 @@ def add_layer(
         writer.add(f"model.layers.{index}.{name}", tensor.to(dtype))
 
 
-def _converted(
+def _started(
     parent: Parent, config: MoLConfig, index: int, x: Tensor, recipe: Recipe
 ) -> FittedLayer:
-    method, options = recipe.upcycle.method, recipe.upcycle
-    if is_copy(config, options):
-        return copy_layer(config, index, dense_layer(parent, config, index, x.device))
+    method = recipe.upcycle.method
     assert method != "fitted"
     dense = None if method == "random" else dense_layer(parent, config, index, x.device)
     source = ParentLayer(index, dense, parts(config), x, None)
