@@ -28,13 +28,9 @@ def reduced_rank(gram: Tensor, cross: Tensor, rank: int, penalty: float) -> tupl
     gram: (..., p, p); cross: (..., p, q). Returns U (..., q, rank) with orthonormal columns, the
     leading directions of the fitted values, and M (..., rank, p).
     """
-    if gram.ndim > 2 and gram.shape[-1] > BATCHED:
-        pairs = zip(gram, cross, strict=True)
-        found = [reduced_rank(g, c, rank, penalty) for g, c in pairs]
-        directions, mixing = (torch.stack(part) for part in zip(*found, strict=True))
-        return directions, mixing
     full = ridge(gram, cross, penalty)
     fitted = full @ gram @ full.mT
+    # All blocks at once: a GPU has a batched solver, and one column after the other to wait for.
     directions = torch.linalg.eigh(fitted).eigenvectors[..., -rank:].flip(-1)
     return directions, directions.mT @ full
 

@@ -42,9 +42,9 @@ def _fit(config: MoLConfig, tokens: int, heldout: int, device: str) -> int:
     indices = 6 * routed * _INT64
     blocks = max(1, clones)
     sums = blocks * joint * (joint + d)
-    # Of one block: a factor and what it is made from, the solution; of the model's width: what is
-    # fitted, its eigenvectors, the residual's moment and its roots.
-    solving = 2 * joint * (joint + d) + 7 * d * d + blocks * width * (joint + d)
+    # A factor and what it is made from, of one block; of each, the solution, its product with the
+    # sums, what is fitted, its eigenvectors, and what is kept of them.
+    solving = 2 * joint * joint + blocks * (2 * joint * d + 3 * d * d + width * (joint + d))
     # Of a chunk: what the parent's layer computes, or what a family does; on held-out tokens, all
     # blocks of the student at once.
     parents = 3 * d + 3 * config.intermediate_size
@@ -54,7 +54,7 @@ def _fit(config: MoLConfig, tokens: int, heldout: int, device: str) -> int:
     chunk = max(chunk, min(heldout, most) * bytes_a_token(config))
     return (
         tokens * (_FP32 * held + indices)
-        + _FP64 * (sums + 3 * d * d)
+        + _FP64 * (sums + 3 * d * d)  # and the residual's moment with its roots
         + max(chunk, _FP64 * solving)
         + _FP32 * _layer_weights(config)
     )

@@ -208,18 +208,21 @@ def decompositions(config: Any) -> dict[str, float]:
         config.hidden_size,
         config.thin_num_attention_heads * config.head_dim + config.d_ff_thin,
     )
-    calls: dict[str, tuple[int, Callable[[torch.Tensor], Any]]] = {
-        "eigh_d_model": (d, torch.linalg.eigh),
-        "cholesky_joint": (joint, torch.linalg.cholesky),
-        "svd_d_thin": (config.d_thin, torch.linalg.svd),
+    clones = -(-config.num_routed_blocks // max(1, config.num_blocks_per_tok))
+    calls: dict[str, tuple[int, int, Callable[[torch.Tensor], Any]]] = {
+        "eigh_d_model": (1, d, torch.linalg.eigh),
+        "eigh_d_model_of_clones": (clones, d, torch.linalg.eigh),
+        "cholesky_joint": (1, joint, torch.linalg.cholesky),
+        "svd_d_thin_of_clones": (clones, config.d_thin, torch.linalg.svd),
     }
     found = {}
-    for name, (size, call) in calls.items():
+    for name, (batch, size, call) in calls.items():
         device = default_device()
-        x = torch.randn(size, size, dtype=torch.float64, device=device)
+        x = torch.randn(batch, size, size, dtype=torch.float64, device=device)
         gram = x @ x.mT + torch.eye(size, dtype=torch.float64, device=device)
+        gram = gram[0] if batch == 1 else gram
         call(gram)
-        found[f"{name}_{size}"] = round(measured(lambda c=call, g=gram: c(g))[1], 4)
+        found[f"{name}_{batch}x{size}"] = round(measured(lambda c=call, g=gram: c(g))[1], 4)
     return found
 
 
