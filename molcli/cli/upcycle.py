@@ -61,15 +61,16 @@ def run_upcycle(
 ) -> None:
     """Writes the model to `out`, after a calibration of its own where none is given.
 
-    An exact copy needs none: without text, its receipt has no held-out figures.
+    Where blocks are not fitted to text, none is sampled for them, and the receipt of a conversion
+    without text has no held-out figures.
     """
     from molcli.stages.upcycle import upcycle as convert
-    from molcli.stages.upcycle.shape import is_copy, mol_config
+    from molcli.stages.upcycle.shape import mol_config, needs_text
 
     # Before the long calibration: a recipe that does not fit the parent is refused here.
-    exact = is_copy(mol_config(parent, recipe.upcycle), recipe.upcycle)
+    needed = needs_text(mol_config(parent, recipe.upcycle), recipe.upcycle)
     with scratch_beside(out) as scratch:
-        if calibration is None and (recipe.calibrate.data is not None or not exact):
+        if calibration is None and (recipe.calibrate.data is not None or needed):
             calibration = scratch / "calibration"
             run_calibrate(parent, recipe, calibration)
         with bar("upcycling") as progress:

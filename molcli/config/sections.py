@@ -38,7 +38,7 @@ class UpcycleConfig:
     shrinkage: share of every block's refit that sees all tokens, not only its cluster's.
     method: how blocks are filled. "fitted" by least squares; the others are baselines, to train
         from and compare with: "random" as `molcli init`, "svd" the truncated weights, "pca" weights
-        projected onto the residual's principal axes.
+        projected onto the residual's principal axes. "random" and "svd" need no text.
     receipt: "full" adds to receipt.json and receipt.html the baselines on the same held-out text,
         each layer's sensitivity, and greedy continuations. It takes longer, and for the last of
         these loads both models as a whole, one after the other.

@@ -108,7 +108,7 @@ class ShardedWriter:
     """Writes tensors into a folder as they come, holding at most one shard in memory.
 
     max_shard_bytes: a shard is written before it would grow past this; a larger tensor gets a
-    shard of its own. The default is about one layer of an 8B model in bfloat16.
+    shard of its own, at once. The default is about one layer of an 8B model in bfloat16.
     """
 
     def __init__(self, folder: Path, *, max_shard_bytes: int = 512 * 2**20) -> None:
@@ -125,11 +125,14 @@ class ShardedWriter:
         if self._pending and self._pending_bytes + tensor.nbytes > self.max_shard_bytes:
             self._flush()
         tensor = tensor.detach().cpu().contiguous()
-        if tensor.untyped_storage().nbytes() > tensor.nbytes:
+        alone = tensor.nbytes > self.max_shard_bytes
+        if tensor.untyped_storage().nbytes() > tensor.nbytes and not alone:
             tensor = tensor.clone()  # a view would keep its whole base in memory
         self._pending[name] = tensor
         self._pending_bytes += tensor.nbytes
         self.total_bytes += tensor.nbytes
+        if alone:
+            self._flush()
 
     def close(self) -> None:
         """Writes what is pending, gives the shards their final names, and writes the index."""
@@ -152,7 +155,7 @@ class ShardedWriter:
 
     def _flush(self) -> None:
         if not self._pending and self._shards:
-            return
+            return  # an empty checkpoint still is a file
         self._shards.append(list(self._pending))
         part = self._part(len(self._shards))
         save_file(self._pending, part, metadata={"format": "pt"})

@@ -27,7 +27,8 @@ def cosine_kmeans(x: Tensor, count: int, generator: torch.Generator) -> Tensor:
         centroids = torch.cat([centroids, x[pick]])
     for _ in range(ITERATIONS):
         similarity, nearest = (x @ centroids.mT).max(1)
-        sums = torch.zeros_like(centroids).index_add(0, nearest, x)
+        members = nearest == torch.arange(count, device=x.device)[:, None]
+        sums = members.to(x.dtype) @ x
         sizes = torch.bincount(nearest, minlength=count)
         for empty in (sizes == 0).nonzero().flatten().tolist():
             worst = int(similarity.argmin())

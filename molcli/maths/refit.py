@@ -7,12 +7,18 @@ a CPU build of LAPACK.
 import torch
 from torch import Tensor
 
+# Larger systems of a batch are solved one after another, so that there is one factor at a time.
+BATCHED = 256
+
 
 def ridge(gram: Tensor, cross: Tensor, penalty: float) -> Tensor:
     """argmin over W of sum |y - W f|^2 + penalty * mean energy * |W|^2.
 
     gram: (..., p, p), sum of f f^T. cross: (..., p, q), sum of f y^T. Returns (..., q, p).
     """
+    if gram.ndim > 2 and gram.shape[-1] > BATCHED:
+        pairs = zip(gram, cross, strict=True)
+        return torch.stack([ridge(g, c, penalty) for g, c in pairs])
     return torch.cholesky_solve(cross, _factor(gram, penalty)).mT
 
 
@@ -24,6 +30,7 @@ def reduced_rank(gram: Tensor, cross: Tensor, rank: int, penalty: float) -> tupl
     """
     full = ridge(gram, cross, penalty)
     fitted = full @ gram @ full.mT
+    # All blocks at once: a GPU has a batched solver, and one column after the other to wait for.
     directions = torch.linalg.eigh(fitted).eigenvectors[..., -rank:].flip(-1)
     return directions, directions.mT @ full
 
@@ -55,8 +62,9 @@ def least_squares_left(left: Tensor, product: Tensor) -> Tensor:
 
 def _factor(gram: Tensor, penalty: float) -> Tensor:
     """Cholesky factor of gram + penalty * mean energy * identity."""
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    return torch.linalg.cholesky(gram + penalty * _mean_energy(gram) * eye)
+    lifted = gram.clone()
+    lifted.diagonal(dim1=-2, dim2=-1).add_(penalty * _mean_energy(gram)[..., 0])
+    return torch.linalg.cholesky(lifted)
 
 
 def _mean_energy(gram: Tensor) -> Tensor:

@@ -146,8 +146,23 @@ class BlockStack(nn.Module):
         state: AttentionState | RecurrentState | None,
     ) -> Tensor:
         """x: (M, width) residual rows -> (M, width), what the block adds to them."""
-        mixed = self.mixer(self.norm(x, self.input_norm, rows), rows, rotary, stream, state)
-        return mixed + self.mlp(self.norm(x + mixed, self.post_norm, rows), rows)
+        mixed = self.mix(x, rows, rotary, stream, state)
+        return mixed + self.feed(x + mixed, rows)
+
+    def mix(
+        self,
+        x: Tensor,
+        rows: Rows,
+        rotary: tuple[Tensor, Tensor],
+        stream: TokenStream,
+        state: AttentionState | RecurrentState | None,
+    ) -> Tensor:
+        """What the mixer adds to x (M, width)."""
+        return self.mixer(self.norm(x, self.input_norm, rows), rows, rotary, stream, state)
+
+    def feed(self, x: Tensor, rows: Rows) -> Tensor:
+        """What the FFN adds to x (M, width), in which the mixer's share is already."""
+        return self.mlp(self.norm(x, self.post_norm, rows), rows)
 
     def norm(self, x: Tensor, weight: Tensor, rows: Rows) -> Tensor:
         """RMSNorm with each block's own weight. x: (M, width), weight: (B, width)."""

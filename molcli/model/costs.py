@@ -1,16 +1,19 @@
 """What a conversion and a training run ask of a GPU: time and memory, estimated.
 
-Time is work over the rate at which the hardware does that kind of work here; memory counts the
-tensors that are there at once. Both are estimates, meant to be right within a factor of two: they
-say whether a run takes minutes or days, and whether it fits.
+Time is work over the rate at which the hardware does that kind of work here: an estimate, meant to
+be right within a factor of two, that says whether a run takes minutes or days. Memory counts the
+tensors that are there at once (`conversion_memory`, `training_memory`).
 """
 
 import copy
 from dataclasses import dataclass
 
 from molcli.config.sections import TrainConfig
+from molcli.maths.losses import LOGITS_AT_ONCE
+from molcli.maths.memory import training_memory
 from molcli.maths.parameters import count_parameters
 from molcli.model.configuration_mol import BlockSpec, MoLConfig
+from molcli.model.conversion_memory import conversion_memory
 from molcli.model.flops import count_flops
 
 # Of a GPU's bf16 peak, in distillation, as tests/bench/distillation.py prints it: SmolLM2-135M on
@@ -25,7 +28,6 @@ FP32_EFFICIENCY = 0.5
 # its columns, which come one after the other.
 DECOMPOSITION_RATE, COLUMN_SECONDS = 5e11, 35e-6
 EIGENPROBLEM = 9  # * n^3 operations
-LOGITS_BYTES = 4 * 2**26 * 4  # chunks of logits: the student's, the parent's, their gradients
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,8 @@ def conversion_cost(config: MoLConfig, tokens: int, heldout: int, gpu: Gpu) -> C
     d, spec = config.hidden_size, config.shared_spec()
     dense = parent_of(config)
     forward = count_flops(dense, 1).active - 2.0 * config.vocab_size * d
-    # Calibration, teacher and streams of the parent, the student, and the logits at the end.
-    products = 4.0 * (tokens + heldout) * forward + 4.0 * heldout * config.vocab_size * d
+    # The parent in calibration and in the fit, the student on held-out tokens, and logits.
+    products = 2.0 * (tokens + heldout) * forward + 4.0 * heldout * config.vocab_size * d
     products += tokens * config.num_hidden_layers * 4.0 * d**2  # calibration's second moments
     products += tokens * converted * families * _regressions(spec, d)
     ranks, bases = config.num_blocks, families + 1
@@ -84,18 +86,7 @@ def conversion_cost(config: MoLConfig, tokens: int, heldout: int, gpu: Gpu) -> C
     columns = (ranks + bases) * d
     seconds = products / (FP32_EFFICIENCY * gpu.fp32)
     seconds += converted * (operations / DECOMPOSITION_RATE + columns * COLUMN_SECONDS)
-
-    # In fp32 and by token: residuals, targets and what the teacher keeps, a block's rows of them,
-    # its heads and its neurons, wanted and had.
-    inner = spec.num_heads * spec.head_dim
-    row = 4.0 * (16 * d + 4 * inner + 5 * spec.d_ff + 2 * config.intermediate_size)
-    joint = inner + spec.d_ff
-    clones = -(-config.num_routed_blocks // max(1, config.num_blocks_per_tok))
-    moments = 8.0 * max(1, clones) * (3 * joint**2 + 2 * joint * d + 3 * d**2)
-    count = count_parameters(dense)
-    layer = 4.0 * (count.non_embedding / config.num_hidden_layers)
-    head = 4.0 * config.vocab_size * d
-    return Cost(seconds, (tokens + heldout) * row + moments + 2 * layer + head + LOGITS_BYTES)
+    return Cost(seconds, conversion_memory(config, tokens, heldout))
 
 
 def training_cost(config: MoLConfig, train: TrainConfig, tokens: int, gpu: Gpu) -> Cost:
@@ -110,43 +101,29 @@ def training_cost(config: MoLConfig, train: TrainConfig, tokens: int, gpu: Gpu) 
         work += count_flops(config, length).active
     seconds = tokens * work / (TRAINING_MFU * gpu.bf16)
 
-    # Master weights, gradients and AdamW's two moments in fp32, a copy of the weights in bf16.
-    memory = 18.0 * count_parameters(config).total + 2.0 * count_parameters(dense).total
-    layers = [_kept(config, i) for i in range(config.num_hidden_layers)]
-    boundary = 4.0 * config.hidden_size * len(layers)  # the residual stays in fp32
-    kept = boundary + (max(layers) if train.gradient_checkpointing else sum(layers))
-    return Cost(seconds, memory + train.micro_batch_size * length * kept + LOGITS_BYTES)
+    memory = training_memory(
+        config,
+        trainable=count_parameters(config).total,
+        tokens=train.micro_batch_size * length,
+        product_bytes=2,
+        parent=dense,
+        logits_at_once=LOGITS_AT_ONCE["cuda"],
+        recompute=train.gradient_checkpointing,
+    )
+    return Cost(seconds, memory.total)
 
 
 def _regressions(spec: BlockSpec, d: int) -> float:
     """fp32 operations for each token of a block: second moments, and what is computed anew."""
     w, f = spec.width, spec.d_ff
     inner, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    projections = 3 * w**2 + w * (inner + 2 * kv) + inner**2 + inner * w
-    neurons = 4 * w**2 + 4 * w * f + f**2 + f * d
-    joint = (inner + f) ** 2 + (inner + f) * d
-    forward = 2 * d * w + 2 * w * (inner + kv) + 6 * w * f
-    return 2.0 * (projections + neurons + joint + forward)
+    # q, k, v and gate, up twice; the first output projection; heads with neurons; neurons.
+    moments = 3 * w * (w + d) + inner * (inner + w) + (inner + f) * (inner + f + d) + f * (f + d)
+    forward = 4 * d * w + w * (7 * inner + 2 * kv) + 7 * w * f
+    return 2.0 * (moments + forward)
 
 
 def _factors(spec: BlockSpec, d: int) -> float:
     """fp64 operations of a block's regressions, but for eigenproblems of the model's width."""
     p = spec.num_heads * spec.head_dim + spec.d_ff
     return p**3 / 3 + 4.0 * d * p**2 + 2.0 * p * d**2 + 20.0 * spec.width**3
-
-
-def _kept(config: MoLConfig, layer: int) -> float:
-    """Bytes a token that the backward pass of a layer needs, in bf16 but for what norms read."""
-    d = config.hidden_size
-    if config.layer_kinds[layer] == "dense":
-        return _kept_in_block(config.dense_spec())
-    shared, routed = config.shared_spec(), config.routed_spec(layer)
-    ends = 4.0 * d  # its rows of the residual, and of what it adds
-    kept = config.num_shared_blocks * (ends + _kept_in_block(shared))
-    return kept + config.num_blocks_per_tok * (ends + _kept_in_block(routed))
-
-
-def _kept_in_block(spec: BlockSpec) -> float:
-    inner, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    mixing = 8 if spec.mixer == "gated_deltanet" else 4
-    return 12.0 * spec.width + 2.0 * mixing * (inner + kv) + 8.0 * spec.d_ff

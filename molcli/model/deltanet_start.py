@@ -5,7 +5,7 @@ ridge regression per head tells how much of the softmax head's output a linear m
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from molcli.kernels.grouped_linear import grouped_linear
 from molcli.kernels.rows import Rows
-from molcli.maths.moments import grouped_cross_moment
+from molcli.maths.moments import Sample, add_cross_moments
 from molcli.maths.refit import ridge
 from molcli.model.context import Context
 from molcli.model.gated_deltanet import StackedGatedDeltaNet
@@ -28,44 +28,59 @@ FIRST_BETA = 0.25
 SEARCH_TOKENS = 4096  # of the stream: enough for two numbers a head
 SEARCH_PENALTY = 1e-2
 
-Regress = Callable[[Tensor, Tensor], Tensor]
-"""features (M, p), wanted (M, q) -> a (B, q, p) map."""
+Regress = Callable[[Iterator[Sample]], Tensor]
+"""features (M, p), wanted (M, q), by chunks of the text -> a (B, q, p) map."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where a mixer stands. read: (M, d), what the blocks read; rows: whose tokens they are."""
+    """Where a mixer stands, on a chunk of the text.
+
+    read: (M, d), what the blocks read; rows: whose tokens they are. wanted: (M, heads, head_dim),
+    what the softmax heads give.
+    """
 
     read: Tensor
     rows: Rows
     context: Context
+    wanted: Tensor
+
+    def of_first_tokens(self, count: int) -> "Site":
+        """The rows of the chunk's first `count` tokens."""
+        rows, kept = self.rows.of_first_tokens(count)
+        return Site(self.read[kept], rows, self.context, self.wanted[kept])
 
 
 @torch.no_grad()
 def set_gated_deltanet(
-    mixer: StackedGatedDeltaNet, site: Site, wanted: Tensor, regress: Regress
+    mixer: StackedGatedDeltaNet, sites: Sequence[Site], regress: Regress
 ) -> None:
     """Sets everything but q, k, v (already fitted) and o (fitted next).
 
-    wanted: (M, heads, head_dim), what the softmax heads give. Convolutions pass their input
-    through; decay and beta are searched. The gate is half constant, and half the softmax head's
-    output in size, which the normalised read-out cannot follow: as far as a linear map of the input
-    gives either.
+    sites: the whole text, in order. Convolutions pass their input through; decay and beta are
+    searched. The gate is half constant, and half the softmax head's output in size, which the
+    normalised read-out cannot follow: as far as a linear map of the input gives either.
     """
-    read, rows = site.read, site.rows
+    count = sum(len(site.read) for site in sites)
     for name in ("q", "k", "v"):
         weight, conv = getattr(mixer, f"{name}_proj"), getattr(mixer, f"{name}_conv")
-        weight.mul_(INPUT_RMS / grouped_linear(read, weight, rows).square().mean().sqrt())
+        products = (grouped_linear(site.read, weight, site.rows) for site in sites)
+        energy = torch.stack([made.square().sum() for made in products]).sum()
+        weight.mul_(INPUT_RMS / (energy / (count * weight.shape[1])).sqrt())
         conv.zero_()
         conv[..., -1] = 1.0
     mixer.a_proj.zero_()
     mixer.A_log.zero_()
     mixer.o_norm.fill_(1.0)
-    size = wanted.norm(dim=-1, keepdim=True)
-    size = size / size.mean(0).clamp(min=1e-30)
-    mixer.g_proj.copy_(regress(read, ((1 + size) / 2).expand_as(wanted).flatten(1)))
+    sizes = [site.wanted.norm(dim=-1, keepdim=True) for site in sites]
+    mean = (torch.stack([size.sum(0) for size in sizes]).sum(0) / count).clamp(min=1e-30)
+    gates = (
+        (s.read, ((1 + size / mean) / 2).expand_as(s.wanted).flatten(1), s.rows.offsets)
+        for s, size in zip(sites, sizes, strict=True)
+    )
+    mixer.g_proj.copy_(regress(gates))
     # What gives a constant, as far as a linear map of the input can.
-    constant = regress(read, torch.ones_like(read[:, :1]))
+    constant = regress((s.read, torch.ones_like(s.read[:, :1]), s.rows.offsets) for s in sites)
 
     def set_half_lives(values: Tensor) -> None:
         rate = (math.log(2.0) / values).to(mixer.dt_bias)
@@ -74,32 +89,43 @@ def set_gated_deltanet(
     def set_betas(values: Tensor) -> None:
         mixer.b_proj.copy_(torch.logit(values)[..., None] * constant)
 
-    rows, few = rows.of_first_tokens(SEARCH_TOKENS)
-    site, wanted = Site(read[few], rows, site.context), wanted[few]
+    few = list(_first_tokens(sites, SEARCH_TOKENS))
     set_betas(torch.full_like(mixer.dt_bias, FIRST_BETA))
     for grid, setter in ((HALF_LIVES, set_half_lives), (BETAS, set_betas)):
         errors = []
         for value in grid:
             setter(torch.full_like(mixer.dt_bias, value))
-            errors.append(head_errors(mixer, site, wanted))
+            errors.append(head_errors(mixer, few))
         best = torch.stack(errors).argmin(0)
         setter(torch.tensor(grid).to(mixer.dt_bias)[best])
 
 
-def head_errors(mixer: StackedGatedDeltaNet, site: Site, wanted: Tensor) -> Tensor:
+def head_errors(mixer: StackedGatedDeltaNet, sites: Sequence[Site]) -> Tensor:
     """(B, heads) float64: what a linear map of a head's gated read-out leaves of the softmax head's
-    output, summed over the block's tokens. wanted: (M, heads, head_dim)."""
-    context, offsets = site.context, site.rows.offsets
-    have = mixer.heads(site.read, site.rows, context.rotary, context.stream, None)
-    left = []
-    for x, y in zip(have.unbind(1), wanted.unbind(1), strict=True):
-        gram, cross, energy = (
-            grouped_cross_moment(a, b, offsets, 0.0) for a, b in ((x, x), (x, y), (y, y))
-        )
-        fitted = ridge(gram, cross, SEARCH_PENALTY)
-        error = energy - 2 * fitted @ cross + fitted @ gram @ fitted.mT
-        left.append(error.diagonal(dim1=-2, dim2=-1).sum(-1))
-    return torch.stack(left, dim=1)
+    output, summed over the block's tokens."""
+    heads, dim = sites[0].wanted.shape[1:]
+    blocks, device = sites[0].rows.num_blocks, sites[0].read.device
+    # By head: gram of the read-out, its cross moment with what is wanted, gram of the latter.
+    sums = torch.zeros(3, heads, blocks, dim, dim, dtype=torch.float64, device=device)
+    for site in sites:
+        context = site.context
+        have = mixer.heads(site.read, site.rows, context.rotary, context.stream, None)
+        for head, (x, y) in enumerate(zip(have.unbind(1), site.wanted.unbind(1), strict=True)):
+            for total, a, b in zip(sums[:, head], (x, x, y), (x, y, y), strict=True):
+                add_cross_moments(total, a, b, site.rows.offsets)
+    gram, cross, energy = sums
+    fitted = ridge(gram, cross, SEARCH_PENALTY)
+    error = energy - 2 * fitted @ cross + fitted @ gram @ fitted.mT
+    return error.diagonal(dim1=-2, dim2=-1).sum(-1).mT
+
+
+def _first_tokens(sites: Sequence[Site], count: int) -> Iterator[Site]:
+    """Of the text's first `count` tokens."""
+    for site in sites:
+        if count <= 0:
+            return
+        yield site.of_first_tokens(count)
+        count -= len(site.context.stream.document)
 
 
 def unshared(heads: Tensor, query_heads: int) -> Tensor:

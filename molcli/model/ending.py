@@ -36,6 +36,6 @@ def open_ending(parent: Parent, device: torch.device) -> Ending:
     weight = parent.embedding() if head is None else head
     return Ending(
         parent.final_norm().to(device, torch.float32),
-        weight.to(device, torch.float32),
+        weight.to(device).to(torch.float32),
         parent.config.rms_norm_eps,
     )

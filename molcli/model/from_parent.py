@@ -13,7 +13,8 @@ def dense_layer(parent: Parent, config: MoLConfig, index: int, device: torch.dev
     """Layer `index` of the parent, float32, without gradients."""
     with torch.device("meta"):
         layer = DenseLayer(config)
-    tensors = {n: x.to(device, torch.float32) for n, x in parent.dense_layer(index).items()}
+    # Casts where there is room: the host holds the layer as it is stored.
+    tensors = {n: x.to(device).to(torch.float32) for n, x in parent.dense_layer(index).items()}
     layer.load_state_dict(tensors, strict=True, assign=True)
     return layer.requires_grad_(False).eval()
 

@@ -30,7 +30,7 @@ class Sensitivity:
 
     def advance(self, index: int, original: Layer, converted: Layer) -> None:
         """Moves all residuals past layer `index`."""
-        run, before = self._streams.context.run, self._streams.parent
+        run, before = self._streams.chunks.run, self._streams.parent
         self._altered = {i: run(original, x) for i, x in self._altered.items()}
         if converted is not original:
             self._altered[index] = run(converted, before)

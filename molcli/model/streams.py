@@ -6,20 +6,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from molcli.io.packing import Batch, TokenRows
+from molcli.io.packing import TokenRows
 from molcli.maths.losses import Head, TokenLosses, token_losses
+from molcli.maths.moments import CHUNK_ROWS
 from molcli.model.block_stack import rms_norm
+from molcli.model.chunks import Chunks, chunk_text
 from molcli.model.configuration_mol import MoLConfig
-from molcli.model.context import Context, token_context
 from molcli.model.layers import Layer
 
 
 @dataclass
 class Streams:
-    """parent, student: (n, d_model) float32, the residuals before the next layer."""
+    """parent, student: (n, d_model) float32, the residuals before the next layer; one tensor as
+    long as they are the same. All else is computed of a chunk of tokens at a time."""
 
-    batch: Batch
-    context: Context
+    rows: TokenRows
+    chunks: Chunks
     parent: Tensor
     student: Tensor
 
@@ -27,8 +29,18 @@ class Streams:
     def advance(self, original: Layer, converted: Layer) -> None:
         """Both go through their own layer; once, as long as they are the same."""
         same = self.student is self.parent and converted is original
-        self.parent, before = self.context.run(original, self.parent), self.student
-        self.student = self.parent if same else self.context.run(converted, before)
+        before = self.student
+        self.parent = self.chunks.run(original, self.parent)
+        self.student = self.parent if same else self.chunks.run(converted, before)
+
+    def documents(self) -> Tensor:
+        """(n,) int64, ascending: tokens of one document share a number."""
+        found, seen = [], 0
+        for chunk in self.chunks:
+            stream = chunk.context.stream
+            found.append(stream.document + seen)
+            seen += stream.num_documents
+        return torch.cat(found)
 
     def error(self) -> float:
         """Mean over tokens of |student - parent|^2 / |parent|^2."""
@@ -40,24 +52,27 @@ class Streams:
 
         norm: (d_model,), the final norm's weight; head: (V, d_model).
         """
-        shape = self.batch.input_ids.shape
+        labels = self.rows.batch(slice(None)).labels
         student, parent = (
-            Head(rms_norm(x, norm, eps).unflatten(0, shape), head)
+            Head(rms_norm(x, norm, eps).unflatten(0, labels.shape), head)
             for x in (self.student, self.parent)
         )
-        return token_losses(student, self.batch.labels.to(head.device), parent)
+        return token_losses(student, labels.to(head.device), parent)
 
 
 def open_streams(
     rows: TokenRows, config: MoLConfig, embedding: Tensor, device: torch.device
 ) -> Streams:
     """The residuals before the first layer: the embeddings, the same for both."""
-    batch = rows.batch(slice(None))
-    x = F.embedding(batch.input_ids.flatten(), embedding).to(device, torch.float32)
-    context = token_context(config, batch.document_ids, batch.position_ids, device)
-    return Streams(batch, context, x, x)
+    ids = rows.input_ids.flatten().long()
+    x = F.embedding(ids, embedding).to(device, torch.float32)
+    return Streams(rows, chunk_text(config, rows, device), x, x)
 
 
 def relative_error(have: Tensor, wanted: Tensor) -> float:
     """Mean over tokens of the squared error relative to the squared size."""
-    return ((have - wanted).square().sum(-1) / wanted.square().sum(-1)).mean().item()
+    errors = [
+        (a - b).square().sum(-1) / b.square().sum(-1)
+        for a, b in zip(have.split(CHUNK_ROWS), wanted.split(CHUNK_ROWS), strict=True)
+    ]
+    return torch.cat(errors).mean().item()

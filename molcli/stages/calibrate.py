@@ -19,12 +19,10 @@ from molcli.io.folder import output_folder
 from molcli.io.parent import Parent
 from molcli.maths.moments import second_moment, unit_rms
 from molcli.model.checkpoint import default_device
+from molcli.model.chunks import chunk_text
 from molcli.model.configuration_mol import MoLConfig
-from molcli.model.context import token_context
 from molcli.model.from_parent import dense_layer
 from molcli.progress import Progress, silent
-
-ROWS_AT_ONCE = 32
 
 
 @torch.no_grad()
@@ -40,26 +38,22 @@ def calibrate(
     model = MoLConfig(**parent.mol_config_kwargs())
     device = default_device()
     embedding = parent.embedding()
-    chunks = [
-        (
-            token_context(model, b.document_ids, b.position_ids, device),
-            F.embedding(b.input_ids.flatten(), embedding).to(device, torch.float32),
-        )
-        for b in fit.batches(ROWS_AT_ONCE)
-    ]
+    x = F.embedding(fit.input_ids.flatten().long(), embedding).to(device, torch.float32)
+    del embedding
+    chunks = chunk_text(model, fit, device)
     moments: dict[str, torch.Tensor] = {}
     for i in range(model.num_hidden_layers):
         layer = dense_layer(parent, model, i, device)
-        zero = torch.zeros((), dtype=torch.float64, device=device)
-        sums = {"attention": zero, "mlp": zero}
-        for j, (context, x) in enumerate(chunks):
+        shape = 2, model.hidden_size, model.hidden_size
+        both = torch.zeros(shape, dtype=torch.float64, device=device)
+        sums = dict(zip(("attention", "mlp"), both, strict=True))
+        for chunk in chunks:
+            context, before = chunk.context, x[chunk.tokens]
             rows, block = context.dense_rows, layer.block
-            read = block.norm(x, block.input_norm, rows)
-            middle = x + block.mixer(read, rows, context.rotary, context.stream, None)
-            sums["attention"] = sums["attention"] + second_moment(unit_rms(x))
-            sums["mlp"] = sums["mlp"] + second_moment(unit_rms(middle))
-            out_x = middle + block.mlp(block.norm(middle, block.post_norm, rows), rows)
-            chunks[j] = context, out_x
+            sums["attention"] += second_moment(unit_rms(before))
+            middle = before + block.mix(before, rows, context.rotary, context.stream, None)
+            sums["mlp"] += second_moment(unit_rms(middle))
+            x[chunk.tokens] = middle + block.feed(middle, rows)
         for name, total in sums.items():
             if not total.isfinite().all():
                 raise MolError(

@@ -16,7 +16,7 @@ from molcli.errors import MolError
 from molcli.io.parent import Parent
 from molcli.maths.forecast import Forecast, Predictors, reading_spectrum
 from molcli.maths.parameters import count_parameters
-from molcli.maths.projections import equal_say
+from molcli.maths.partition import Part
 from molcli.maths.shapes import thin_shape, widths_near
 from molcli.model.checkpoint import default_device
 from molcli.model.configuration_mol import MoLConfig
@@ -24,6 +24,7 @@ from molcli.model.conversion import converted_config, dense_shape
 from molcli.model.costs import Cost, Gpu, conversion_cost, parent_of, training_cost
 from molcli.model.flops import count_flops
 from molcli.model.from_parent import dense_layer
+from molcli.model.reading import reading_gram
 
 # Fitted to 27 conversions of SmolLM2-135M, of 1, 2, 4 and all 30 layers on 4k to 197k tokens; each
 # forecast from the others, the rank correlation is 0.98. tests/bench/plan.py fits others.
@@ -146,17 +147,11 @@ def layer_spectra(
     moment: layer -> (d_model, d_model) float64, of the unit-rms residual, as calibration wrote it.
     """
     config, device = MoLConfig(**parent.mol_config_kwargs()), default_device()
+    counts = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
+    whole = Part(*(tuple(range(count)) for count in counts))
     for i in layers:
-        block = dense_layer(parent, config, i, device).block
-        parts = dict(block.named_parameters())
-        attention, neurons = (
-            (torch.cat([parts[name][0] for name in names]) * norm).double()
-            for names, norm in (
-                (("mixer.q_proj", "mixer.k_proj", "mixer.v_proj"), block.input_norm),
-                (("mlp.gate_proj", "mlp.up_proj"), block.post_norm),
-            )
-        )
-        yield i, reading_spectrum(equal_say(attention, neurons), moment(i).to(device)).cpu()
+        gram = reading_gram(dense_layer(parent, config, i, device).block, whole)
+        yield i, reading_spectrum(gram, moment(i).to(device)).cpu()
 
 
 def _shapes(

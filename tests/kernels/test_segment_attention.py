@@ -4,15 +4,17 @@ import torch
 from molcli.kernels.grouped_linear import grouped_linear
 from molcli.kernels.rows import routed_rows
 from molcli.kernels.segment_attention import segment_attention, segment_attention_reference
+from molcli.kernels.segment_attention.reference import PADDED
 
 
-def case(device="cpu", dtype=torch.float64, heads=4, kv=2, dim=16, n=70):
+def case(device="cpu", dtype=torch.float64, heads=4, kv=2, dim=16, n=70, ends=(25, 50)):
+    """ends: of the documents but the last."""
     generator = torch.Generator().manual_seed(0)
     chosen = torch.stack([torch.randperm(5, generator=generator)[:2] for _ in range(n)])
     chosen[chosen == 3] = 4  # block 3 stays empty; block 4 may hold a token twice
     chosen = chosen[chosen[:, 0] != chosen[:, 1]]
-    document = (torch.arange(len(chosen)) // 25).to(device)
-    rows = routed_rows(chosen.to(device), document, int(document[-1]) + 1, 5, 25)
+    document = (torch.arange(len(chosen))[:, None] >= torch.tensor(ends)).sum(1).to(device)
+    rows = routed_rows(chosen.to(device), document, int(document[-1]) + 1, 5, n)
     sizes = [(heads, dim), (kv, dim), (kv, dim)]
     tensors = [
         torch.randn(len(rows.tokens), *s, generator=generator, dtype=torch.float64)
@@ -31,8 +33,12 @@ def naive(q, k, v, segments):
     return torch.einsum("hij,jhd->ihd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
 
 
-def test_reference_equals_a_full_mask_with_gradients():
-    tensors, rows = case()
+# One document, and several of which padding to the longest segment would be most.
+@pytest.mark.parametrize("ends", [(), (25, 50), (1, 3, 4, 8, 10, 12, 14, 60)])
+def test_reference_equals_a_full_mask_with_gradients(ends):
+    tensors, rows = case(ends=ends)
+    longest = int(rows.cu_seqlens.diff().max())
+    assert ((len(rows.cu_seqlens) - 1) * longest > PADDED * len(rows.tokens)) == (len(ends) > 0)
     weight = torch.randn_like(tensors[0])
     pairs = []
     for function in (

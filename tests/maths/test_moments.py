@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from molcli.maths.moments import (
     CHUNK_ROWS,
     cross_moment,
-    grouped_cross_moment,
+    regression_moments,
     second_moment,
     unit_rms,
 )
@@ -41,11 +41,23 @@ def test_blocks_are_drawn_towards_their_sum(sizes: list[int], shrinkage: float, 
     x = torch.randn(sum(sizes), 3, generator=generator, dtype=torch.float64)
     y = torch.randn(sum(sizes), 2, generator=generator, dtype=torch.float64)
     offsets = torch.tensor(sizes).cumsum(0).int()
-    found = grouped_cross_moment(x, y, offsets, shrinkage)
-    everything = x.T @ y
+    gram, cross = regression_moments([(x, y, offsets)], shrinkage)
     for block, (own_x, own_y) in enumerate(zip(x.split(sizes), y.split(sizes), strict=True)):
-        expected = (1 - shrinkage) * own_x.T @ own_y + shrinkage * everything
-        torch.testing.assert_close(found[block], expected)
+        for found, own, everything in ((gram, own_x, x), (cross, own_y, y)):
+            expected = (1 - shrinkage) * own_x.T @ own + shrinkage * x.T @ everything
+            torch.testing.assert_close(found[block], expected)
+    # The text in two chunks, each with some of every block's rows.
+    halves = [[half for part in z.split(sizes) for half in part.tensor_split(2)] for z in (x, y)]
+    chunks = [
+        (
+            torch.cat(halves[0][i::2]),
+            torch.cat(halves[1][i::2]),
+            torch.tensor([len(h) for h in halves[0][i::2]]).cumsum(0).int(),
+        )
+        for i in range(2)
+    ]
+    for found, expected in zip(regression_moments(chunks, shrinkage), (gram, cross), strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def test_unit_rms_ignores_size_and_survives_zero() -> None:

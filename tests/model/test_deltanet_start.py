@@ -1,6 +1,7 @@
 """Where a Gated DeltaNet mixer starts from."""
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from molcli.kernels.grouped_linear import grouped_linear
-from molcli.kernels.rows import Rows, all_rows
+from molcli.kernels.rows import all_rows
+from molcli.maths.moments import Sample
 from molcli.model import MoLConfig
 from molcli.model.context import Context, token_context
 from molcli.model.deltanet_start import (
@@ -43,17 +45,24 @@ def random_mixer() -> StackedGatedDeltaNet:
     return mixer
 
 
-def site() -> Site:
-    """Two blocks, both on all tokens of one document; the first channel is constant."""
+def site(wanted: Tensor | None = None) -> Site:
+    """Two blocks, both on all tokens of one document; the first channel is constant.
+
+    wanted: (BLOCKS * TOKENS, HEADS, HEAD_DIM); null for ones.
+    """
     read = torch.randn(BLOCKS * TOKENS, WIDTH, generator=torch.Generator().manual_seed(1))
     read[:, 0] = 1.0
     rows = all_rows(torch.zeros(TOKENS, dtype=torch.int64), 1, BLOCKS, TOKENS)
     zeros = torch.zeros(1, TOKENS, dtype=torch.int64)
-    return Site(read, rows, token_context(CONFIG, zeros, zeros, torch.device("cpu")))
+    context = token_context(CONFIG, zeros, zeros, torch.device("cpu"))
+    if wanted is None:
+        wanted = torch.ones(BLOCKS * TOKENS, HEADS, HEAD_DIM)
+    return Site(read, rows, context, wanted)
 
 
-def least_squares(rows: Rows, features: Tensor, wanted: Tensor) -> Tensor:
+def least_squares(samples: Iterator[Sample]) -> Tensor:
     """(B, q, p), each block on its own rows."""
+    ((features, wanted, _),) = samples
     split = [x.unflatten(0, (BLOCKS, -1)).double() for x in (features, wanted)]
     return torch.linalg.lstsq(*split).solution.mT
 
@@ -63,15 +72,15 @@ def run(mixer: StackedGatedDeltaNet, where: Site) -> Tensor:
     return mixer.heads(where.read, where.rows, context.rotary, context.stream, None)
 
 
-def start(mixer: StackedGatedDeltaNet, where: Site, wanted: Tensor) -> None:
-    set_gated_deltanet(mixer, where, wanted, lambda x, y: least_squares(where.rows, x, y))
+def start(mixer: StackedGatedDeltaNet, where: Site) -> None:
+    set_gated_deltanet(mixer, [where], least_squares)
 
 
 def test_it_finds_the_memories_behind_what_it_is_to_give() -> None:
     """Wanted is what a mixer of known half-lives reads, brought to one size."""
     where = site()
     teacher = random_mixer()
-    start(teacher, where, torch.ones(BLOCKS * TOKENS, HEADS, HEAD_DIM))
+    start(teacher, where)
     half_lives = torch.tensor(HALF_LIVES)[torch.tensor([[0, 2, 4], [4, 0, 1]])]
     betas = torch.full_like(half_lives, FIRST_BETA)
     teacher.dt_bias.copy_(torch.log(torch.expm1(math.log(2.0) / half_lives)))
@@ -80,7 +89,7 @@ def test_it_finds_the_memories_behind_what_it_is_to_give() -> None:
     wanted = F.normalize(run(teacher, where), dim=-1)
 
     mixer = random_mixer()
-    start(mixer, where, wanted)
+    start(mixer, site(wanted))
     a_token = torch.exp(-mixer.A_log.exp() * F.softplus(mixer.dt_bias))
     torch.testing.assert_close(
         a_token**half_lives, torch.full((BLOCKS, HEADS), 0.5), rtol=1e-3, atol=0
@@ -92,7 +101,7 @@ def test_it_finds_the_memories_behind_what_it_is_to_give() -> None:
 
 def test_convolutions_pass_the_newest_token_on_and_silu_is_nearly_linear() -> None:
     where, mixer = site(), random_mixer()
-    start(mixer, where, torch.ones(BLOCKS * TOKENS, HEADS, HEAD_DIM))
+    start(mixer, where)
     for name in ("q", "k", "v"):
         conv = getattr(mixer, f"{name}_conv")
         assert torch.equal(conv[..., -1], torch.ones_like(conv[..., -1]))
@@ -108,7 +117,7 @@ def test_the_gate_follows_the_size_of_what_is_wanted() -> None:
     where, mixer = site(), random_mixer()
     size = 3.0 + 0.1 * where.read[:, 1:2]
     wanted = F.normalize(torch.randn(BLOCKS * TOKENS, HEADS, HEAD_DIM), dim=-1) * size[..., None]
-    start(mixer, where, wanted)
+    start(mixer, site(wanted))
     gate = grouped_linear(where.read, mixer.g_proj, where.rows)
     opened = (1 + size / size.mean()) / 2
     torch.testing.assert_close(gate, opened.expand_as(gate), rtol=1e-3, atol=1e-3)
@@ -119,7 +128,7 @@ def test_head_errors_are_those_of_least_squares() -> None:
     wanted = torch.randn(
         BLOCKS * TOKENS, HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(2)
     )
-    found, have = head_errors(mixer, where, wanted), run(mixer, where)
+    found, have = head_errors(mixer, [site(wanted)]), run(mixer, where)
     for head in range(HEADS):
         x, y = (z[:, head].unflatten(0, (BLOCKS, -1)).double() for z in (have, wanted))
         left = y - x @ torch.linalg.lstsq(x, y).solution

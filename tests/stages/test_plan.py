@@ -117,9 +117,9 @@ def test_costs_grow_with_what_is_asked_for() -> None:
     def conversion(tokens: int) -> Cost:
         return conversion_cost(config, tokens, 0, gpu)
 
-    fixed, one, two = (conversion(n) for n in (0, 10**5, 2 * 10**5))
-    assert two.seconds - one.seconds == pytest.approx(one.seconds - fixed.seconds)
-    assert two.memory - one.memory == pytest.approx(one.memory - fixed.memory)
+    one, two, three = (conversion(n * 10**5) for n in (1, 2, 3))  # more than a chunk
+    assert three.seconds - two.seconds == pytest.approx(two.seconds - one.seconds)
+    assert three.memory - two.memory == pytest.approx(two.memory - one.memory)
     train = TrainConfig()
     whole = training_cost(config, train, 10**6, gpu)
     assert training_cost(config, train, 3 * 10**6, gpu).seconds == pytest.approx(3 * whole.seconds)

@@ -6,15 +6,35 @@ from torch import Tensor
 
 from molcli.kernels.rows import longest_segment, pad_segments, unpad_segments
 
+PADDED = 2  # times as many rows as there are may be padding; beyond, segments go by their length
+
 
 def segment_attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """q: (M, h, d), k and v: (M, kv, d) -> (M, h, d).
-
-    Padding stands after a segment's rows, where a causal mask already hides it.
-    """
+    """q: (M, h, d), k and v: (M, kv, d) -> (M, h, d)."""
     length = longest_segment(cu_seqlens)
+    if (len(cu_seqlens) - 1) * length <= PADDED * len(q):
+        return _padded(q, k, v, cu_seqlens, length)
+    lengths = cu_seqlens.diff().long()
+    # Segments of more than half and at most all of 1, 2, 4, ... rows.
+    sizes = lengths.clamp(min=1).double().log2().ceil().long()
+    size_of_row = sizes.repeat_interleave(lengths)
+    places, outs = [], []
+    for size in size_of_row.unique().tolist():
+        own = (size_of_row == size).nonzero()[:, 0]
+        chosen = lengths[(sizes == size) & (lengths > 0)]
+        cu = F.pad(chosen.cumsum(0), (1, 0)).to(cu_seqlens.dtype)
+        places.append(own)
+        outs.append(_padded(q[own], k[own], v[own], cu, int(chosen.max())))
+    return torch.cat(outs)[torch.cat(places).argsort()]
+
+
+def _padded(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, length: int) -> Tensor:
+    """Padding stands after a segment's rows, where a causal mask already hides it."""
     # Half precision gains nothing here: CPUs have fast half matmuls but slow half attention.
     exact = torch.promote_types(q.dtype, torch.float32)
+    if q.is_cuda and q.shape[1] > k.shape[1]:
+        # With shared key-value heads there is no kernel for float32 there that keeps no scores.
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     query, key, value = (
         pad_segments(x.to(exact), cu_seqlens, length).transpose(1, 2) for x in (q, k, v)
     )

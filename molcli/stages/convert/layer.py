@@ -1,13 +1,15 @@
 """The attention of one layer becomes Gated DeltaNet."""
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
 from molcli.kernels.grouped_linear import grouped_linear
-from molcli.kernels.rows import Rows
-from molcli.maths.moments import grouped_cross_moment
+from molcli.maths.moments import Sample, regression_moments
 from molcli.maths.refit import ridge
 from molcli.model.block_stack import BlockStack, StackedAttention
+from molcli.model.chunks import Chunks
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.context import Context
 from molcli.model.deltanet_start import Regress, Site, set_gated_deltanet, unshared
@@ -17,7 +19,7 @@ from molcli.model.layers import DenseLayer, Layer, new_layer
 
 @torch.no_grad()
 def convert_layer(
-    config: MoLConfig, index: int, softmax: Layer, x: Tensor, context: Context, penalty: float
+    config: MoLConfig, index: int, softmax: Layer, x: Tensor, chunks: Chunks, penalty: float
 ) -> Layer:
     """The layer with Gated DeltaNet in its dense or routed blocks, all other tensors its own.
 
@@ -30,20 +32,15 @@ def convert_layer(
     layer.load_state_dict(kept, strict=False)
     old, new = converted_block(softmax).mixer, converted_block(layer).mixer
     assert isinstance(old, StackedAttention) and isinstance(new, StackedGatedDeltaNet)
-    rows, read = _inputs(softmax, x, context)
+    sites = [_site(softmax, old, x[chunk.tokens], chunk.context) for chunk in chunks]
 
-    def regress(features: Tensor, wanted: Tensor) -> Tensor:
-        gram, cross = (
-            grouped_cross_moment(features, y, rows.offsets, 0.0) for y in (features, wanted)
-        )
-        return ridge(gram, cross, penalty)
+    def regress(samples: Iterator[Sample]) -> Tensor:
+        return ridge(*regression_moments(samples, 0.0), penalty)
 
-    heads = old.heads(read, rows, context.rotary, context.stream, None)
     for name in ("q", "k", "v"):
-        getattr(new, f"{name}_proj").copy_(_projection(old, name, read, rows, regress))
-    set_gated_deltanet(new, Site(read, rows, context), heads, regress)
-    out = new.heads(read, rows, context.rotary, context.stream, None).flatten(1)
-    new.o_proj.copy_(regress(out, grouped_linear(heads.flatten(1), old.o_proj, rows, old.o_bias)))
+        getattr(new, f"{name}_proj").copy_(_projection(old, name, sites, regress))
+    set_gated_deltanet(new, sites, regress)
+    new.o_proj.copy_(regress(_outputs(old, new, sites)))
     return layer
 
 
@@ -60,8 +57,8 @@ def converted_block(layer: Layer) -> BlockStack:
     return layer.routed.block
 
 
-def _inputs(layer: Layer, x: Tensor, context: Context) -> tuple[Rows, Tensor]:
-    """The rows of the converted blocks, and what their mixer reads (M, width)."""
+def _site(layer: Layer, mixer: StackedAttention, x: Tensor, context: Context) -> Site:
+    """Where the converted blocks stand, on a chunk of the text: x (tokens, d_model)."""
     block = converted_block(layer)
     if isinstance(layer, DenseLayer):
         rows, thin = context.dense_rows, x
@@ -69,11 +66,23 @@ def _inputs(layer: Layer, x: Tensor, context: Context) -> tuple[Rows, Tensor]:
         assert layer.routed is not None and layer.router is not None
         rows, _ = layer.route(layer.router(x), context.stream)
         thin = grouped_linear(rows.gather(x), layer.routed.thin_in, rows)
-    return rows, block.norm(thin, block.input_norm, rows)
+    read = block.norm(thin, block.input_norm, rows)
+    return Site(read, rows, context, mixer.heads(read, rows, context.rotary, context.stream, None))
+
+
+def _outputs(
+    old: StackedAttention, new: StackedGatedDeltaNet, sites: Sequence[Site]
+) -> Iterator[Sample]:
+    """What the new heads give, and what the old output projection makes of the old ones."""
+    for site in sites:
+        rows, context = site.rows, site.context
+        out = new.heads(site.read, rows, context.rotary, context.stream, None)
+        wanted = grouped_linear(site.wanted.flatten(1), old.o_proj, rows, old.o_bias)
+        yield out.flatten(1), wanted, rows.offsets
 
 
 def _projection(
-    old: StackedAttention, name: str, read: Tensor, rows: Rows, regress: Regress
+    old: StackedAttention, name: str, sites: Sequence[Site], regress: Regress
 ) -> Tensor:
     """(B, heads * head_dim, width), q, k or v for every query head.
 
@@ -83,7 +92,10 @@ def _projection(
     weight: Tensor = getattr(old, f"{name}_proj")
     bias: Tensor | None = getattr(old, f"{name}_bias")
     if bias is not None:
-        weight = regress(read, grouped_linear(read, weight, rows, bias)).to(weight)
+        given = (
+            (s.read, grouped_linear(s.read, weight, s.rows, bias), s.rows.offsets) for s in sites
+        )
+        weight = regress(given).to(weight)
     heads = weight.unflatten(1, (-1, old.head_dim))
     norm = None if name == "v" else getattr(old, f"{name}_norm")
     if norm is not None:

@@ -141,7 +141,7 @@ def _converted(
 ) -> tuple[Layer, dict[str, Any]]:
     """The converted layer, fitted and aligned, and its row of the report."""
     options, x = recipe.convert, fit.student
-    layer = convert_layer(after, index, softmax, x, fit.context, options.ridge)
+    layer = convert_layer(after, index, softmax, x, fit.chunks, options.ridge)
     start = end = _delta_error(heldout, softmax, layer)
     if options.steps:
         align(after, layer, softmax, x, text.fit, options, recipe.calibrate.seed)
@@ -160,5 +160,5 @@ def _delta_error(heldout: Streams, softmax: Layer, converted: Layer) -> float:
     """Mean over held-out tokens of the squared error of what the layer adds, relative to what it
     adds with softmax, both on the converted model's residual."""
     x = heldout.student
-    wanted, have = (heldout.context.run(layer, x) - x for layer in (softmax, converted))
+    wanted, have = (heldout.chunks.run(layer, x) - x for layer in (softmax, converted))
     return relative_error(have, wanted)

@@ -30,7 +30,7 @@ def layer_costs(
     for i in range(config.num_hidden_layers):
         layer = altered = source.layer(i, device)
         if i in candidates:
-            altered = convert_layer(after, i, layer, streams.parent, streams.context, penalty)
+            altered = convert_layer(after, i, layer, streams.parent, streams.chunks, penalty)
         sensitivity.advance(i, layer, altered)
         if i < last:
             streams.advance(layer, layer)

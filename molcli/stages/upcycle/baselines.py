@@ -5,7 +5,8 @@ spans what a block's heads and neurons read most, thin_out what they write most,
 heads write where the FFN reads. "pca": both are the leading directions of the calibration residual.
 The matrices in between are the parent's, projected: at full width, the last two are the parent.
 
-All route alike, by clusters of the parent's own residual; the clones of a family start equal.
+All route alike, by clusters of the parent's own residual, or of its embeddings where there is no
+text; the clones of a family start equal.
 """
 
 import copy
@@ -17,9 +18,9 @@ import torch
 from torch import Tensor
 
 from molcli.io.calibration import Calibration
+from molcli.maths.moments import CHUNK_ROWS
 from molcli.maths.partition import Part
 from molcli.model.configuration_mol import MoLConfig
-from molcli.model.context import Context
 from molcli.model.layers import DenseLayer, MoLLayer
 from molcli.model.modeling_mol import MoLModel
 from molcli.stages.upcycle.layer import FittedLayer, clones_of_families, set_router
@@ -33,20 +34,20 @@ METHODS: tuple[Method, ...] = ("random", "svd", "pca")
 class ParentLayer:
     """What baselines are made from: layer `index` of the parent.
 
-    parts: the shares of the layer, shared blocks first, then one per routed family. x: (n,
-    d_model), the parent's residual before the layer, on the text to fit on; context: of those
-    tokens.
+    dense: None is enough for "random". parts: the shares of the layer, shared blocks first, then
+    one per routed family. x: (n, d_model), the parent's residual before the layer, on the text to
+    fit on; without text, embeddings.
     """
 
     index: int
-    dense: DenseLayer
+    dense: DenseLayer | None
     parts: list[Part]
     x: Tensor
-    context: Context
-    calibration: Calibration
+    calibration: Calibration | None
 
     def moment(self) -> Tensor:
         """(d_model, d_model) float64, of the residual at unit rms."""
+        assert self.calibration is not None
         return self.calibration.moment(self.index).to(self.x.device)
 
 
@@ -62,14 +63,13 @@ def baseline_layer(
     if layer.routed is not None and layer.router is not None:
         clones = clones_of_families(config.num_routed_blocks, config.num_blocks_per_tok)
         set_router(layer.router, clones, parent.x, torch.Generator().manual_seed(seed))
-        rows, gate = layer.route(layer.router(parent.x), parent.context.stream)
         first = 0
-        for count in clones:
-            own = gate[(rows.blocks >= first) & (rows.blocks < first + count)]
-            places.append((layer.routed, first, count, own.mean().item() if len(own) else 1.0))
+        for count, gate in zip(clones, _mean_gates(layer, clones, parent.x), strict=True):
+            places.append((layer.routed, first, count, gate))
             first += count
     if method == "random":
         return FittedLayer(layer, [])
+    assert parent.dense is not None
     heads = Counter(i for part in parent.parts for i in part.heads)
     neurons = Counter(i for part in parent.parts for i in part.neurons)
     retained = []
@@ -82,6 +82,24 @@ def baseline_layer(
         stack.thin_out[first : first + count] /= gate_size
         retained.append(bases.retained)
     return FittedLayer(layer, retained)
+
+
+def _mean_gates(layer: MoLLayer, clones: list[int], x: Tensor) -> list[float]:
+    """By family, the mean weight of its blocks' outputs on the tokens x that they see; 1 for none.
+
+    Blocks that see all tokens have weight 0 on those that did not choose them.
+    """
+    assert layer.router is not None
+    sums, seen = (x.new_zeros(sum(clones), dtype=torch.float64) for _ in range(2))
+    for part in x.split(CHUNK_ROWS):
+        routing = layer.router(part)
+        weights = torch.zeros_like(routing.logits).scatter(1, routing.blocks, routing.weights)
+        sums += weights.double().sum(0) / layer.top_k
+        seen += torch.bincount(routing.blocks.flatten(), minlength=len(seen))
+    if not layer.restrict_attention:
+        seen.fill_(len(x))
+    families = zip(sums.split(clones), seen.split(clones), strict=True)
+    return [(own.sum() / n.sum()).item() if n.any() else 1.0 for own, n in families]
 
 
 def _untrained(config: MoLConfig, index: int, seed: int) -> MoLLayer:

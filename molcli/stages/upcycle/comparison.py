@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from molcli.io.packing import TokenRows
 from molcli.io.parent import Parent
+from molcli.maths.moments import CHUNK_ROWS
 from molcli.maths.parameters import count_parameters
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.ending import Ending
@@ -48,21 +50,24 @@ class Comparison:
 
         before: the parent's held-out residual before it; fit_after: `source.x` after it.
         """
+        assert source.dense is not None
         self.sensitivity.advance(source.index, source.dense, converted)
-        self._influence.append(1 - F.cosine_similarity(source.x, fit_after, dim=-1).mean().item())
+        pairs = zip(source.x.split(CHUNK_ROWS), fit_after.split(CHUNK_ROWS), strict=True)
+        alike = torch.cat([F.cosine_similarity(a, b, dim=-1) for a, b in pairs])
+        self._influence.append(1 - alike.mean().item())
         if self._config.layer_kinds[source.index] == "dense":
             self._residuals = self._through(source.dense, before)
             return
         for method in METHODS:
             layer = baseline_layer(method, self._config, source, self._seed).layer
-            self._residuals[method] = self._heldout.context.run(layer, self._residuals[method])
+            self._residuals[method] = self._heldout.chunks.run(layer, self._residuals[method])
 
     def _through(self, dense: DenseLayer, before: Tensor) -> dict[str, Tensor]:
         """Of equal residuals, and there are many below the first converted layer, only one runs."""
         after = {id(before): self._heldout.parent}
         for x in self._residuals.values():
             if id(x) not in after:
-                after[id(x)] = self._heldout.context.run(dense, x)
+                after[id(x)] = self._heldout.chunks.run(dense, x)
         return {name: after[id(x)] for name, x in self._residuals.items()}
 
     def figures(self, ending: Ending) -> dict[str, dict[str, Any]]:
@@ -92,7 +97,7 @@ class Comparison:
         for i in range(self._config.num_hidden_layers):
             if i not in dropped:
                 layer = dense_layer(self._parent, self._config, i, device)
-                x = self._heldout.context.run(layer, x)
+                x = self._heldout.chunks.run(layer, x)
         return x
 
     def _affordable(self, active: int) -> int:

@@ -1,5 +1,6 @@
 """One dense layer becomes one Mixture of Layers layer."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -8,13 +9,12 @@ from torch import Tensor
 from molcli.config.sections import UpcycleConfig
 from molcli.maths.bases import square_roots
 from molcli.maths.clusters import cosine_kmeans
-from molcli.maths.moments import unit_rms
 from molcli.maths.partition import Part
+from molcli.model.chunks import Chunks
 from molcli.model.configuration_mol import BlockSpec, MoLConfig
-from molcli.model.context import Context
 from molcli.model.layers import DenseLayer, MoLLayer, ThinBlocks
 from molcli.model.router import Router
-from molcli.stages.upcycle.fit import Task, fit_blocks
+from molcli.stages.upcycle.fit import Piece, Task, fit_blocks
 from molcli.stages.upcycle.teacher import Teacher
 
 # Logits of a token's own cluster, where the centroid equals the token.
@@ -27,23 +27,29 @@ TIE_BREAK = 1e-3
 @dataclass(frozen=True)
 class FittedLayer:
     """A converted layer. retained: reading energy that each family's thin_in retains, the shared
-    blocks first."""
+    blocks first. parent, student: (n, d_model), the residuals after it, where the fit made them."""
 
     layer: MoLLayer
     retained: list[float]
+    parent: Tensor | None = None
+    student: Tensor | None = None
 
 
 @torch.no_grad()
 def copy_layer(config: MoLConfig, index: int, parent: DenseLayer) -> FittedLayer:
     """The parent's layer as the one full-width block of a Mixture of Layers layer: exact."""
-    device = parent.block.input_norm.device
-    layer = MoLLayer(config, index).to(device)
-    assert layer.shared is not None
-    eye = torch.eye(config.hidden_size, device=device)
-    layer.shared.thin_in.copy_(eye)
-    layer.shared.thin_out.copy_(eye)
-    layer.shared.block.load_state_dict(parent.block.state_dict())
-    return FittedLayer(layer, [1.0])
+    with torch.device("meta"):
+        layer = MoLLayer(config, index)
+    layer.load_state_dict(copied_tensors(parent.state_dict()), assign=True)
+    return FittedLayer(layer.requires_grad_(False), [1.0])
+
+
+def copied_tensors(parent: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of `copy_layer`, of those of a dense layer, in their dtype."""
+    norm = parent["block.input_norm"]
+    eye = torch.eye(norm.shape[-1], dtype=norm.dtype, device=norm.device)[None]
+    thin = {"shared.thin_in": eye, "shared.thin_out": eye.clone()}
+    return thin | {f"shared.{name}": tensor for name, tensor in parent.items()}
 
 
 @torch.no_grad()
@@ -54,7 +60,6 @@ def fit_layer(
     teacher: Teacher,
     x: Tensor,
     moment: Tensor,
-    context: Context,
     options: UpcycleConfig,
     generator: torch.Generator,
 ) -> FittedLayer:
@@ -63,19 +68,19 @@ def fit_layer(
     x: (n, d_model), the student's residual before the layer. Blocks are fitted one family after
     another, each to what the families before it leave.
     """
-    device = x.device
-    layer = MoLLayer(config, index).to(device)
-    every_token = context.dense_rows
+    layer, chunks = MoLLayer(config, index).to(x.device), teacher.chunks
+    # What counts in the end passes a norm: an error matters relative to its residual's size.
+    importance = [teacher.output[c.tokens].square().mean(-1).rsqrt() for c in chunks]
     task = Task(
         teacher=teacher,
-        context=context,
         x=x,
-        target=teacher.output - x,
+        after=x.clone(),
         moment_roots=square_roots(moment),
-        # What counts in the end passes a norm: an error matters relative to its residual's size.
-        importance=teacher.output.square().mean(-1).rsqrt(),
-        rows=every_token,
-        gate=torch.ones(x.shape[0], device=device),
+        importance=torch.cat(importance),
+        pieces=[
+            Piece(c, c.context.dense_rows, torch.ones(c.tokens.stop - c.tokens.start).to(x))
+            for c in chunks
+        ],
         penalty=options.ridge,
         shrinkage=0.0,
     )
@@ -84,38 +89,46 @@ def fit_layer(
     if layer.shared is not None:
         spec = replace(config.shared_spec(), num_blocks=1)
         for i, part in enumerate(shared):
-            task, kept = _fit_family(layer.shared, i, spec, config, part, task)
-            retained.append(kept)
+            retained.append(_fit_family(layer.shared, i, spec, config, part, task))
     if layer.routed is not None and layer.router is not None:
         clones = clones_of_families(config.num_routed_blocks, config.num_blocks_per_tok)
         set_router(layer.router, clones, x, generator)
-        rows, gate = layer.route(layer.router(x), context.stream)
         first = 0
-        for count, part in zip(clones, families, strict=True):
-            own = (rows.blocks >= first) & (rows.blocks < first + count)
+        of_family = _routed_pieces(layer, clones, x, chunks)
+        for count, part, pieces in zip(clones, families, of_family, strict=True):
             spec = replace(config.routed_spec(index), num_blocks=count)
-            task = replace(
-                task,
-                rows=rows.of_blocks(first, count),
-                gate=gate[own],
-                shrinkage=options.shrinkage,
-            )
-            task, kept = _fit_family(layer.routed, first, spec, config, part, task)
-            retained.append(kept)
+            task = replace(task, pieces=pieces, shrinkage=options.shrinkage)
+            retained.append(_fit_family(layer.routed, first, spec, config, part, task))
             first += count
-    return FittedLayer(layer, retained)
+    return FittedLayer(layer, retained, teacher.output, task.after)
+
+
+def _routed_pieces(
+    layer: MoLLayer, clones: list[int], x: Tensor, chunks: Chunks
+) -> Iterator[list[Piece]]:
+    """By family, the rows that the router sends to it."""
+    assert layer.router is not None
+    routed = [(c, *layer.route(layer.router(x[c.tokens]), c.context.stream)) for c in chunks]
+    first = 0
+    for count in clones:
+        pieces = []
+        for chunk, rows, gate in routed:
+            own = (rows.blocks >= first) & (rows.blocks < first + count)
+            pieces.append(Piece(chunk, rows.of_blocks(first, count), gate[own]))
+        yield pieces
+        first += count
 
 
 def _fit_family(
     stack: ThinBlocks, first: int, spec: BlockSpec, config: MoLConfig, part: Part, task: Task
-) -> tuple[Task, float]:
-    """Fits spec.num_blocks blocks of a stack; returns the task that is left, and the energy."""
+) -> float:
+    """Fits spec.num_blocks blocks of a stack; returns the energy that they retain."""
     family = ThinBlocks(spec, config).to(task.x.device)
-    added, retained = fit_blocks(family, part, task)
+    retained = fit_blocks(family, part, task)
     fitted = dict(family.named_parameters())
     for name, parameter in stack.named_parameters():
         parameter[first : first + spec.num_blocks] = fitted[name]
-    return replace(task, target=task.target - added), retained
+    return retained
 
 
 def clones_of_families(routed: int, top_k: int) -> list[int]:
@@ -129,7 +142,7 @@ def set_router(router: Router, clones: list[int], x: Tensor, generator: torch.Ge
     The clones of a cluster share their router row, hence their logits: the top_k of a token are
     its cluster's clones, with equal weights, until training tells them apart.
     """
-    centroids = cosine_kmeans(unit_rms(x), max(clones), generator)
+    centroids = cosine_kmeans(x, max(clones), generator)
     scale = ROUTER_SCALE / x.shape[1] ** 0.5
     router.weight.copy_(torch.cat([centroids[:count] for count in clones]) * scale)
     scarce = [count < max(clones) for count in clones]

@@ -10,6 +10,7 @@ from molcli.maths.partition import Part
 from molcli.maths.projections import equal_say, leading_directions, turned_towards
 from molcli.model.block_stack import StackedAttention
 from molcli.model.layers import DenseLayer, ThinBlocks
+from molcli.model.reading import head_rows
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class Share:
         self.mixer, self.parts = mixer, parts
         device = mixer.q_proj.device
         self.index = {
-            "q": _rows_of(part.heads, mixer.head_dim, device),
-            "kv": _rows_of(part.kv_heads, mixer.head_dim, device),
+            "q": head_rows(part.heads, mixer.head_dim, device),
+            "kv": head_rows(part.kv_heads, mixer.head_dim, device),
             "ff": torch.tensor(part.neurons, device=device),
         }
         attention_norm, mlp_norm = block.input_norm.double(), block.post_norm.double()
@@ -126,8 +127,3 @@ def project(stack: ThinBlocks, blocks: slice, share: Share, bases: Bases) -> Non
             values.append((mixer.o_bias, write.mT @ source.o_bias[0].double() / share.parts))
     for parameter, value in values:
         parameter[blocks] = value.to(parameter)
-
-
-def _rows_of(heads: tuple[int, ...], head_dim: int, device: torch.device) -> Tensor:
-    index = torch.tensor(heads, device=device)
-    return (index[:, None] * head_dim + torch.arange(head_dim, device=device)).flatten()

@@ -16,7 +16,7 @@ from molcli.io.folder import output_folder
 from molcli.io.parent import Parent
 from molcli.io.tensors import ShardedWriter
 from molcli.maths.parameters import count_parameters
-from molcli.model.checkpoint import default_device, stored_dtype
+from molcli.model.checkpoint import default_device
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.ending import open_ending
 from molcli.model.from_parent import dense_layer
@@ -27,12 +27,13 @@ from molcli.stages.upcycle.baselines import ParentLayer, baseline_layer
 from molcli.stages.upcycle.comparison import Comparison
 from molcli.stages.upcycle.continuations import continuations
 from molcli.stages.upcycle.figures import advance
-from molcli.stages.upcycle.layer import FittedLayer, copy_layer, fit_layer
+from molcli.stages.upcycle.layer import copy_layer, fit_layer
 from molcli.stages.upcycle.page import receipt_page
 from molcli.stages.upcycle.receipt import Measured, receipt
 from molcli.stages.upcycle.selection import deltanet_costs
-from molcli.stages.upcycle.shape import is_copy, mol_config, parts
+from molcli.stages.upcycle.shape import is_copy, mol_config, needs_text, parts
 from molcli.stages.upcycle.teacher import Teacher
+from molcli.stages.upcycle.without_text import add_layer, convert_without_text
 
 
 def upcycle(
@@ -44,31 +45,40 @@ def upcycle(
 ) -> None:
     """Writes a checkpoint with config, tokenizer, recipe and receipt; whole, or not at all.
 
-    calibration: a folder that calibrate wrote; needed for all but exact copies. The parent is read,
-    and the checkpoint written, one layer at a time.
+    calibration: a folder that calibrate wrote; None is enough where `needs_text` is False, and the
+    receipt then has no figures of held-out text. The parent is read, and the checkpoint written,
+    one layer at a time.
     Raises MolError where recipe, parent, calibration or disk do not fit together.
     """
     config = mol_config(parent, recipe.upcycle)
-    if calibration is None and not is_copy(config, recipe.upcycle):
+    if calibration is None and needs_text(config, recipe.upcycle):
         raise MolError(
             "there is no calibration to fit the thin blocks to",
             allowed="a folder that `molcli calibrate` wrote",
             hint=f"molcli calibrate {parent.name} OUT",
         )
     text = None if calibration is None else open_calibration(calibration, parent)
-    embedding = parent.embedding()
-    size = count_parameters(config).total * embedding.element_size()
+    config.dtype = parent.embedding().dtype
+    size = count_parameters(config).total * config.dtype.itemsize
     start = time.monotonic()
     with output_folder(out, need_bytes=size) as staging:
         writer = ShardedWriter(staging)
-        config.dtype = embedding.dtype
         costs: dict[int, float] = {}
         auto = recipe.upcycle.gated_deltanet == "auto" and config.num_routed_blocks > 0
         if auto and text is not None:
             costs = deltanet_costs(parent, config, text, recipe, progress)
             for i in cheapest(costs, recipe.upcycle.gated_deltanet_budget):
                 config.layer_kinds[i] = "gated_deltanet"
-        measured = _convert(parent, config, text, recipe, writer, progress)
+        writer.add("model.embed_tokens.weight", parent.embedding())
+        if text is None:
+            measured = Measured(convert_without_text(parent, config, recipe, writer, progress))
+        else:
+            measured = _convert(parent, config, text, recipe, writer, progress)
+        writer.add("model.norm.weight", parent.final_norm())
+        head = parent.lm_head()
+        if head is not None:
+            writer.add("lm_head.weight", head)
+        del head
         writer.close()
         for i, cost in costs.items():
             measured.layers[i]["gated_deltanet_kl"] = cost
@@ -89,53 +99,35 @@ def upcycle(
 def _convert(
     parent: Parent,
     config: MoLConfig,
-    text: Calibration | None,
+    text: Calibration,
     recipe: Recipe,
     writer: ShardedWriter,
     progress: Progress,
 ) -> Measured:
-    """Writes every tensor, and measures as much as the recipe asks for."""
-    device = default_device()
-    embedding = parent.embedding()
-    dtype = embedding.dtype
-    writer.add("model.embed_tokens.weight", embedding)
-    streams = comparison = None
-    if text is not None:
-        fit, heldout = (
-            open_streams(rows, config, embedding, device) for rows in (text.fit, text.heldout)
-        )
-        streams = fit, heldout
-        if recipe.upcycle.receipt == "full":
-            comparison = Comparison(parent, config, text.heldout, heldout, recipe.calibrate.seed)
+    """Writes the layers, and measures as much as the recipe asks for."""
+    device, embedding = default_device(), parent.embedding()
+    streams = (
+        open_streams(text.fit, config, embedding, device),
+        open_streams(text.heldout, config, embedding, device),
+    )
+    del embedding  # large, and no more looked at
+    comparison = None
+    if recipe.upcycle.receipt == "full":
+        comparison = Comparison(parent, config, text.heldout, streams[1], recipe.calibrate.seed)
     generator = torch.Generator().manual_seed(recipe.calibrate.seed)
-    report = []
-    for i in range(config.num_hidden_layers):
+    count, report = config.num_hidden_layers, []
+    for i in range(count):
         dense = dense_layer(parent, config, i, device)
-        fitted = _layer(i, config, dense, text, streams, recipe, generator)
-        layer: DenseLayer | MoLLayer = dense if fitted is None else fitted.layer
-        row: dict[str, Any] = {"layer": i, "kind": config.layer_kinds[i]}
-        if fitted is not None:
-            row["retained_energy"] = fitted.retained
-        if text is not None and streams is not None:
-            source, before = _source(i, config, dense, text, streams[0]), streams[1].parent
-            row |= advance(*streams, dense, layer)
-            if comparison is not None:
-                comparison.advance(source, layer, before, streams[0].parent)
-        report.append(row)
-        for name, tensor in layer.state_dict().items():
-            writer.add(f"model.layers.{i}.{name}", tensor.to(stored_dtype(name, dtype)))
-        progress(i + 1, config.num_hidden_layers)
-    norm, head = parent.final_norm(), parent.lm_head()
-    writer.add("model.norm.weight", norm)
-    if head is not None:
-        writer.add("lm_head.weight", head)
-    if streams is None:
-        return Measured(report)
+        layer, row = _layer(i, config, dense, text, streams, recipe, generator, comparison)
+        add_layer(writer, config, i, layer.state_dict())
+        report.append({"layer": i, "kind": config.layer_kinds[i]} | row)
+        del dense, layer  # the next layer needs their room
+        progress(i + 1, count)
     ending = open_ending(parent, device)
     losses = ending.figures(streams[1], streams[1].student)
     if comparison is None:
         return Measured(report, losses)
-    progress(config.num_hidden_layers, config.num_hidden_layers, "comparing with baselines")
+    progress(count, count, "comparing with baselines")
     for index, kl in comparison.sensitivity.figures(ending).items():
         report[index]["sensitivity"] = kl
     return Measured(report, losses, comparison.figures(ending))
@@ -145,35 +137,36 @@ def _layer(
     index: int,
     config: MoLConfig,
     dense: DenseLayer,
-    text: Calibration | None,
-    streams: tuple[Streams, Streams] | None,
+    text: Calibration,
+    streams: tuple[Streams, Streams],
     recipe: Recipe,
     generator: torch.Generator,
-) -> FittedLayer | None:
-    """The converted layer, None where the parent's is kept."""
-    if config.layer_kinds[index] == "dense":
-        return None
-    if is_copy(config, recipe.upcycle):
-        return copy_layer(config, index, dense)
-    assert text is not None and streams is not None
-    fit = streams[0]
-    if recipe.upcycle.method != "fitted":
-        source = _source(index, config, dense, text, fit)
-        return baseline_layer(recipe.upcycle.method, config, source, recipe.calibrate.seed)
-    return fit_layer(
-        config,
-        index,
-        parts(config),
-        Teacher(dense, fit.parent, fit.context),
-        fit.student,
-        text.moment(index).to(fit.parent.device),
-        fit.context,
-        recipe.upcycle,
-        generator,
-    )
-
-
-def _source(
-    index: int, config: MoLConfig, dense: DenseLayer, text: Calibration, fit: Streams
-) -> ParentLayer:
-    return ParentLayer(index, dense, parts(config), fit.parent, fit.context, text)
+    comparison: Comparison | None,
+) -> tuple[DenseLayer | MoLLayer, dict[str, Any]]:
+    """The layer that takes the place of the parent's, and figures of it; moves all residuals."""
+    fit, heldout = streams
+    source = ParentLayer(index, dense, parts(config), fit.parent, text)
+    before, method = heldout.parent, recipe.upcycle.method
+    fitted = None
+    if config.layer_kinds[index] != "dense":
+        if is_copy(config, recipe.upcycle):
+            fitted = copy_layer(config, index, dense)
+        elif method != "fitted":
+            fitted = baseline_layer(method, config, source, recipe.calibrate.seed)
+        else:
+            fitted = fit_layer(
+                config,
+                index,
+                source.parts,
+                Teacher(dense, fit.parent, fit.chunks),
+                fit.student,
+                source.moment(),
+                recipe.upcycle,
+                generator,
+            )
+    row = {} if fitted is None else {"retained_energy": fitted.retained}
+    row |= advance(fit, heldout, dense, fitted)
+    layer = dense if fitted is None else fitted.layer
+    if comparison is not None:
+        comparison.advance(source, layer, before, fit.parent)
+    return layer, row

@@ -39,24 +39,27 @@ def deltanet_costs(
     kinds = {kind: Sensitivity(kept, config, embedding, device) for kind in KINDS}
     for i in range(config.num_hidden_layers):
         dense = dense_layer(parent, config, i, device)
-        x, context = streams.parent, streams.context
+        x = streams.parent
+        teacher = Teacher(dense, x, streams.chunks) if i in converted else None
         for kind, sensitivity in kinds.items():
             layer: Layer = dense
-            if i in converted:
+            if teacher is not None:
                 config.layer_kinds[i] = kind
                 layer = fit_layer(
                     config,
                     i,
                     parts(config),
-                    Teacher(dense, x, context),
+                    teacher,
                     x,
                     text.moment(i).to(device),
-                    context,
                     recipe.upcycle,
                     torch.Generator().manual_seed(recipe.calibrate.seed),
                 ).layer
             sensitivity.advance(i, dense, layer)
-        streams.advance(dense, dense)
+        if teacher is None:
+            streams.advance(dense, dense)
+        else:
+            streams.parent = streams.student = teacher.output
         progress(i + 1, config.num_hidden_layers, "measuring each layer alone")
     ending = open_ending(parent, device)
     softmax, deltanet = (kinds[kind].figures(ending) for kind in KINDS)

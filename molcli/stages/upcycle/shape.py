@@ -34,3 +34,11 @@ def is_whole(config: MoLConfig) -> bool:
 def is_copy(config: MoLConfig, options: UpcycleConfig) -> bool:
     """Whether the conversion copies the parent's layers as they are, and needs no text."""
     return is_whole(config) and options.method == "fitted"
+
+
+def needs_text(config: MoLConfig, options: UpcycleConfig) -> bool:
+    """Whether the conversion looks at text: to fit blocks, or to choose layers."""
+    if all(kind == "dense" for kind in config.layer_kinds) or is_copy(config, options):
+        return False
+    choice = options.gated_deltanet == "auto" and config.num_routed_blocks > 0
+    return choice or options.method in ("fitted", "pca")

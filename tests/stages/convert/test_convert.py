@@ -161,13 +161,13 @@ def test_the_fit_beats_attention_left_out(mol: Callable[..., Path], text: Text) 
     streams = open_streams(text.fit, source.config, source.embedding(), default_device())
     layer = source.layer(1, default_device())
     config = converted_config(source.config, {1})
-    converted = convert_layer(config, 1, layer, streams.parent, streams.context, 1e-2)
+    converted = convert_layer(config, 1, layer, streams.parent, streams.chunks, 1e-2)
     old, new = layer.routed.block.mixer, converted.routed.block.mixer
     for name in ("q", "k", "v"):
         a, b = getattr(old, f"{name}_proj"), getattr(new, f"{name}_proj")
         a = a if name == "q" else a.repeat(1, 2, 1)
         assert torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.9999
-    run, x = streams.context.run, streams.parent
+    run, x = streams.chunks.run, streams.parent
     wanted, fitted = run(layer, x), run(converted, x)
     new.o_proj.zero_()
     assert (fitted - wanted).norm() < 0.9 * (run(converted, x) - wanted).norm()
@@ -181,13 +181,13 @@ def test_alignment_lowers_the_error_and_touches_the_mixer_alone(
     config = converted_config(source.config, {0, 1})
     for index in (0, 1):
         layer = source.layer(index, default_device())
-        converted = convert_layer(config, index, layer, streams.parent, streams.context, 1e-2)
-        wanted = streams.context.run(layer, streams.parent)
+        converted = convert_layer(config, index, layer, streams.parent, streams.chunks, 1e-2)
+        wanted = streams.chunks.run(layer, streams.parent)
         before = {n: x.clone() for n, x in converted.state_dict().items()}
-        start = (streams.context.run(converted, streams.parent) - wanted).norm()
+        start = (streams.chunks.run(converted, streams.parent) - wanted).norm()
         options = ConvertConfig(steps=20, learning_rate=3e-3)
         align(config, converted, layer, streams.parent, text.fit, options, seed=0)
-        assert (streams.context.run(converted, streams.parent) - wanted).norm() < 0.9 * start
+        assert (streams.chunks.run(converted, streams.parent) - wanted).norm() < 0.9 * start
         moved = {n for n, x in converted.state_dict().items() if not torch.equal(x, before[n])}
         assert {n.split(".")[-1] for n in moved} == {
             *("q_conv", "k_conv", "v_conv", "a_proj", "b_proj", "g_proj", "o_proj", "o_norm"),

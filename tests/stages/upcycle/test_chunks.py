@@ -1,0 +1,66 @@
+"""A text in many chunks gives what it gives in one."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from molcli.model import chunks
+
+
+def in_chunks(monkeypatch: pytest.MonkeyPatch, count: int) -> list[int]:
+    """Makes every text of 1024 tokens `count` chunks; returns how many each text then had."""
+    seen: list[int] = []
+    real = chunks.chunk_text
+
+    def counting(config: Any, rows: Any, device: torch.device) -> Any:
+        bytes_at_once = 1024 // count * chunks.bytes_a_token(config)
+        monkeypatch.setitem(chunks.CHUNK_BYTES, "cpu", bytes_at_once)
+        found = real(config, rows, device)
+        seen.append(len(list(found)))
+        return found
+
+    for place in ("molcli.stages.calibrate", "molcli.model.streams"):
+        monkeypatch.setattr(f"{place}.chunk_text", counting)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "family, options",
+    [
+        ("qwen2", {"gated_deltanet": [1]}),  # biases; a mixer with searches and gates
+        ("qwen3", {"shrinkage": 0.0, "num_blocks": 4, "num_shared_blocks": 2, "top_k": 1}),
+        ("llama", {"method": "svd"}),
+    ],
+)
+def test_chunks_change_nothing_but_the_last_digits(
+    family: str,
+    options: dict[str, Any],
+    tiny_parent: Callable[..., Path],
+    workshop: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Weights by their function: every layer's error, and the whole model's predictions."""
+    parent = tiny_parent(family)
+    one = in_chunks(monkeypatch, 1)
+    whole = workshop.convert(parent, **options)
+    assert set(one) == {1}
+    moments = load_file(workshop.calibration(parent) / "moments.safetensors")
+    workshop.calibrations.clear()
+    workshop.folder = workshop.folder / "again"
+    workshop.folder.mkdir()
+    many = in_chunks(monkeypatch, 8)
+    pieces = workshop.convert(parent, **options)
+    assert set(many) == {8, 2}  # the text to fit on, and the 256 tokens held out
+    for name, moment in load_file(pieces.calibration / "moments.safetensors").items():
+        torch.testing.assert_close(moment, moments[name], rtol=1e-5, atol=1e-5)
+    for name, tensor in pieces.tensors.items():
+        expected = whole.tensors[name]
+        assert (tensor - expected).norm() <= 1e-3 * expected.norm(), name
+    assert pieces.receipt["heldout"] == pytest.approx(whole.receipt["heldout"], rel=1e-5)
+    for row, wanted in zip(pieces.receipt["layers"], whole.receipt["layers"], strict=True):
+        assert row["residual_error_fit"] == pytest.approx(wanted["residual_error_fit"], rel=1e-4)
+        assert row["routing"]["load_share"] == pytest.approx(wanted["routing"]["load_share"])
