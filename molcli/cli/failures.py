@@ -3,13 +3,15 @@
 import os
 import traceback
 
+from molcli.cli.ranks import one_speaks
 from molcli.errors import Interrupted, MolError
 
 DEBUG = "MOLCLI_DEBUG"
 
 
 def explain(error: BaseException) -> int:
-    """Prints the error to stderr and returns the exit status. `MOLCLI_DEBUG=1` adds the traceback.
+    """Prints the error to stderr, in one of the processes that torchrun started, and returns the
+    exit status. `MOLCLI_DEBUG=1` adds the traceback.
 
     2: the user can mend it (MolError). 128 + signal: interrupted, 130 by Ctrl-C. 1: the machine ran
     out of something, or a bug.
@@ -19,11 +21,12 @@ def explain(error: BaseException) -> int:
 
     status, lines = _lines(error)
     console = Console(stderr=True, highlight=False)
-    for style, label, text in lines:
-        # Text, not markup: messages hold [0, 2] and paths.
-        console.print(Text.assemble((label, style), text), soft_wrap=True)
-    if os.environ.get(DEBUG):
-        console.print(Text("".join(traceback.format_exception(error))), soft_wrap=True)
+    with one_speaks() as here:
+        for style, label, text in lines if here else ():
+            # Text, not markup: messages hold [0, 2] and paths.
+            console.print(Text.assemble((label, style), text), soft_wrap=True)
+        if os.environ.get(DEBUG):
+            console.print(Text("".join(traceback.format_exception(error))), soft_wrap=True)
     return status
 
 

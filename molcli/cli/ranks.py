@@ -1,0 +1,49 @@
+"""What this process is among those that torchrun started, and which of them speaks."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+_ENOUGH = timedelta(seconds=10)  # for another process to print a message
+
+
+def ranks() -> int:
+    """Processes of the run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this process prints what all of them would."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def is_launched() -> bool:
+    """Whether torchrun started this process."""
+    return "LOCAL_WORLD_SIZE" in os.environ
+
+
+@contextmanager
+def one_speaks() -> Iterator[bool]:
+    """True in the first process that comes here; the others wait until it has left.
+
+    All meet the same error, or one alone does and ends the others: it is told once in any case.
+    """
+    if ranks() == 1:
+        yield True
+        return
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    try:
+        # That of torchrun, which outlives any of its processes.
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(host, port, is_master=False, timeout=_ENOUGH)
+        first = store.add("molcli/speaks", 1) == 1
+        if not first:
+            store.wait(["molcli/spoken"], _ENOUGH)
+    except (KeyError, RuntimeError):  # another launcher, or nobody said that all was said
+        yield is_main()
+        return
+    yield first
+    if first:
+        store.set("molcli/spoken", "")
