@@ -1,12 +1,15 @@
 """Say what went wrong: the user's input, the machine, or a bug of ours."""
 
 import os
+import re
 import traceback
 
 from molcli.cli.ranks import one_speaks
 from molcli.errors import Interrupted, MolError
 
 DEBUG = "MOLCLI_DEBUG"
+# What a process learns from gloo and NCCL when another one is killed.
+_PEER_GONE = re.compile("Connection closed by peer|Connection reset by peer|DistBackendError")
 
 
 def explain(error: BaseException) -> int:
@@ -50,6 +53,8 @@ def _lines(error: BaseException) -> tuple[int, list[tuple[str, str, str]]]:
             ("bold red", "error: ", f"out of memory: {error}".rstrip(": ")),
             ("bold green", "try: ", "a smaller batch_size or micro_batch_size with --set"),
         ]
+    if isinstance(error, RuntimeError) and _PEER_GONE.search(f"{type(error).__name__} {error}"):
+        return 1, [("bold red", "error: ", "another process of this run ended without a word")]
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
         where = f": {error.filename}" if error.filename else ""
         return 1, [("bold red", "error: ", f"{error.strerror}{where}")]

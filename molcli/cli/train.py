@@ -3,14 +3,13 @@
 import os
 import shlex
 import sys
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from molcli.cli.bars import bar
+from molcli.cli.bars import bar, no_bar
 from molcli.cli.launch import Told, check_gpus, check_run, launch
 from molcli.cli.options import (
     Checkpoint,
@@ -28,7 +27,6 @@ from molcli.config.sections import Data as DataSpec
 from molcli.config.sections import Recipe, TrainConfig
 from molcli.config.stages import resolve
 from molcli.errors import Interrupted, MolError
-from molcli.progress import silent
 
 if TYPE_CHECKING:  # torch comes with it
     from molcli.io.parent import Parent as DenseParent
@@ -136,7 +134,7 @@ def run_train(
     """Trains under a bar; towards a parent's predictions if it or its cached logits are there."""
     from molcli.stages.train import train as run
 
-    with bar("training") if is_main() else nullcontext(silent) as progress:
+    with bar("training") if is_main() else no_bar() as progress:
         run(checkpoint, out, data, recipe, parent, resume, progress=progress)
 
 

@@ -90,8 +90,7 @@ def train(
         config = plan(config, open_config(checkpoint), situation)
     stages = resolve(config, has_parent=parent is not None)
     check_stages(config, stages, accelerator.num_processes, has_parent=parent is not None)
-    if accelerator.is_main_process:
-        refuse_folder(out, resume=resume)
+    refuse_folder(out, resume=resume)  # no rank makes it before all have come to share the model
     torch.manual_seed(config.seed)
 
     # Where processes share the weights, none of their GPUs ever holds all of them.
