@@ -80,7 +80,7 @@ def run_stage(
             index = order.take(state.row, config.batch_size)
             batch = (rows, index, config.micro_batch_size, accelerator)
             means = objective.backward(*batch)
-            norm = _clip(state, config.clip_norm, accelerator)
+            norm = clip(state, config.clip_norm, accelerator)
             finite = bool(torch.isfinite(norm))  # ranks agree: it is the norm of all their parts
             if finite:
                 state.optimizer.step()
@@ -128,7 +128,7 @@ def _anneal_top_k(run: Run, config: TrainConfig) -> None:
         set_top_k(model, top_k_at(run.state.tokens, way, config.start_top_k, end))
 
 
-def _clip(state: TrainState, largest: float, accelerator: Accelerator) -> Tensor:
+def clip(state: TrainState, largest: float, accelerator: Accelerator) -> Tensor:
     """The norm of all gradients, which are clipped to it where it is finite."""
     trained = [p for p in state.model.parameters() if p.grad is not None]
     mine = [local(p.grad) for p in trained if p.grad is not None]
