@@ -23,6 +23,14 @@ def is_launched() -> bool:
     return "LOCAL_WORLD_SIZE" in os.environ
 
 
+def leave_together() -> None:
+    """Ends the connection between the processes, which all have come to this point."""
+    if ranks() > 1:
+        from torch import distributed
+
+        distributed.destroy_process_group()
+
+
 @contextmanager
 def one_speaks() -> Iterator[bool]:
     """True in the first process that comes here; the others wait until it has left.

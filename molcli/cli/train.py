@@ -22,7 +22,7 @@ from molcli.cli.options import (
     recipe_for,
 )
 from molcli.cli.parents import open_dense
-from molcli.cli.ranks import is_launched, is_main, ranks
+from molcli.cli.ranks import is_launched, is_main, leave_together, ranks
 from molcli.config.sections import Data as DataSpec
 from molcli.config.sections import Recipe, TrainConfig
 from molcli.config.stages import resolve
@@ -117,7 +117,9 @@ def train(
         run_train(checkpoint, out, None, settings, dense, resume=resume)
     except Interrupted as stop:
         stop.resume = _resume_command()
+        leave_together()
         raise
+    leave_together()
     if is_main():
         typer.echo(f"Trained model in {out}")
 

@@ -151,8 +151,17 @@ def curves_and_resume(args: argparse.Namespace, lines: Lines, folder: Path) -> N
 def weak(args: argparse.Namespace, lines: Lines) -> None:
     rates = {}
     for count, gpus in ((1, "0"), (2, "0,1")):
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-        command = [*launch, __file__, "--worker", "--rows", args.rows, "--compile", args.compile]
+        launch = ["-m", "torch.distributed.run", "--standalone", "--local-addr=localhost"]
+        command = [
+            *launch,
+            f"--nproc-per-node={count}",
+            __file__,
+            "--worker",
+            "--rows",
+            args.rows,
+            "--compile",
+            args.compile,
+        ]
         printed = finish(start(command, gpus))[0].splitlines()
         figures = json.loads(next(line for line in printed if line.startswith("{")))
         rates[count] = figures["tokens_per_second"]

@@ -36,12 +36,13 @@ def open_ranks(config: TrainConfig, out: Path) -> Accelerator:
             hint=f"--nproc-per-node={torch.cuda.device_count()}",
         )
     # Checkpoints are written in the background, through gloo.
-    groups = [] if cpu else [InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo")]
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    groups = [InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo")] if several and not cpu else None
     return Accelerator(
         cpu=cpu,
         log_with=list(config.trackers) or None,
         project_dir=out,
-        kwargs_handlers=groups if here > 1 else None,
+        kwargs_handlers=groups,
     )
 
 

@@ -23,7 +23,7 @@ from molcli.stages.train.finite import origin
 from molcli.stages.train.log import TrainLog
 from molcli.stages.train.objective import Objective
 from molcli.stages.train.optimizer import learning_rate_ratio, set_learning_rates
-from molcli.stages.train.ranks import local
+from molcli.stages.train.ranks import is_shared, local
 from molcli.stages.train.saver import Saver
 from molcli.stages.train.signals import StopSignals
 from molcli.stages.train.state import TrainState, last_good
@@ -130,14 +130,24 @@ def _anneal_top_k(run: Run, config: TrainConfig) -> None:
 
 def clip(state: TrainState, largest: float, accelerator: Accelerator) -> Tensor:
     """The norm of all gradients, which are clipped to it where it is finite."""
-    trained = [p for p in state.model.parameters() if p.grad is not None]
-    mine = [local(p.grad) for p in trained if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(mine)
-    if accelerator.num_processes > 1:  # of this rank's parts
+    with torch.no_grad():
+        mine = [_own_part(p) for p in state.model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in mine if p.grad is not None])
+    if accelerator.num_processes > 1:
         norm = accelerator.reduce(norm.square(), "sum").sqrt()
     if norm.isfinite():  # clipping would spread what is not, and hide where it began
-        torch.nn.utils.clip_grads_with_norm_(trained, largest, norm)
+        torch.nn.utils.clip_grads_with_norm_(mine, largest, norm)
     return norm
+
+
+def _own_part(parameter: Tensor) -> Tensor:
+    """This rank's part with that of the gradient: no DTensor, whose operations cost more."""
+    if not is_shared(parameter):
+        return parameter
+    assert parameter.grad is not None
+    part = local(parameter).detach()
+    part.grad = local(parameter.grad)
+    return part
 
 
 def _where(state: TrainState, name: str, steps: int, checkpoints: Path) -> str:

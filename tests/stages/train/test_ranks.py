@@ -131,6 +131,8 @@ def test_two_ranks_learn_what_one_learns(
 
 
 def compare(first: Path, second: Path) -> None:
+    for name in ("config.json", "generation_config.json"):
+        assert (first / name).read_text() == (second / name).read_text(), (second.name, name)
     one, two = (load_file(folder / "model.safetensors") for folder in (first, second))
     for name, tensor in one.items():
         # Four steps of at most 4e-4 each: a rank's share lost or doubled would show in Adam's sign.
