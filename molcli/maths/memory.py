@@ -73,7 +73,7 @@ def training_memory(
         gathered = outside + 2 * (count.total - outside) // len(a_token)
     return Memory(
         weights=_FP32 * (count.total // ranks + biases + gathered),
-        gradients=_FP32 * (trainable // ranks + gathered),
+        gradients=_FP32 * (trainable // ranks + min(gathered, trainable)),
         optimizer=_FP32 * _MOMENTS * (trainable // ranks),
         activations=tokens * (activations + 2 * residual) + casts,
         parent=0 if parent is None else product_bytes * count_parameters(parent).total,
