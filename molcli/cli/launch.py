@@ -12,7 +12,7 @@ from molcli.config.stages import resolve
 from molcli.errors import MolError
 
 # Seconds that processes have to finish a step and write a checkpoint after a signal.
-_LAST_STEP = "600"
+_LAST_STEP = "120"
 
 
 class Told(SystemExit):
@@ -75,9 +75,9 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     try:
         elastic_launch(config, sys.executable)(*arguments)
     except ChildFailedError as error:
-        # The agent ends the others by a signal, which makes their statuses negative.
-        statuses = [failure.exitcode for failure in error.failures.values()]
-        return next((status for status in statuses if status > 0), 1)
+        # The agent ends the others by a signal, which makes their statuses negative; those that
+        # end because another one did have 1.
+        return max(1, *(failure.exitcode for failure in error.failures.values()))
     except SignalException as stop:
         return 128 + int(stop.sigval)
     finally:

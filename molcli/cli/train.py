@@ -22,7 +22,7 @@ from molcli.cli.options import (
     recipe_for,
 )
 from molcli.cli.parents import open_dense
-from molcli.cli.ranks import is_launched, is_main, leave_together, ranks
+from molcli.cli.ranks import follow_errors, is_launched, is_main, leave_together, ranks
 from molcli.config.sections import Data as DataSpec
 from molcli.config.sections import Recipe, TrainConfig
 from molcli.config.stages import resolve
@@ -113,6 +113,8 @@ def train(
         has = {"parent": dense is not None, "resume": resume}
         check_run(checkpoint, out, settings.train, processes, **has)
         raise Told(launch(processes, ["-m", "molcli", *sys.argv[1:]]))
+    if ranks() > 1:
+        follow_errors()
     try:
         run_train(checkpoint, out, None, settings, dense, resume=resume)
     except Interrupted as stop:

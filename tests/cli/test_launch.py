@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
+from molcli.cli import ranks
 from molcli.cli import train as command
 from molcli.cli.failures import explain
 from molcli.cli.launch import check_gpus, check_run, launch
@@ -49,6 +50,17 @@ def test_an_error_that_all_meet_is_told_once(capfd: pytest.CaptureFixture[str]) 
         statuses = list(processes.map(explain, [error, error]))
     assert statuses == [2, 2]
     assert capfd.readouterr().err.count("the disk is full") == 1
+
+
+@pytest.mark.usefixtures("torchruns_store")
+def test_a_process_ends_when_another_has_told_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(ranks.os, "_exit", ended.append)
+    monkeypatch.setattr(ranks.time, "sleep", lambda seconds: None)
+    watching = ranks.follow_errors()
+    explain(MolError("the disk is full"))
+    watching.join(timeout=60)
+    assert ended == [1]
 
 
 def test_a_process_alone_needs_no_store(capfd: pytest.CaptureFixture[str]) -> None:

@@ -74,7 +74,7 @@ def train(
     data: takes the place of train.data and train.logits where given. parent: None where those
     logits stand for it. While it runs, `out` holds log.jsonl and
     checkpoints/, from which resume=True goes on bit for bit; config.json appears there last. Under
-    torchrun each rank takes its share of every batch; another number of ranks may resume.
+    torchrun each rank takes its share of model and batch; another number of ranks may resume.
     SIGINT and SIGTERM end it after the step at hand, with a checkpoint and Interrupted.
     Raises MolError for a checkpoint, parent, data or output folder that cannot be used, after
     train.max_skipped steps in a row without a finite gradient, and where the disk takes no more.
