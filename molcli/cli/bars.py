@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from molcli.progress import Progress as Report
+from molcli.progress import silent
 
 
 @contextmanager
@@ -52,6 +53,13 @@ def bar(title: str) -> Iterator[Report]:
         except BaseException:
             progress.update(task, visible=progress.tasks[task].completed > 0)
             raise
+
+
+@contextmanager
+def no_bar() -> Iterator[Report]:
+    """As `bar`, in a process beside the one that draws: shows nothing."""
+    with _quiet_libraries():
+        yield silent
 
 
 @contextmanager

@@ -1,15 +1,20 @@
 """Say what went wrong: the user's input, the machine, or a bug of ours."""
 
 import os
+import re
 import traceback
 
+from molcli.cli.ranks import one_speaks
 from molcli.errors import Interrupted, MolError
 
 DEBUG = "MOLCLI_DEBUG"
+# What a process learns from gloo and NCCL when another one is killed.
+_PEER_GONE = re.compile("Connection closed by peer|Connection reset by peer|DistBackendError")
 
 
 def explain(error: BaseException) -> int:
-    """Prints the error to stderr and returns the exit status. `MOLCLI_DEBUG=1` adds the traceback.
+    """Prints the error to stderr, in one of the processes that torchrun started, and returns the
+    exit status. `MOLCLI_DEBUG=1` adds the traceback.
 
     2: the user can mend it (MolError). 128 + signal: interrupted, 130 by Ctrl-C. 1: the machine ran
     out of something, or a bug.
@@ -19,11 +24,12 @@ def explain(error: BaseException) -> int:
 
     status, lines = _lines(error)
     console = Console(stderr=True, highlight=False)
-    for style, label, text in lines:
-        # Text, not markup: messages hold [0, 2] and paths.
-        console.print(Text.assemble((label, style), text), soft_wrap=True)
-    if os.environ.get(DEBUG):
-        console.print(Text("".join(traceback.format_exception(error))), soft_wrap=True)
+    with one_speaks() as here:
+        for style, label, text in lines if here else ():
+            # Text, not markup: messages hold [0, 2] and paths.
+            console.print(Text.assemble((label, style), text), soft_wrap=True)
+        if os.environ.get(DEBUG):
+            console.print(Text("".join(traceback.format_exception(error))), soft_wrap=True)
     return status
 
 
@@ -47,6 +53,8 @@ def _lines(error: BaseException) -> tuple[int, list[tuple[str, str, str]]]:
             ("bold red", "error: ", f"out of memory: {error}".rstrip(": ")),
             ("bold green", "try: ", "a smaller batch_size or micro_batch_size with --set"),
         ]
+    if isinstance(error, RuntimeError) and _PEER_GONE.search(f"{type(error).__name__} {error}"):
+        return 1, [("bold red", "error: ", "another process of this run ended without a word")]
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
         where = f": {error.filename}" if error.filename else ""
         return 1, [("bold red", "error: ", f"{error.strerror}{where}")]

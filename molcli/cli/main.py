@@ -15,6 +15,7 @@ from molcli.cli.evaluate import evaluate
 from molcli.cli.failures import explain
 from molcli.cli.init import init
 from molcli.cli.inspect import inspect
+from molcli.cli.launch import Told
 from molcli.cli.plan import plan
 from molcli.cli.train import train
 from molcli.cli.upcycle import upcycle
@@ -65,7 +66,7 @@ def main() -> None:
         app()
     except SystemExit as stop:
         # typer turns an interrupt into this status without a word.
-        if stop.code == 130:
+        if stop.code == 130 and not isinstance(stop, Told):
             explain(KeyboardInterrupt())
         raise
     except (Exception, KeyboardInterrupt) as error:

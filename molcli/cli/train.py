@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from molcli.cli.bars import bar
+from molcli.cli.bars import bar, no_bar
+from molcli.cli.launch import Told, check_gpus, check_run, launch
 from molcli.cli.options import (
     Checkpoint,
     Data,
@@ -21,6 +22,7 @@ from molcli.cli.options import (
     recipe_for,
 )
 from molcli.cli.parents import open_dense
+from molcli.cli.ranks import follow_errors, is_launched, is_main, leave_together, ranks
 from molcli.config.sections import Data as DataSpec
 from molcli.config.sections import Recipe, TrainConfig
 from molcli.config.stages import resolve
@@ -36,6 +38,15 @@ DryRun = Annotated[
     bool,
     typer.Option(
         "--dry-run", help="Print parameters, FLOPs, memory by kind and hours; train nothing."
+    ),
+]
+Gpus = Annotated[
+    int | None,
+    typer.Option(
+        "--gpus",
+        metavar="N",
+        min=1,
+        help="Train on N GPUs of this machine, which share model and batch, as torchrun would.",
     ),
 ]
 Logits = Annotated[
@@ -61,6 +72,7 @@ def train(
     logits: Logits = None,
     recipe: RecipeName = None,
     overrides: Overrides = None,
+    gpus: Gpus = None,
     resume: Resume = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -87,17 +99,31 @@ def train(
     if not dry_run:
         _refuse_without_data(settings.train)
     dense = None if parent is None else open_dense(parent)
+    processes = _processes(gpus)
+    launches = processes > ranks() and not dry_run
     if settings.train.stages == "auto" or (recipe is None and _says_nothing(settings.train)):
-        settings = _planned(settings, checkpoint, has_parent=dense is not None)
+        settings = _planned(
+            settings, checkpoint, processes, has_parent=dense is not None, show=not launches
+        )
     if dry_run:
-        _show_estimate(checkpoint, settings.train, dense)
+        _show_estimate(checkpoint, settings.train, dense, processes)
         return
+    if launches:
+        check_gpus(processes)
+        has = {"parent": dense is not None, "resume": resume}
+        check_run(checkpoint, out, settings.train, processes, **has)
+        raise Told(launch(processes, ["-m", "molcli", *sys.argv[1:]]))
+    if ranks() > 1:
+        follow_errors()
     try:
         run_train(checkpoint, out, None, settings, dense, resume=resume)
     except Interrupted as stop:
         stop.resume = _resume_command()
+        leave_together()
         raise
-    typer.echo(f"Trained model in {out}")
+    leave_together()
+    if is_main():
+        typer.echo(f"Trained model in {out}")
 
 
 def run_train(
@@ -112,7 +138,7 @@ def run_train(
     """Trains under a bar; towards a parent's predictions if it or its cached logits are there."""
     from molcli.stages.train import train as run
 
-    with bar("training") as progress:
+    with bar("training") if is_main() else no_bar() as progress:
         run(checkpoint, out, data, recipe, parent, resume, progress=progress)
 
 
@@ -122,8 +148,20 @@ def _says_nothing(config: TrainConfig) -> bool:
     return config == TrainConfig(**kept)
 
 
-def _planned(recipe: Recipe, checkpoint: Path, *, has_parent: bool) -> Recipe:
-    """The recipe with stages planned for the model, which are printed."""
+def _processes(gpus: int | None) -> int:
+    """That share the training. Raises MolError where torchrun started another number of them."""
+    if is_launched() and gpus is not None and gpus != ranks():
+        raise MolError(
+            f"--gpus is {gpus}, and torchrun started {ranks()} processes",
+            allowed="torchrun, or --gpus, which stands for it",
+        )
+    return ranks() if gpus is None else gpus
+
+
+def _planned(
+    recipe: Recipe, checkpoint: Path, processes: int, *, has_parent: bool, show: bool
+) -> Recipe:
+    """The recipe with stages planned for the model, which are printed where wanted."""
     from rich.console import Console
 
     from molcli.cli.train_tables import stages_table
@@ -131,24 +169,26 @@ def _planned(recipe: Recipe, checkpoint: Path, *, has_parent: bool) -> Recipe:
     from molcli.stages.train.plan import Situation, plan
 
     converted = (checkpoint / "receipt.json").is_file()
-    situation = Situation(has_parent, converted, int(os.environ.get("WORLD_SIZE", "1")))
+    situation = Situation(has_parent, converted, processes)
     config = plan(recipe.train, open_config(checkpoint), situation)
-    if os.environ.get("RANK", "0") == "0":
+    if show and is_main():
         title = f"Stages planned for {config.tokens:,} tokens"
         stages = resolve(config, has_parent=has_parent)
         Console().print(stages_table(stages, title))
     return replace(recipe, train=config)
 
 
-def _show_estimate(checkpoint: Path, config: TrainConfig, parent: "DenseParent | None") -> None:
+def _show_estimate(
+    checkpoint: Path, config: TrainConfig, parent: "DenseParent | None", processes: int
+) -> None:
     from rich.console import Console
 
     from molcli.cli.train_tables import estimate_tables
     from molcli.stages.train.estimate import estimate
 
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    for table in estimate_tables(estimate(checkpoint, config, parent, ranks=ranks)):
-        Console().print(table)
+    if is_main():
+        for table in estimate_tables(estimate(checkpoint, config, parent, ranks=processes)):
+            Console().print(table)
 
 
 def _refuse_without_data(config: TrainConfig) -> None:
@@ -166,6 +206,7 @@ def _refuse_without_data(config: TrainConfig) -> None:
 def _resume_command() -> str:
     """This very command, with --resume."""
     words = ["molcli", *(word for word in sys.argv[1:] if word != "--resume"), "--resume"]
-    ranks = os.environ.get("LOCAL_WORLD_SIZE")  # torchrun started this process
-    launcher = [] if ranks is None else ["torchrun", f"--nproc-per-node={ranks}", "--no-python"]
+    by_hand = is_launched() and not any(word.startswith("--gpus") for word in words)
+    here = os.environ.get("LOCAL_WORLD_SIZE")
+    launcher = ["torchrun", f"--nproc-per-node={here}", "--no-python"] if by_hand else []
     return shlex.join(launcher + words)

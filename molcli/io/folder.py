@@ -20,7 +20,7 @@ def output_folder(path: str | Path, *, need_bytes: int = 0) -> Iterator[Path]:
     """
     path = Path(path).expanduser().resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.partial")
+    staging = staging_of(path)
     staging.mkdir(exist_ok=True)
     with _locked(staging, path):
         try:
@@ -34,6 +34,12 @@ def output_folder(path: str | Path, *, need_bytes: int = 0) -> Iterator[Path]:
             shutil.rmtree(staging, ignore_errors=True)
             raise
         _sync(path.parent)
+
+
+def staging_of(path: Path) -> Path:
+    """Where `output_folder` has it written, for processes that write with the one that called."""
+    path = path.expanduser().resolve()
+    return path.with_name(f".{path.name}.partial")
 
 
 def refuse_taken(path: Path) -> None:

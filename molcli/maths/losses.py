@@ -8,7 +8,7 @@ is taken twice.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,8 +47,7 @@ class Head:
     weight: Tensor
 
 
-@dataclass(frozen=True)
-class TrainingLoss:
+class TrainingLoss(NamedTuple):
     """Sums over the predicted tokens; scalars, fp32 (float64 for float64 inputs).
 
     loss: ce_weight * cross_entropy + kl_weight * T^2 KL_T, the only one with a gradient; KL_T is

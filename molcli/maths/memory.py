@@ -42,13 +42,16 @@ def training_memory(
     logits_at_once: int,
     layerwise: bool = False,
     recompute: bool = False,
+    ranks: int = 1,
 ) -> Memory:
     """Of a step with float32 weights and AdamW.
 
     trainable: parameters that take a gradient. tokens: of a micro-batch. product_bytes: of a number
     in matrix products, 2 for bf16. logits_at_once: tokens x vocabulary of a chunk of the loss.
     layerwise: alignment, which holds one layer's activations and no logits. recompute: gradient
-    checkpointing, which holds the layers' inputs and one layer's activations.
+    checkpointing, which holds the layers' inputs and one layer's activations. ranks: that share
+    weights, gradients and moments; beside its share, each has a layer that runs, the one that is
+    fetched for it, and what is outside the layers.
     """
     count = count_parameters(config)
     routers = sum(not kind.startswith("dense") for kind in config.layer_kinds)
@@ -64,10 +67,14 @@ def training_memory(
     casts = count.total * product_bytes if product_bytes < _FP32 else 0
     if layerwise or recompute:
         casts //= len(a_token)
+    gathered = 0
+    if ranks > 1:
+        outside = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+        gathered = outside + 2 * (count.total - outside) // len(a_token)
     return Memory(
-        weights=_FP32 * (count.total + biases),
-        gradients=_FP32 * trainable,
-        optimizer=_FP32 * _MOMENTS * trainable,
+        weights=_FP32 * (count.total // ranks + biases + gathered),
+        gradients=_FP32 * (trainable // ranks + min(gathered, trainable)),
+        optimizer=_FP32 * _MOMENTS * (trainable // ranks),
         activations=tokens * (activations + 2 * residual) + casts,
         parent=0 if parent is None else product_bytes * count_parameters(parent).total,
         logits=0

@@ -26,7 +26,7 @@ from molcli.model import MoLForCausalLM
 from molcli.model.compiled import compile_layers
 from molcli.model.configuration_mol import MoLConfig
 from molcli.stages.train.balance import RouterLoads
-from molcli.stages.train.objective import Objective, Student
+from molcli.stages.train.objective import Objective, Student, Weights
 from molcli.stages.train.optimizer import make_optimizer
 
 PEAK_FLOPS = 989e12
@@ -76,8 +76,9 @@ def main() -> None:
         compile_layers(model)
     optimizer = make_optimizer(model, TrainConfig())
     loads = RouterLoads(model)
-    student = Student(model, dtype, loads, ce_weight=0.0, kl_weight=1.0, compiled=compiled)
-    objective = Objective(student, parent, balance_weight=0.0)
+    student = Student(model, dtype, loads)
+    weights = Weights(ce=0.0, kl=1.0, compiled=compiled)
+    objective = Objective(student, parent, weights, balance_weight=0.0)
     lengths = torch.randint(20, 400, (args.batch * args.length // 100,)).tolist()
     documents = [torch.randint(49_152, (n,), dtype=torch.int32) for n in lengths]
     rows = pack(documents, args.length, seed=0)

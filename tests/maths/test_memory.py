@@ -125,3 +125,16 @@ def test_holding_less_counts_less() -> None:
             whole.logits,
         )
     )
+
+
+def test_ranks_share_all_but_what_runs() -> None:
+    """Beside its share, a rank of four has two layers of 24 and the embedding."""
+    c = config("softmax", num_hidden_layers=24, layer_kinds=["softmax"] * 24)
+    total = count_parameters(c).total
+    alone, shared = (memory(c, trainable=total, ranks=ranks) for ranks in (1, 4))
+    assert shared.optimizer == pytest.approx(alone.optimizer / 4)
+    embedding = c.vocab_size * c.hidden_size
+    running = 4 * (embedding + 2 * (total - embedding) / 24)
+    for kind in ("weights", "gradients"):
+        assert getattr(shared, kind) == pytest.approx(4 * total / 4 + running, rel=0.01), kind
+    assert shared.activations == alone.activations

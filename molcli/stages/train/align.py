@@ -64,14 +64,10 @@ class Alignment:
             for error, balance in self._layers(batch):
                 error, balance = error / tokens, balance / (len(mine) * ranks)
                 loss = error + self.balance_weight * balance
-                loss.backward()
+                (loss * ranks).backward()  # FSDP averages over ranks; this is a sum
                 sums[0] += loss.detach()
                 sums[3] += balance.detach()
                 layers += 1
-        if ranks > 1:
-            for parameter in self.student.parameters():
-                if parameter.grad is not None:
-                    parameter.grad = accelerator.reduce(parameter.grad, "sum")
         return sums / (layers / len(mine))
 
     @torch.no_grad()
@@ -80,12 +76,12 @@ class Alignment:
     ) -> bool:
         """Whether this rank's share of the rows `index` gives finite losses. No gradients."""
         packed, parts = rows.rows(index), share(len(index), micro_batch_size, accelerator)
-        batches = (packed.batch(part).to(accelerator.device) for part in parts)
-        return all(
-            bool((error + balance).isfinite())
-            for batch in batches
-            for error, balance in self._layers(batch)
-        )
+        sums = torch.zeros((), device=accelerator.device)
+        for part in parts:  # to the end: ranks run the same layers
+            batch = packed.batch(part).to(accelerator.device)
+            for error, balance in self._layers(batch):
+                sums += error + balance
+        return bool(sums.isfinite())
 
     def _layers(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
         """Of each Mixture of Layers layer: its loss, summed over tokens, and CV^2."""

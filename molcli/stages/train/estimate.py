@@ -67,7 +67,7 @@ def estimate(
     count, device = count_parameters(model), default_device()
     speed = _products_per_second(device, matmul_dtype(config, device)) * _UTILISATION[device.type]
     stages = [
-        _stage(stage, model, dense, speed * ranks, device)
+        _stage(stage, model, dense, speed * ranks, device, ranks)
         for stage in resolve(config, has_parent=parent is not None)
     ]
     if device.type == "cuda":
@@ -77,7 +77,12 @@ def estimate(
 
 
 def _stage(
-    stage: Stage, model: MoLConfig, dense: MoLConfig | None, speed: float, device: torch.device
+    stage: Stage,
+    model: MoLConfig,
+    dense: MoLConfig | None,
+    speed: float,
+    device: torch.device,
+    ranks: int,
 ) -> StageEstimate:
     settings, align = stage.settings, stage.kind == "align"
     parent = None if stage.kind == "pretrain" else dense
@@ -98,6 +103,7 @@ def _stage(
         logits_at_once=LOGITS_AT_ONCE[device.type],
         layerwise=align,
         recompute=settings.gradient_checkpointing,
+        ranks=ranks,
     )
     steps = steps_of(settings)
     seconds = steps * step_tokens(settings) * flops / speed

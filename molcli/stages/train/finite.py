@@ -8,6 +8,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from molcli.stages.train.ranks import local
+
 
 def origin(model: nn.Module, forward: Callable[[], bool], accelerator: Accelerator) -> str:
     """In words: a parameter, a module's output, the loss, or the gradient of a parameter.
@@ -32,15 +34,17 @@ def origin(model: nn.Module, forward: Callable[[], bool], accelerator: Accelerat
 def _place(
     model: nn.Module, forward: Callable[[], bool], parameters: list[str], modules: list[str]
 ) -> int:
-    weights = dict(model.named_parameters())
-    for number, name in enumerate(parameters):
-        if not weights[name].isfinite().all():
-            return number
-    first = len(parameters)
-    # Compiled modules would run past hooks that came after them.
+    """On this rank, which looks at its own part of each parameter and at its own rows."""
+    # Compiled modules would run past hooks that came after them. Where weights are shared, ranks
+    # need one another for the forward pass: each runs it, whatever it has found before.
     eager = torch.compiler.set_stance("force_eager")
     with eager, torch.no_grad(), _watched(model) as seen:
         finite = forward()
+    weights = dict(model.named_parameters())
+    for number, name in enumerate(parameters):
+        if not local(weights[name]).isfinite().all():
+            return number
+    first = len(parameters)
     if seen:
         return first + modules.index(seen[0])
     first += len(modules)
@@ -48,7 +52,7 @@ def _place(
         return first
     for number, name in enumerate(reversed(parameters), start=first + 1):
         gradient = weights[name].grad
-        if gradient is not None and not gradient.isfinite().all():
+        if gradient is not None and not local(gradient).isfinite().all():
             return number
     return first + 1 + len(parameters)
 

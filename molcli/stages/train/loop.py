@@ -4,7 +4,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 
 from molcli.config.sections import Data, Recipe, TrainConfig
 from molcli.config.stages import Stage, resolve
@@ -12,27 +11,28 @@ from molcli.io.logits import LogitCache
 from molcli.io.parent import Parent
 from molcli.io.tensors import TensorReader
 from molcli.model import MoLForCausalLM
-from molcli.model.checkpoint import default_device, open_checkpoint, open_config
+from molcli.model.checkpoint import open_checkpoint, open_config
 from molcli.model.compiled import compile_layers
 from molcli.model.precision import matmul_dtype
 from molcli.model.teacher import open_teacher
 from molcli.progress import Progress, silent
 from molcli.stages.train.align import Alignment, check_alignable
-from molcli.stages.train.balance import RouterLoads, set_top_k
+from molcli.stages.train.balance import set_top_k
 from molcli.stages.train.checks import check_stages, check_top_k
 from molcli.stages.train.identity import DATA, refuse_another_run, run_identity
 from molcli.stages.train.log import TrainLog
-from molcli.stages.train.objective import Objective, Student
+from molcli.stages.train.objective import Objective, Student, Weights
 from molcli.stages.train.optimizer import make_optimizer, set_trainable
 from molcli.stages.train.output import RECEIPT, refuse_folder, save_model
 from molcli.stages.train.plan import Situation, plan
+from molcli.stages.train.ranks import make_student, open_ranks
 from molcli.stages.train.rows import open_cache, stage_rows
+from molcli.stages.train.saver import open_saver
 from molcli.stages.train.state import (
     TrainState,
     load_checkpoint,
     newest_checkpoint,
     restore_counters,
-    save_checkpoint,
 )
 from molcli.stages.train.steps import Run, run_stage, step_tokens, steps_of
 from molcli.stages.train.trackers import check_trackers
@@ -74,7 +74,7 @@ def train(
     data: takes the place of train.data and train.logits where given. parent: None where those
     logits stand for it. While it runs, `out` holds log.jsonl and
     checkpoints/, from which resume=True goes on bit for bit; config.json appears there last. Under
-    torchrun each rank takes its share of every batch; another number of ranks may resume.
+    torchrun each rank takes its share of model and batch; another number of ranks may resume.
     SIGINT and SIGTERM end it after the step at hand, with a checkpoint and Interrupted.
     Raises MolError for a checkpoint, parent, data or output folder that cannot be used, after
     train.max_skipped steps in a row without a finite gradient, and where the disk takes no more.
@@ -82,8 +82,7 @@ def train(
     config = recipe.train if data is None else replace(recipe.train, data=data, logits=None)
     assert parent is None or config.logits is None
     check_trackers(config)
-    cpu = default_device().type == "cpu"
-    accelerator = Accelerator(cpu=cpu, log_with=list(config.trackers) or None, project_dir=out)
+    accelerator = open_ranks(config, out)
     if config.stages == "auto":
         situation = Situation(
             parent is not None, (checkpoint / RECEIPT).is_file(), accelerator.num_processes
@@ -91,16 +90,18 @@ def train(
         config = plan(config, open_config(checkpoint), situation)
     stages = resolve(config, has_parent=parent is not None)
     check_stages(config, stages, accelerator.num_processes, has_parent=parent is not None)
-    if accelerator.is_main_process:
-        refuse_folder(out, resume=resume)
+    refuse_folder(out, resume=resume)  # no rank makes it before all have come to share the model
     torch.manual_seed(config.seed)
 
-    model = open_checkpoint(checkpoint, accelerator.device).train()
+    # Where processes share the weights, none of their GPUs ever holds all of them.
+    whole = accelerator.device if accelerator.num_processes == 1 else torch.device("cpu")
+    model = open_checkpoint(checkpoint, whole).train()
     model.to(torch.float32)  # master weights: bf16 would swallow small updates
     check_top_k(config, model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     dtype = matmul_dtype(config, accelerator.device)
+    student = make_student(model, dtype, accelerator)
     teacher = None if parent is None else open_teacher(parent, model, dtype)
     if teacher is not None and any(stage.kind == "align" for stage in stages):
         check_alignable(model, teacher)
@@ -117,14 +118,14 @@ def train(
     if saved is not None:
         refuse_another_run(saved, identity)
         restore_counters(state, saved)
-    loads = RouterLoads(model)
-    log = TrainLog(out, accelerator, state, config, loads)
+    log = TrainLog(out, accelerator, state, config, student.loads)
     total = sum(steps_of(stage.settings) * step_tokens(stage.settings) for stage in stages)
-    run = Run(accelerator, state, out / "checkpoints", log, loads, total, progress)
+    saver = open_saver(accelerator, out / "checkpoints")
+    run = Run(accelerator, state, saver, log, student.loads, total, progress)
     compiled = worth_compiling(config, total, accelerator.device)
-    for whole in (model, teacher) if compiled else ():
-        if whole is not None:
-            compile_layers(whole)  # once for all stages
+    for taking_part in (model, teacher) if compiled else ():
+        if taking_part is not None:
+            compile_layers(taking_part)  # once for all stages
 
     for number in range(state.stage, len(stages)):
         stage = stages[number]
@@ -141,48 +142,37 @@ def train(
         if here is not None:
             refuse_another_run(here, identity)
         learned = teacher if stage.settings.logits is None else cache
-        objective = _objective(run, stage, model, learned, dtype, compiled=compiled)
+        objective = _objective(stage, student, learned, compiled=compiled)
         if accelerator.is_main_process:
             out.mkdir(parents=True, exist_ok=True)
         run_stage(run, stage, objective, rows, identity)
-        if accelerator.is_main_process and config.checkpoint_every and number + 1 < len(stages):
+        if config.checkpoint_every and number + 1 < len(stages):
             # What the next stage fails on may come late.
-            save_checkpoint(state, run.checkpoints, identity)
-        del objective  # or its DDP would go on exchanging gradients in the next stage
+            saver.save(state, identity)
         accelerator.free_memory()
 
+    saver.finish()
     set_top_k(model, model.config.num_blocks_per_tok)
-    if accelerator.is_main_process:
-        save_model(model, checkpoint, replace(recipe, train=config), out)
+    save_model(model, checkpoint, replace(recipe, train=config), out, accelerator)
     accelerator.wait_for_everyone()
     return TrainResult(state.step, state.skipped, state.tokens, state.seconds, state.loss)
 
 
 def _objective(
-    run: Run,
-    stage: Stage,
-    model: MoLForCausalLM,
-    parent: MoLForCausalLM | LogitCache | None,
-    dtype: torch.dtype,
-    *,
-    compiled: bool,
+    stage: Stage, student: Student, parent: MoLForCausalLM | LogitCache | None, *, compiled: bool
 ) -> Objective | Alignment:
     config = stage.settings
     balance_weight = config.balance_weight if config.balance == "loss" else 0.0
     if stage.kind == "align":
         assert isinstance(parent, MoLForCausalLM)
-        return Alignment(model, parent, dtype, balance_weight, run.loads)
-    student = Student(
-        model,
-        dtype,
-        run.loads,
-        ce_weight=1.0 if stage.kind == "pretrain" else config.ce_weight,
-        kl_weight=config.kl_weight,
+        return Alignment(student.model, parent, student.dtype, balance_weight, student.loads)
+    weights = Weights(
+        ce=1.0 if stage.kind == "pretrain" else config.ce_weight,
+        kl=config.kl_weight,
         temperature=config.temperature,
         compiled=compiled,
     )
-    learned = parent if stage.kind == "distill" else None
-    return Objective(run.accelerator.prepare(student), learned, balance_weight)
+    return Objective(student, parent if stage.kind == "distill" else None, weights, balance_weight)
 
 
 def worth_compiling(config: TrainConfig, tokens: int, device: torch.device) -> bool:

@@ -1,6 +1,5 @@
 """The loss of a batch, and its gradient."""
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -16,31 +15,34 @@ from molcli.model import MoLForCausalLM
 from molcli.stages.train.balance import RouterLoads
 
 
+@dataclass(frozen=True)
+class Weights:
+    """Of a stage's losses, and whether they are compiled (`training_loss`)."""
+
+    ce: float
+    kl: float
+    temperature: float = 1.0
+    compiled: bool = False
+
+
 class Student(nn.Module):
-    """The model and its losses in one module, whose forward is all that DDP has to watch.
+    """The model and its losses in one module: where the weights are shared between processes, its
+    forward brings together those of embeddings, final norm and head, a layer's its own.
 
     dtype: of its matrix products, float32 or bfloat16; the weights stay as they are.
-    loads: counts the routing. ce_weight, kl_weight, temperature, compiled: of the losses
-    (`training_loss`).
+    loads: counts the routing.
     """
 
-    def __init__(
-        self,
-        model: MoLForCausalLM,
-        dtype: torch.dtype,
-        loads: RouterLoads,
-        *,
-        ce_weight: float,
-        kl_weight: float,
-        temperature: float = 1.0,
-        compiled: bool = False,
-    ) -> None:
+    def __init__(self, model: MoLForCausalLM, dtype: torch.dtype, loads: RouterLoads) -> None:
         super().__init__()
         self.model, self.dtype, self.loads = model, dtype, loads
-        self.ce_weight, self.kl_weight = ce_weight, kl_weight
-        self.temperature, self.compiled = temperature, compiled
 
-    def forward(self, batch: Batch, parent: Head | TopK | None) -> tuple[TrainingLoss, Tensor]:
+    def begin(self) -> None:
+        """Does nothing: a first forward of the whole, before that of any part."""
+
+    def forward(
+        self, batch: Batch, parent: Head | TopK | None, weights: Weights
+    ) -> tuple[TrainingLoss, Tensor]:
         """The losses, summed over predicted tokens in nats, and CV^2, mean of layers."""
         device, low = batch.input_ids.device.type, self.dtype != torch.float32
         with torch.autocast(device, self.dtype if low else None, enabled=low):
@@ -50,32 +52,33 @@ class Student(nn.Module):
                 head,
                 batch.labels,
                 parent,
-                ce_weight=self.ce_weight,
-                kl_weight=self.kl_weight,
-                temperature=self.temperature,
-                compiled=self.compiled,
+                ce_weight=weights.ce,
+                kl_weight=weights.kl,
+                temperature=weights.temperature,
+                compiled=weights.compiled,
             )
         balance = losses.kl.new_zeros(())
         if out.routing:
-            weights, blocks = (
+            shares, blocks = (
                 torch.stack([getattr(r, name) for r in out.routing])
                 for name in ("weights", "blocks")
             )
             self.loads.add(blocks)
-            balance = cv_squared(weights, blocks, out.routing[0].logits.shape[1]).mean()
+            balance = cv_squared(shares, blocks, out.routing[0].logits.shape[1]).mean()
         return losses, balance
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised. student: a Student, wrapped by accelerate where there are more ranks.
+    """What is minimised.
 
     parent: the dense model whose predictions are learned, in evaluation mode; its predictions for
     the rows, from the disk; or None.
     """
 
-    student: nn.Module
+    student: Student
     parent: MoLForCausalLM | LogitCache | None
+    weights: Weights
     balance_weight: float
 
     @property
@@ -96,15 +99,15 @@ class Objective:
         count = packed.predicted
         mine = share(len(index), micro_batch_size, accelerator)
         parts = torch.zeros(4, device=accelerator.device)
-        for number, part in enumerate(mine, start=1):
+        for part in mine:
             batch = packed.batch(part).to(accelerator.device)
             parent = self._predictions(batch, index[part])
-            # Gradients are exchanged once, with the last micro-batch.
-            with nullcontext() if number == len(mine) else accelerator.no_sync(self.student):
-                losses, balance = self.student(batch, parent)
-                balance = balance / (len(mine) * ranks)
-                loss = losses.loss / count + self.balance_weight * balance
-                accelerator.backward(loss * ranks)  # DDP averages over ranks; this is a sum
+            losses, balance = self.student(batch, parent, self.weights)
+            balance = balance / (len(mine) * ranks)
+            loss = losses.loss / count + self.balance_weight * balance
+            # FSDP averages over ranks; this is a sum. It does so for every micro-batch: gradients
+            # that waited for the last one would be whole ones, on every rank.
+            accelerator.backward(loss * ranks)
             means = (losses.cross_entropy / count, losses.kl / count)
             parts += torch.stack([loss, *means, balance]).detach()
         return parts
@@ -114,11 +117,12 @@ class Objective:
         self, rows: Rows, index: Tensor, micro_batch_size: int, accelerator: Accelerator
     ) -> bool:
         """Whether this rank's share of the rows `index` gives finite losses. No gradients."""
-        student, packed = accelerator.unwrap_model(self.student), rows.rows(index)
+        packed = rows.rows(index)
         sums = torch.zeros((), device=accelerator.device)
         for part in share(len(index), micro_batch_size, accelerator):
             batch = packed.batch(part).to(accelerator.device)
-            losses, balance = student(batch, self._predictions(batch, index[part]))
+            predictions = self._predictions(batch, index[part])
+            losses, balance = self.student(batch, predictions, self.weights)
             sums += losses.loss + balance
         return bool(sums.isfinite())
 

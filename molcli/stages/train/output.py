@@ -5,14 +5,16 @@ from itertools import chain
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError
 
 from molcli.config.recipe import RECIPE_FILE, save_recipe
 from molcli.config.sections import Recipe
 from molcli.errors import MolError
-from molcli.io.tensors import TensorReader
+from molcli.io.tensors import ShardedWriter, TensorReader
 from molcli.io.tokenizer import open_tokenizer
 from molcli.model import MoLForCausalLM
+from molcli.stages.train.ranks import first_message, whole
 
 _CONFIG = "config.json"
 RECEIPT = "receipt.json"  # what `upcycle` leaves beside a converted model
@@ -37,34 +39,76 @@ def refuse_folder(out: Path, *, resume: bool) -> None:
         raise MolError(f"there is no run to resume in {out}", hint="the command without --resume")
 
 
-def save_model(model: MoLForCausalLM, checkpoint: Path, recipe: Recipe, out: Path) -> None:
+def save_model(
+    model: MoLForCausalLM, checkpoint: Path, recipe: Recipe, out: Path, accelerator: Accelerator
+) -> None:
     """Writes the trained model into `out`, as the run's last act; `config.json` comes last.
 
     Each tensor is cast to the dtype that it has in `checkpoint`, the model that the run began
-    with, whose tokenizer and receipt are copied. Raises MolError if the disk does not take it.
+    with, whose tokenizer and receipt are copied. Every rank calls this; the main one writes.
+    Raises MolError, on all ranks, if the disk does not take it.
     """
     dtypes = {name: _DTYPES[info.dtype] for name, info in TensorReader(checkpoint).tensors.items()}
+    staging, found = out / ".final", ""
+    try:
+        if accelerator.is_main_process:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir()
+        if accelerator.num_processes == 1:
+            _write_whole(model, dtypes, staging)
+        else:
+            found = _write_shared(model, dtypes, staging, main=accelerator.is_main_process)
+        if accelerator.is_main_process and not found:
+            _write_beside(checkpoint, recipe, staging)
+    except (OSError, SafetensorError) as error:
+        found = str(error)
+    if found := first_message(found, accelerator):
+        shutil.rmtree(staging, ignore_errors=True)
+        raise MolError(
+            f"the trained model could not be written to {out}: {found}",
+            allowed="room for the whole model",
+            hint="free some space, then the same command with --resume",
+        )
+    if accelerator.is_main_process:
+        for file in sorted(staging.iterdir(), key=lambda file: file.name == _CONFIG):
+            file.replace(out / file.name)
+        staging.rmdir()
+
+
+def _write_whole(model: MoLForCausalLM, dtypes: dict[str, torch.dtype], folder: Path) -> None:
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if name in dtypes:
             tensor.data = tensor.data.to(dtypes[name])
-    staging = out / ".final"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    try:
-        model.save_pretrained(staging)
-        tokenizer = open_tokenizer(checkpoint)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(staging)
-        if (checkpoint / RECEIPT).is_file():
-            shutil.copy(checkpoint / RECEIPT, staging)
-        save_recipe(recipe, staging / RECIPE_FILE)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise MolError(
-            f"the trained model could not be written to {out}: {error}",
-            allowed="room for the whole model",
-            hint="free some space, then the same command with --resume",
-        ) from error
-    for file in sorted(staging.iterdir(), key=lambda file: file.name == _CONFIG):
-        file.replace(out / file.name)
-    staging.rmdir()
+    model.save_pretrained(folder)
+
+
+def _write_shared(
+    model: MoLForCausalLM, dtypes: dict[str, torch.dtype], folder: Path, *, main: bool
+) -> str:
+    """One tensor at a time is brought together. Returns what the main rank's disk said, or ""."""
+    writer, found = ShardedWriter(folder), ""
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if name not in dtypes:
+            continue
+        tensor = whole(tensor.detach())
+        try:
+            if main and not found:
+                writer.add(name, tensor.to(dtypes[name]))
+        except (OSError, SafetensorError) as error:
+            found = str(error)  # the others are waiting for the next tensor
+    if main and not found:
+        writer.close()
+        model.config.dtype = dtypes[next(iter(dtypes))]
+        model.config.architectures = [MoLForCausalLM.__name__]
+        model.config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
+    return found
+
+
+def _write_beside(checkpoint: Path, recipe: Recipe, folder: Path) -> None:
+    tokenizer = open_tokenizer(checkpoint)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if (checkpoint / RECEIPT).is_file():
+        shutil.copy(checkpoint / RECEIPT, folder)
+    save_recipe(recipe, folder / RECIPE_FILE)

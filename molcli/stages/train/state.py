@@ -3,20 +3,29 @@
 import json
 import pickle
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load
 from torch.utils._pytree import tree_leaves
 
 from molcli.errors import MolError
 from molcli.io.folder import output_folder
 from molcli.model import MoLForCausalLM
+from molcli.stages.train.ranks import is_shared
+from molcli.stages.train.tensors import load_whole, tensors_by_name
 
 KEPT = 2  # checkpoints: the newest, and the one before it
-_TENSORS, _PROGRESS = "state.pt", "progress.json"
+# One process writes its tensors to _TENSORS. Several write torch.distributed.checkpoint's files,
+# and their random generators, which are the same in all, to GENERATORS.
+_TENSORS, GENERATORS, PROGRESS = "state.pt", "generators.pt", "progress.json"
+
+_UNREADABLE = (pickle.UnpicklingError, CheckpointException)  # the latter is no Exception
 
 
 @dataclass
@@ -61,7 +70,7 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
     if not folders:
         return None
     try:
-        progress = json.loads((folders[-1] / _PROGRESS).read_text())
+        progress = json.loads((folders[-1] / PROGRESS).read_text())
         return Checkpoint(folders[-1], progress["state"], progress["identity"])
     except (OSError, ValueError, KeyError) as error:
         raise _damaged(folders[-1], error) from error
@@ -75,30 +84,50 @@ def save_checkpoint(state: TrainState, folder: Path, identity: dict[str, Any]) -
     path = folder / f"step-{state.step:08d}"
     if path.is_dir():
         return path
-    counters = {k: v for k, v in vars(state).items() if k not in ("model", "optimizer")}
     tensors = {
         "model": state.model.state_dict(),
         "optimizer": state.optimizer.state_dict(),
-        "rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        **generators(),
     }
     need = sum(leaf.nbytes for leaf in tree_leaves(tensors) if isinstance(leaf, Tensor))
     try:
         with output_folder(path, need_bytes=need) as staging:
             torch.save(tensors, staging / _TENSORS)
-            (staging / _PROGRESS).write_text(json.dumps({"state": counters, "identity": identity}))
+            (staging / PROGRESS).write_text(progress_text(state, identity))
     # torch reports a full disk as a RuntimeError of its zip writer.
     except (OSError, RuntimeError, MolError) as error:
         found = error.found if isinstance(error, MolError) else str(error)
-        raise MolError(
-            f"the checkpoint {path} could not be written: {found}",
-            allowed=f"room for {need / 1e9:.2f} GB",
-            hint=f"free some space, then the same command with --resume, which goes on from "
-            f"{last_good(folder)}",
-        ) from error
+        raise not_written(path, found) from error
+    remove_old(folder)
+    return path
+
+
+def progress_text(state: TrainState, identity: dict[str, Any]) -> str:
+    """The numbers of the state, as a checkpoint has them."""
+    counters = {k: v for k, v in vars(state).items() if k not in ("model", "optimizer")}
+    return json.dumps({"state": counters, "identity": identity})
+
+
+def generators() -> dict[str, Any]:
+    """The states of the random generators."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"rng": torch.get_rng_state(), "cuda_rng": cuda}
+
+
+def remove_old(folder: Path) -> None:
+    """Removes all checkpoints but the newest KEPT."""
     for old in sorted(folder.glob("step-*"))[:-KEPT]:
         shutil.rmtree(old)
-    return path
+
+
+def not_written(path: Path, found: str) -> MolError:
+    """Of a checkpoint that the disk did not take."""
+    return MolError(
+        f"the checkpoint {path} could not be written: {found}",
+        allowed="a disk with room for the weights and twice as much beside them",
+        hint=f"free some space, then the same command with --resume, which goes on from "
+        f"{last_good(path.parent)}",
+    )
 
 
 def last_good(folder: Path) -> str:
@@ -108,17 +137,32 @@ def last_good(folder: Path) -> str:
 
 
 def load_checkpoint(state: TrainState, checkpoint: Checkpoint) -> None:
-    """Brings `state` to the checkpoint. Raises MolError if its tensors cannot be read."""
-    device = next(state.model.parameters()).device
+    """Brings `state` to the checkpoint, whichever number of processes wrote it.
+
+    Raises MolError if its tensors cannot be read.
+    """
+    folder = checkpoint.folder
+    whole = folder / _TENSORS
+    some = next(state.model.parameters())
     try:
-        tensors = torch.load(checkpoint.folder / _TENSORS, map_location="cpu", weights_only=True)
-        state.model.load_state_dict(tensors["model"])
-        state.optimizer.load_state_dict(tensors["optimizer"])
-    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise _damaged(checkpoint.folder, error) from error
+        tensors = torch.load(
+            whole if whole.is_file() else folder / GENERATORS,
+            map_location="cpu",
+            mmap=is_shared(some),  # a rank takes its own part alone
+            weights_only=True,
+        )
+        if whole.is_file():
+            load_whole(state.model, state.optimizer, tensors)
+        else:
+            # In place: these are the parameters, buffers and moments themselves.
+            with warnings.catch_warnings():  # that one process reads, which is no mistake
+                warnings.simplefilter("ignore")
+                load(tensors_by_name(state.model, state.optimizer), checkpoint_id=folder)
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError, *_UNREADABLE) as error:
+        raise _damaged(folder, error) from error
     torch.set_rng_state(tensors["rng"])
     # Another number of GPUs is no reason to stop: nothing in training draws from their generators.
-    if device.type == "cuda" and len(tensors["cuda_rng"]) == torch.cuda.device_count():
+    if some.is_cuda and len(tensors["cuda_rng"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(tensors["cuda_rng"])
     restore_counters(state, checkpoint)
 
@@ -129,7 +173,7 @@ def restore_counters(state: TrainState, checkpoint: Checkpoint) -> None:
         setattr(state, name, value)
 
 
-def _damaged(folder: Path, error: Exception) -> MolError:
+def _damaged(folder: Path, error: BaseException) -> MolError:
     return MolError(
         f"the checkpoint {folder} cannot be read: {error}",
         allowed="a whole checkpoint",

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from molcli.config.sections import TrainConfig
 from molcli.config.stages import Stage
@@ -22,8 +23,10 @@ from molcli.stages.train.finite import origin
 from molcli.stages.train.log import TrainLog
 from molcli.stages.train.objective import Objective
 from molcli.stages.train.optimizer import learning_rate_ratio, set_learning_rates
+from molcli.stages.train.ranks import is_shared, local
+from molcli.stages.train.saver import Saver
 from molcli.stages.train.signals import StopSignals
-from molcli.stages.train.state import TrainState, last_good, save_checkpoint
+from molcli.stages.train.state import TrainState, last_good
 from molcli.stages.train.utilisation import flops_share
 
 
@@ -33,7 +36,7 @@ class Run:
 
     accelerator: Accelerator
     state: TrainState
-    checkpoints: Path
+    saver: Saver
     log: TrainLog
     loads: RouterLoads
     total_tokens: int
@@ -67,10 +70,6 @@ def run_stage(
     order = rows.order(config.seed + state.stage)
     clock = time.perf_counter() - state.seconds
 
-    def save() -> None:
-        if accelerator.is_main_process:
-            save_checkpoint(state, run.checkpoints, identity)
-
     parent = objective.parent if isinstance(objective.parent, MoLForCausalLM) else None
     share = flops_share(stage, model, parent, accelerator.num_processes)
     with StopSignals() as stop, run.log.following(state, share):
@@ -81,8 +80,8 @@ def run_stage(
             index = order.take(state.row, config.batch_size)
             batch = (rows, index, config.micro_batch_size, accelerator)
             means = objective.backward(*batch)
-            norm = _clip(state, config.clip_norm)
-            finite = bool(torch.isfinite(norm))  # ranks agree: they have averaged their gradients
+            norm = clip(state, config.clip_norm, accelerator)
+            finite = bool(torch.isfinite(norm))  # ranks agree: it is the norm of all their parts
             if finite:
                 state.optimizer.step()
                 run.log.add(means)
@@ -111,13 +110,15 @@ def run_stage(
             if accelerator.is_main_process:
                 run.progress(state.tokens, run.total_tokens, run.log.note)
             if config.checkpoint_every and state.step % config.checkpoint_every == 0:
-                save()
+                run.saver.save(state, identity)
             if state.skipped_in_a_row >= config.max_skipped:
-                raise _not_finite(state, run.checkpoints, trouble)
+                run.saver.finish()
+                raise _not_finite(state, run.saver.folder, trouble)
             if number := stop.agreed(accelerator):
-                save()
+                run.saver.save(state, identity)
+                run.saver.finish()
                 accelerator.wait_for_everyone()  # torchrun kills the rest when one process ends
-                raise Interrupted(number, _where(state, name, steps, run.checkpoints))
+                raise Interrupted(number, _where(state, name, steps, run.saver.folder))
 
 
 def _anneal_top_k(run: Run, config: TrainConfig) -> None:
@@ -127,13 +128,26 @@ def _anneal_top_k(run: Run, config: TrainConfig) -> None:
         set_top_k(model, top_k_at(run.state.tokens, way, config.start_top_k, end))
 
 
-def _clip(state: TrainState, largest: float) -> torch.Tensor:
+def clip(state: TrainState, largest: float, accelerator: Accelerator) -> Tensor:
     """The norm of all gradients, which are clipped to it where it is finite."""
-    trained = [p for p in state.model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+    with torch.no_grad():
+        mine = [_own_part(p) for p in state.model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in mine if p.grad is not None])
+    if accelerator.num_processes > 1:
+        norm = accelerator.reduce(norm.square(), "sum").sqrt()
     if norm.isfinite():  # clipping would spread what is not, and hide where it began
-        torch.nn.utils.clip_grads_with_norm_(trained, largest, norm)
+        torch.nn.utils.clip_grads_with_norm_(mine, largest, norm)
     return norm
+
+
+def _own_part(parameter: Tensor) -> Tensor:
+    """This rank's part with that of the gradient: no DTensor, whose operations cost more."""
+    if not is_shared(parameter):
+        return parameter
+    assert parameter.grad is not None
+    part = local(parameter).detach()
+    part.grad = local(parameter.grad)
+    return part
 
 
 def _where(state: TrainState, name: str, steps: int, checkpoints: Path) -> str:

@@ -1,0 +1,172 @@
+"""Checkpoints that are written in the background, by a group of one process."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.distributed.checkpoint import FileSystemWriter
+
+from molcli.config.sections import TrainConfig
+from molcli.errors import MolError
+from molcli.model.checkpoint import open_checkpoint
+from molcli.stages.train.optimizer import make_optimizer
+from molcli.stages.train.ranks import shared_dimension
+from molcli.stages.train.saver import _SharedSaver
+from molcli.stages.train.state import TrainState, load_checkpoint, newest_checkpoint
+
+
+@pytest.fixture
+def saver(tmp_path: Path) -> Iterator[_SharedSaver]:
+    yield open_saver(tmp_path)
+    torch.distributed.destroy_process_group()
+
+
+def open_saver(folder: Path) -> _SharedSaver:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/group-{os.getpid()}", world_size=1, rank=0
+    )
+    return _SharedSaver(Accelerator(cpu=True), folder / "checkpoints")
+
+
+@pytest.fixture
+def state(tiny_mol: Callable[..., Path]) -> TrainState:
+    model = open_checkpoint(tiny_mol(), torch.device("cpu"))
+    return TrainState(model, make_optimizer(model, TrainConfig()))
+
+
+def advance(state: TrainState, value: float) -> None:
+    """A step with every gradient of this value."""
+    for parameter in state.model.parameters():
+        parameter.grad = torch.full_like(parameter, value)
+    state.optimizer.step()
+    state.step += 1
+
+
+def everything(state: TrainState) -> list[torch.Tensor]:
+    moments = state.optimizer.state_dict()["state"].values()
+    return [x.clone() for x in state.model.state_dict().values()] + [
+        x.clone() for kept in moments for x in kept.values()
+    ]
+
+
+def test_a_checkpoint_is_the_state_when_it_was_asked_for(
+    state: TrainState, saver: _SharedSaver, tmp_path: Path
+) -> None:
+    """Steps go on while it is written; what is read back is all of it, and the counters too."""
+    advance(state, 0.5)
+    wanted = everything(state)
+    torch.manual_seed(7)
+    saver.save(state, {"who": "me"})
+    drawn = torch.rand(3)
+    advance(state, -0.25)
+    saver.finish()
+    saved = newest_checkpoint(tmp_path / "checkpoints")
+    assert saved is not None and saved.identity == {"who": "me"}
+    # A fresh optimiser, as in a resumed run.
+    state.optimizer = make_optimizer(state.model, TrainConfig())
+    load_checkpoint(state, saved)
+    assert state.step == 1
+    assert all(map(torch.equal, everything(state), wanted))
+    assert torch.equal(torch.rand(3), drawn)
+
+
+def test_a_state_without_a_step_is_saved_and_read(
+    state: TrainState, saver: _SharedSaver, tmp_path: Path
+) -> None:
+    """Moments of 0 are what the optimiser begins with."""
+    saver.save(state, {})
+    saver.finish()
+    advance(state, 0.5)
+    wanted = everything(state)
+    saved = newest_checkpoint(tmp_path / "checkpoints")
+    assert saved is not None
+    state.optimizer = make_optimizer(state.model, TrainConfig())
+    load_checkpoint(state, saved)
+    advance(state, 0.5)
+    assert all(map(torch.equal, everything(state), wanted))
+
+
+def test_a_full_disk_is_told_and_costs_no_checkpoint(
+    state: TrainState, saver: _SharedSaver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advance(state, 0.5)
+    saver.save(state, {})
+    saver.finish()
+
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    advance(state, 0.5)
+    with monkeypatch.context() as patch:
+        patch.setattr(FileSystemWriter, "write_data", full)
+        saver.save(state, {})
+        with pytest.raises(MolError, match=r"step-00000002 could not.*No space") as error:
+            saver.finish()
+    assert "step-00000001" in error.value.hint
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+    advance(state, 0.5)
+    saver.save(state, {})
+    saver.finish()
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step-00000001", "step-00000003"]
+
+
+def test_a_kill_in_the_background_costs_no_checkpoint(state: TrainState, tmp_path: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        saver = open_saver(tmp_path)
+        advance(state, 0.5)
+        saver.save(state, {})
+        saver.finish()
+
+        def half_then_killed(writer: FileSystemWriter, *arguments: Any) -> None:
+            (Path(writer.path) / "__0_0.distcp").write_bytes(b"half of it")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        FileSystemWriter.write_data = half_then_killed
+        advance(state, 0.5)
+        saver.save(state, {})
+        saver.finish()
+        os._exit(1)  # the kill was missed
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == [".step-00000002.partial", "step-00000001"]
+    advance(state, 0.5)
+    wanted = everything(state)
+    saved = newest_checkpoint(tmp_path / "checkpoints")
+    assert saved is not None
+    load_checkpoint(state, saved)
+    assert state.step == 1
+    assert all(map(torch.equal, everything(state), wanted))
+
+
+def test_a_damaged_checkpoint_is_named(
+    state: TrainState, saver: _SharedSaver, tmp_path: Path
+) -> None:
+    saver.save(state, {})
+    saver.finish()
+    saved = newest_checkpoint(tmp_path / "checkpoints")
+    assert saved is not None
+    part = saved.folder / "__0_0.distcp"
+    part.write_bytes(part.read_bytes()[:1000])
+    with pytest.raises(MolError, match="step-00000000 cannot be read"):
+        load_checkpoint(state, saved)
+    (saved.folder / ".metadata").unlink()
+    with pytest.raises(MolError, match="step-00000000 cannot be read"):
+        load_checkpoint(state, saved)
+
+
+@pytest.mark.parametrize(
+    "shape, ranks, dimension",
+    [((1, 48, 32), 2, 1), ((14, 16, 32), 2, 0), ((14, 16, 32), 4, 1), ((5, 3), 2, 0)],
+)
+def test_weights_are_cut_evenly_where_they_can_be(
+    shape: tuple[int, ...], ranks: int, dimension: int
+) -> None:
+    assert shared_dimension(torch.Size(shape), ranks) == dimension
