@@ -72,10 +72,12 @@ def test_skewed_routing_is_skewed_and_leaves_no_trace(config):
     model = MoLForCausalLM(config).eval()
     ids = torch.randint(120, (1, 256))
     before = model(ids).logits
-    even = load(model, ids)
+    with routed(model, "even"):
+        even = load(model, ids)
     with routed(model, "skewed"):
         skewed = load(model, ids)
-    assert skewed[0] > even[0] >= 1 >= even[1] > skewed[1]
+    assert 1.5 > even[0] >= 1 >= even[1] > 0.5
+    assert skewed[0] > even[0] and even[1] > skewed[1]
     assert torch.equal(model(ids).logits, before)
     assert all(not m.correction_bias.any() for m in model.modules() if isinstance(m, Router))
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
+from molcli.maths.balance import bias_step, block_counts
 from molcli.model import MoLConfig, MoLForCausalLM
 from molcli.model.checkpoint import open_checkpoint, open_config, stored_dtype
 from molcli.model.precision import fast_dtype
@@ -18,6 +19,10 @@ from molcli.model.router import Router
 # Logits of an untrained router are normal with a spread of 0.02 sqrt(d_model), about 1; biases from
 # -SKEW to SKEW make the first block the busiest and the last one the least busy.
 SKEW = 0.5
+# Untrained residuals all point much the same way, so that untrained routers leave blocks empty.
+# Biases that even this out are found on so many tokens, in rounds over the layers: what a layer
+# sees depends on the routing before it.
+_EVENING_TOKENS, _ROUNDS = 2048, 3
 
 
 @dataclass(frozen=True)
@@ -107,9 +112,12 @@ def _random(make: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 @contextmanager
 def routed(model: MoLForCausalLM, kind: str) -> Iterator[None]:
-    """kind: "skewed" adds a ramp to the routers' correction biases; others leave them alone."""
+    """kind: "even" sets the routers' correction biases so that blocks see about as many tokens
+    each, "skewed" adds a ramp to that; others leave them alone."""
     routers = [m for m in model.modules() if isinstance(m, Router)]
     saved = [router.correction_bias.clone() for router in routers]
+    if routers and kind in ("even", "skewed"):
+        _even_out(model, routers)
     if kind == "skewed":
         for router in routers:
             ramp = torch.linspace(SKEW, -SKEW, len(router.correction_bias))
@@ -122,9 +130,27 @@ def routed(model: MoLForCausalLM, kind: str) -> Iterator[None]:
 
 
 @torch.no_grad()
+def _even_out(model: MoLForCausalLM, routers: list[Router]) -> None:
+    ids = torch.randint(model.config.vocab_size, (1, _EVENING_TOKENS), device=model.device)
+    for _ in range(_ROUNDS):
+        for router, routing in zip(routers, model.model(ids, use_cache=False).routing, strict=True):
+            router.correction_bias.copy_(evening_bias(routing.logits, router.top_k))
+
+
+def evening_bias(logits: Tensor, top_k: int) -> Tensor:
+    """What makes every block one of the top_k of about as many tokens: (R,), like the logits
+    (n, R), by loss-free balancing with a rate that falls."""
+    bias, count = torch.zeros_like(logits[0]), logits.shape[1]
+    for rate in torch.logspace(0, -3, 150).tolist():
+        blocks = (logits + bias).topk(top_k).indices
+        bias += bias_step(block_counts(blocks, count), rate * logits.std().item())
+    return bias
+
+
+@torch.no_grad()
 def load(model: MoLForCausalLM, ids: Tensor) -> tuple[float, float]:
     """The busiest and the least busy block's tokens as a share of an even share, over layers."""
-    routing = model(ids, use_cache=False, logits_to_keep=1).routing
+    routing = model.model(ids, use_cache=False).routing
     if not routing:
         return 1.0, 1.0
     counts = torch.stack(
