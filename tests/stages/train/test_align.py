@@ -106,7 +106,7 @@ def test_a_copy_of_the_parent_has_nothing_to_learn(dense_parent: Parent, rows: T
     student = MoLForCausalLM(config)
     task = alignment(student, dense_parent)
     for i, dense in enumerate(task.parent.model.layers):
-        student.model.layers[i] = copy_layer(config, i, dense).layer
+        student.model.layers[i] = copy_layer(config, i, dense).layer.requires_grad_()
     loss = task.backward(rows, torch.arange(3), 2, Accelerator(cpu=True))[0]
     assert loss < 1e-11
 
