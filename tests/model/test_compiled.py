@@ -38,5 +38,6 @@ def test_compiled_layers_equal_eager_ones(make_model, kind):
         ]
         print(f"{kind}: compiled error {errors[1]:.4f}, eager {errors[0]:.4f}")
         assert errors[1] < 2 * errors[0]
-    # The first batch, and the one after which the number of documents is symbolic.
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    # Rows of one document each, which are a batch; ragged ones; and those after which the number of
+    # documents is symbolic.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
