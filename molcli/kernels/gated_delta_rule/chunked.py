@@ -83,15 +83,9 @@ def _forward(
 
 @_forward.register_fake
 def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    cu_seqlens: Tensor,
-    table: Tensor,
-    state: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _, _, state = rest
     last = g.new_empty(0) if state is None else torch.empty_like(state)
     return torch.empty_like(v), last, torch.empty_like(g), k.new_empty(*k.shape[:2], CHUNK)
 
@@ -133,18 +127,9 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    cu_seqlens: Tensor,
-    table: Tensor,
-    state: Tensor | None,
-    solved: Tensor,
-    d_out: Tensor,
-    d_last: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    state = rest[2]
     d_state = g.new_empty(0) if state is None else torch.empty_like(state)
     dq, dk, dv, dg, d_beta = (torch.empty_like(x) for x in (q, k, v, g, beta))
     return dq, dk, dv, dg, d_beta, d_state

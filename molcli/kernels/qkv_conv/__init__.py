@@ -1,11 +1,11 @@
 """What the delta rule reads: convolution, SiLU and unit length of q, k and v, for many blocks."""
 
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from molcli.kernels.backend import on_triton
 from molcli.kernels.qkv_conv.reference import qkv_conv_reference
 from molcli.kernels.rows import Rows
 
@@ -36,11 +36,8 @@ def qkv_conv(
 
 
 def serves(x: Tensor) -> bool:
-    """Whether the Triton kernel takes x: half precision on CUDA, and Triton is installed."""
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and _HAS_TRITON
-
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+    """Whether the Triton kernel takes x."""
+    return on_triton(x) and x.dtype in (torch.bfloat16, torch.float16)
 
 
 @torch.library.custom_op(

@@ -28,6 +28,17 @@ def _rows_of_program(table, offsets, ROWS: tl.constexpr):
 
 
 @triton.jit
+def _taps(weight, channel, known):
+    """A filter's weights in float32, that of the row itself first; stored oldest first."""
+    taps = weight + channel * 4
+    w0 = tl.load(taps + 3, mask=known, other=0.0).to(tl.float32)
+    w1 = tl.load(taps + 2, mask=known, other=0.0).to(tl.float32)
+    w2 = tl.load(taps + 1, mask=known, other=0.0).to(tl.float32)
+    w3 = tl.load(taps, mask=known, other=0.0).to(tl.float32)
+    return w0, w1, w2, w3
+
+
+@triton.jit
 def _filtered(
     x, stride, column, known, row, real, index, w0, w1, w2, w3, state, start, CHANNELS: tl.constexpr
 ):
@@ -72,11 +83,7 @@ def _forward_kernel(
     d = tl.arange(0, BLOCK_D)
     known = d < D
     own = head * D + d
-    taps = weight + (block * (H * D) + own) * 4
-    w0 = tl.load(taps + 3, mask=known, other=0.0).to(tl.float32)
-    w1 = tl.load(taps + 2, mask=known, other=0.0).to(tl.float32)
-    w2 = tl.load(taps + 1, mask=known, other=0.0).to(tl.float32)
-    w3 = tl.load(taps, mask=known, other=0.0).to(tl.float32)
+    w0, w1, w2, w3 = _taps(weight, block * (H * D) + own, known)
     for shift in range(0, ROWS, TILE):
         row = first + shift + tl.arange(0, TILE)
         real = row < end
@@ -115,11 +122,7 @@ def _backward_kernel(
     known = d < D
     own = head * D + d
     column = part * (H * D) + own
-    taps = weight + (block * (H * D) + own) * 4
-    w0 = tl.load(taps + 3, mask=known, other=0.0).to(tl.float32)
-    w1 = tl.load(taps + 2, mask=known, other=0.0).to(tl.float32)
-    w2 = tl.load(taps + 1, mask=known, other=0.0).to(tl.float32)
-    w3 = tl.load(taps, mask=known, other=0.0).to(tl.float32)
+    w0, w1, w2, w3 = _taps(weight, block * (H * D) + own, known)
     s0 = tl.zeros((BLOCK_D,), tl.float32)
     s1 = tl.zeros((BLOCK_D,), tl.float32)
     s2 = tl.zeros((BLOCK_D,), tl.float32)
