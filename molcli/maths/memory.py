@@ -1,8 +1,8 @@
 """Memory of a training step, from the numbers of a configuration.
 
 Weights, gradients, the optimiser's moments and the parent are exact. Activations and logits follow
-what the eager model keeps for its backward pass, tensor by tensor; what a library's kernel keeps
-beside its inputs and outputs is not counted.
+what the model keeps for its backward pass, tensor by tensor; what a library's kernel keeps beside
+its inputs and outputs is not counted. Compiled layers keep less: what is cheap to compute again is.
 """
 
 from dataclasses import dataclass, fields
@@ -42,6 +42,7 @@ def training_memory(
     logits_at_once: int,
     layerwise: bool = False,
     recompute: bool = False,
+    compiled: bool = False,
     ranks: int = 1,
 ) -> Memory:
     """Of a step with float32 weights and AdamW.
@@ -49,14 +50,15 @@ def training_memory(
     trainable: parameters that take a gradient. tokens: of a micro-batch. product_bytes: of a number
     in matrix products, 2 for bf16. logits_at_once: tokens x vocabulary of a chunk of the loss.
     layerwise: alignment, which holds one layer's activations and no logits. recompute: gradient
-    checkpointing, which holds the layers' inputs and one layer's activations. ranks: that share
-    weights, gradients and moments; beside its share, each has a layer that runs, the one that is
-    fetched for it, and what is outside the layers.
+    checkpointing, which holds the layers' inputs and one layer's activations. compiled: on a GPU.
+    ranks: that share weights, gradients and moments; beside its share, each has a layer that runs,
+    the one that is fetched for it, and what is outside the layers.
     """
     count = count_parameters(config)
     routers = sum(not kind.startswith("dense") for kind in config.layer_kinds)
     biases = routers * (config.num_blocks - config.num_shared_blocks)
-    a_token = [_layer_bytes(config, kind, product_bytes) for kind in config.layer_kinds]
+    of_layer = _compiled_layer_bytes if compiled else _layer_bytes
+    a_token = [of_layer(config, kind, product_bytes) for kind in config.layer_kinds]
     residual = _FP32 * config.hidden_size
     if layerwise:
         activations = 3 * residual + max(a_token)  # the parent's two residuals and the student's
@@ -64,7 +66,7 @@ def training_memory(
         activations = len(a_token) * residual + max(a_token)
     else:
         activations = sum(a_token)
-    casts = count.total * product_bytes if product_bytes < _FP32 else 0
+    casts = count.total * product_bytes if product_bytes < _FP32 and not compiled else 0
     if layerwise or recompute:
         casts //= len(a_token)
     gathered = 0
@@ -137,3 +139,30 @@ def _deltanet_extra(inner: int, width: int, product: int) -> int:
     """Beyond softmax attention: convolutions, unit lengths, decay, gate and its norm."""
     conv = 3 * inner * (5 * _FP32 + 4 * product)
     return conv + inner * (4 * _FP32 + 3 * product) + product * width
+
+
+def _compiled_layer_bytes(config: Architecture, kind: str, product_bytes: int) -> int:
+    """As `_layer_bytes`, of compiled layers: inputs of products and of attention, norms' inputs in
+    float32. Casts, weights per row, rotations and the router's arithmetic are done again.
+    """
+    d, p = config.hidden_size, product_bytes
+    heads = config.num_attention_heads * config.head_dim
+    if kind.startswith("dense"):
+        return _FP32 * d + _compiled_block_bytes(config, d, heads, config.intermediate_size, p)
+    inner = config.thin_num_attention_heads * config.head_dim
+    t, routed = config.d_thin, config.num_blocks - config.num_shared_blocks
+    run = config.num_blocks_per_tok if config.restrict_attention else routed
+    block = _compiled_block_bytes(config, t, inner, config.d_ff_thin, p)
+    extra = 0
+    if kind == "gated_deltanet":  # before the convolution, the gate, and the chunks' systems
+        extra = p * (4 * inner + 64 * config.thin_num_attention_heads)
+    row = p * (d + t) + block + extra  # what thin_in and thin_out read
+    return _FP32 * d + config.num_shared_blocks * block + run * row
+
+
+def _compiled_block_bytes(
+    config: Architecture, width: int, inner: int, ff: int, product: int
+) -> int:
+    """One row of one block. Keys and values are kept for every head."""
+    norms = 2 * width * (_FP32 + product)
+    return norms + product * (4 * inner + ff * (3 if config.mlp_gated else 2) + 2 * width)

@@ -109,6 +109,7 @@ def training_cost(config: MoLConfig, train: TrainConfig, tokens: int, gpu: Gpu) 
         parent=dense,
         logits_at_once=LOGITS_AT_ONCE["cuda"],
         recompute=train.gradient_checkpointing,
+        compiled=train.compile is not False,
     )
     return Cost(seconds, memory.total)
 

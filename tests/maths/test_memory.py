@@ -138,3 +138,66 @@ def test_ranks_share_all_but_what_runs() -> None:
     for kind in ("weights", "gradients"):
         assert getattr(shared, kind) == pytest.approx(4 * total / 4 + running, rel=0.01), kind
     assert shared.activations == alone.activations
+
+
+SMOLLM2 = dict(
+    vocab_size=49_152,
+    hidden_size=576,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    head_dim=64,
+    intermediate_size=1536,
+)
+OF_8 = dict(
+    num_blocks=9,
+    num_blocks_per_tok=2,
+    d_thin=192,
+    d_ff_thin=512,
+    thin_num_attention_heads=3,
+    thin_num_key_value_heads=1,
+)
+OF_15 = dict(
+    vocab_size=50_257,
+    hidden_size=2048,
+    num_hidden_layers=24,
+    num_attention_heads=32,
+    head_dim=64,
+    mlp_gated=False,
+    num_blocks=15,
+    num_blocks_per_tok=3,
+    d_thin=512,
+    d_ff_thin=2048,
+    thin_num_attention_heads=8,
+    thin_num_key_value_heads=8,
+)
+
+
+@pytest.mark.parametrize(
+    "shape, kind, distilled, tokens, peak",
+    [
+        (SMOLLM2 | OF_8, "softmax", True, 32 * 512, 19.9e9),
+        (SMOLLM2 | OF_8, "softmax", True, 64 * 512, 34.1e9),
+        (OF_15, "gated_deltanet", False, 2 * 4096, 53.5 * 2**30),
+        (OF_15, "gated_deltanet", False, 3 * 4096, 66.7 * 2**30),
+    ],
+)
+def test_compiled_steps_are_near_what_an_h100_held(
+    shape: dict[str, Any], kind: str, distilled: bool, tokens: int, peak: float
+) -> None:
+    """Peaks: tests/bench/results, torch 2.11; those of OF_15 with all logits at once."""
+    layers = shape["num_hidden_layers"]
+    c = MoLConfig(
+        **shape, num_shared_blocks=1, layer_kinds=[kind] * layers, tie_word_embeddings=True
+    )
+    parent = MoLConfig(**SMOLLM2, layer_kinds=["dense"] * 30, tie_word_embeddings=True)
+    estimate = memory(
+        c,
+        trainable=count_parameters(c).total,
+        tokens=tokens,
+        product_bytes=2,
+        parent=parent if distilled else None,
+        logits_at_once=2**26 if distilled else tokens * c.vocab_size,
+        compiled=True,
+    )
+    assert estimate.total == pytest.approx(peak, rel=0.15)

@@ -17,6 +17,7 @@ from molcli.model.checkpoint import default_device, open_config
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.flops import training_flops
 from molcli.model.precision import matmul_dtype
+from molcli.stages.train.compiling import worth_compiling
 from molcli.stages.train.optimizer import set_trainable
 from molcli.stages.train.steps import step_tokens, steps_of
 
@@ -66,9 +67,13 @@ def estimate(
     dense = None if parent is None else MoLConfig(**parent.mol_config_kwargs())
     count, device = count_parameters(model), default_device()
     speed = _products_per_second(device, matmul_dtype(config, device)) * _UTILISATION[device.type]
+    resolved = resolve(config, has_parent=parent is not None)
+    tokens = sum(steps_of(s.settings) * step_tokens(s.settings) for s in resolved)
+    # On a CPU they keep what eager ones do, as far as is known.
+    compiled = device.type == "cuda" and worth_compiling(config, tokens, device)
     stages = [
-        _stage(stage, model, dense, speed * ranks, device, ranks)
-        for stage in resolve(config, has_parent=parent is not None)
+        _stage(stage, model, dense, speed * ranks, device, ranks, compiled=compiled)
+        for stage in resolved
     ]
     if device.type == "cuda":
         about = torch.cuda.get_device_properties(device)
@@ -83,6 +88,8 @@ def _stage(
     speed: float,
     device: torch.device,
     ranks: int,
+    *,
+    compiled: bool,
 ) -> StageEstimate:
     settings, align = stage.settings, stage.kind == "align"
     parent = None if stage.kind == "pretrain" else dense
@@ -103,6 +110,7 @@ def _stage(
         logits_at_once=LOGITS_AT_ONCE[device.type],
         layerwise=align,
         recompute=settings.gradient_checkpointing,
+        compiled=compiled,
         ranks=ranks,
     )
     steps = steps_of(settings)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from molcli.config.sections import Data, Recipe, TrainConfig
+from molcli.config.sections import Data, Recipe
 from molcli.config.stages import Stage, resolve
 from molcli.io.logits import LogitCache
 from molcli.io.parent import Parent
@@ -19,6 +19,7 @@ from molcli.progress import Progress, silent
 from molcli.stages.train.align import Alignment, check_alignable
 from molcli.stages.train.balance import set_top_k
 from molcli.stages.train.checks import check_stages, check_top_k
+from molcli.stages.train.compiling import worth_compiling
 from molcli.stages.train.identity import DATA, refuse_another_run, run_identity
 from molcli.stages.train.log import TrainLog
 from molcli.stages.train.objective import Objective, Student, Weights
@@ -36,9 +37,6 @@ from molcli.stages.train.state import (
 )
 from molcli.stages.train.steps import Run, run_stage, step_tokens, steps_of
 from molcli.stages.train.trackers import check_trackers
-
-# Tokens that pay for the minute of compiling.
-COMPILED_FROM = 5_000_000
 
 
 @dataclass(frozen=True)
@@ -173,15 +171,6 @@ def _objective(
         compiled=compiled,
     )
     return Objective(student, parent if stage.kind == "distill" else None, weights, balance_weight)
-
-
-def worth_compiling(config: TrainConfig, tokens: int, device: torch.device) -> bool:
-    """Whether layers and loss are to be compiled. tokens: of all stages."""
-    if isinstance(config.compile, bool):
-        return config.compile
-    # Every other number of blocks would be compiled anew.
-    same_top_k = config.start_top_k is None
-    return device.type == "cuda" and tokens >= COMPILED_FROM and same_top_k
 
 
 def _optimizer(model: MoLForCausalLM, stage: Stage) -> torch.optim.Optimizer:
