@@ -48,7 +48,9 @@ class ForwardGraphs:
         ids = self._ids(*args, **kwargs)
         if ids is None:
             return self.model._call_impl(*args, **kwargs)
-        key = (*ids.shape, kwargs.get("logits_to_keep", 0), *self._weights())
+        # Where a weight lies: a graph reads weights where they were.
+        place = next(self.model.parameters()).data_ptr()
+        key = (*ids.shape, kwargs.get("logits_to_keep", 0), place)
         self.seen[key] += 1
         if self.seen[key] == 1:  # kernels are compiled now, not while recording
             return self.model._call_impl(*args, **kwargs)
@@ -70,10 +72,6 @@ class ForwardGraphs:
         if self.model.training or not isinstance(kwargs.get("logits_to_keep", 0), int):
             return None
         return ids
-
-    def _weights(self) -> tuple[int, ...]:
-        """Changes where the model moves: its graphs read weights from where they lay."""
-        return tuple(p.data_ptr() for p in list(self.model.parameters())[:1])
 
     def _record(self, ids: Tensor, **kwargs: Any) -> _Recorded:
         kwargs = {name: value for name, value in kwargs.items() if name != "input_ids"}
