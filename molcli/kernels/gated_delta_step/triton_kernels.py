@@ -71,10 +71,11 @@ def _step_kernel(
     tl.store(out + row * INNER + channel, read.to(out.dtype.element_ty), mask=mask)
     # Several threads may hold one value: all have read before the first one writes.
     tl.debug_barrier()
-    tl.store(state + square, memory, mask=both & live)
-    _move_on(conv_state, channel, mask & live, q1, q2, q3)
-    _move_on(k_state, channel, mask & live, k1, k2, k3)
-    _move_on(v_state, channel, mask & live, v1, v2, v3)
+    tl.store(state + square, memory, mask=tl.where(live, both, False))
+    kept = tl.where(live, mask, False)
+    _move_on(conv_state, channel, kept, q1, q2, q3)
+    _move_on(k_state, channel, kept, k1, k2, k3)
+    _move_on(v_state, channel, kept, v1, v2, v3)
 
 
 def launch(
