@@ -93,11 +93,28 @@ def fit_blocks(blocks: ThinBlocks, part: Part, task: Task) -> float:
     block.post_norm.copy_(scale)
     family = _Family(blocks, part, task)
     family.fit_heads()
+    _fit_outputs(family)
+    return basis.retained
 
+
+@torch.no_grad()
+def refit_blocks(blocks: ThinBlocks, part: Part, task: Task) -> None:
+    """Fits again what comes after the heads of blocks that `fit_blocks` has fitted, to what all
+    others leave (backfitting), and keeps `task.after` true."""
+    family = _Family(blocks, part, task)
+    family.run_heads()
+    family.add(-1.0)
+    _fit_outputs(family)
+
+
+def _fit_outputs(family: "_Family") -> None:
+    """Sets what comes after the heads, and adds what the blocks add to `task.after`."""
+    blocks, task = family.blocks, family.task
+    block, projection = blocks.block, blocks.thin_in.double()
     # A first output projection gives the FFN what it reads in the parent: the residual with the
     # whole layer's attention added, as far as this block's heads can tell.
     first_out = task.regress(
-        (heads, family.read(teacher.attention, piece), piece.rows.offsets)
+        (heads, family.read(task.teacher.attention, piece), piece.rows.offsets)
         for piece, heads in zip(task.pieces, family.heads, strict=True)
     )
     block.mixer.o_proj.copy_(first_out)
@@ -112,7 +129,7 @@ def fit_blocks(blocks: ThinBlocks, part: Part, task: Task) -> float:
     # map would fit better on paper, and blow up rounding errors by the inverse it puts here.
     of_heads = mixing[..., :width]
     head_gram = gram[..., :width, :width]
-    turn, size = aligning_turn(of_heads, first_out, head_gram, basis.projection @ write)
+    turn, size = aligning_turn(of_heads, first_out, head_gram, projection @ write)
     blocks.thin_out.copy_(write @ turn.mT / size)
     block.mixer.o_proj.copy_(size * turn @ of_heads)
     del gram, cross, write, mixing, of_heads, head_gram
@@ -122,7 +139,6 @@ def fit_blocks(blocks: ThinBlocks, part: Part, task: Task) -> float:
     full = task.regress(family.leftovers())
     block.mlp.down_proj.copy_(least_squares_left(blocks.thin_out.double(), full))
     family.add()
-    return basis.retained
 
 
 class _Family:
@@ -164,6 +180,11 @@ class _Family:
                     getattr(mixer, name).copy_(getattr(task.teacher.mixer, name))
             if mixer.o_bias is not None:
                 mixer.o_bias.zero_()
+        self.run_heads()
+
+    def run_heads(self) -> None:
+        """What the heads give, with the weights that they have."""
+        mixer, task = self.blocks.block.mixer, self.task
         for piece, thin in zip(task.pieces, self.thin, strict=True):
             context, read = piece.chunk.context, self._normed(piece, thin)
             out = mixer.heads(read, piece.rows, context.rotary, context.stream, None)
@@ -199,12 +220,12 @@ class _Family:
             written = self._written(self._from_heads(i) * weight, piece)
             yield self._neurons(i).mul_(weight), wanted.sub_(written), piece.rows.offsets
 
-    def add(self) -> None:
-        """What the fitted blocks add to the residual."""
+    def add(self, sign: float = 1.0) -> None:
+        """What the fitted blocks add to the residual; with sign -1, takes it away again."""
         for i, piece in enumerate(self.task.pieces):
             after = self.task.after[piece.chunk.tokens]
             down = grouped_linear(self._neurons(i), self.blocks.block.mlp.down_proj, piece.rows)
-            delta = (self._from_heads(i) + down) * piece.gate[:, None]
+            delta = (self._from_heads(i) + down) * (sign * piece.gate[:, None])
             after += piece.rows.scatter(self._written(delta, piece), len(after))
 
     def _target(self, piece: Piece) -> tuple[Tensor, Tensor]:

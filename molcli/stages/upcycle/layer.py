@@ -11,10 +11,10 @@ from molcli.maths.bases import square_roots
 from molcli.maths.clusters import cosine_kmeans
 from molcli.maths.partition import Part
 from molcli.model.chunks import Chunks
-from molcli.model.configuration_mol import BlockSpec, MoLConfig
+from molcli.model.configuration_mol import MoLConfig
 from molcli.model.layers import DenseLayer, MoLLayer, ThinBlocks
 from molcli.model.router import Router
-from molcli.stages.upcycle.fit import Piece, Task, fit_blocks
+from molcli.stages.upcycle.fit import Piece, Task, fit_blocks, refit_blocks
 from molcli.stages.upcycle.teacher import Teacher
 
 # Logits of a token's own cluster, where the centroid equals the token.
@@ -33,6 +33,22 @@ class FittedLayer:
     retained: list[float]
     parent: Tensor | None = None
     student: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Family:
+    """Blocks of a stack, from number `first` on, that share a part and are fitted together."""
+
+    stack: ThinBlocks
+    first: int
+    blocks: ThinBlocks
+    part: Part
+    task: Task
+
+    def store(self) -> None:
+        """Puts what was fitted into the stack."""
+        for name, own in self.blocks.named_parameters():
+            self.stack.get_parameter(name)[self.first : self.first + len(own)] = own
 
 
 @torch.no_grad()
@@ -66,7 +82,8 @@ def fit_layer(
     """Fits a layer so that the student's residual becomes the parent's, past errors included.
 
     x: (n, d_model), the student's residual before the layer. Blocks are fitted one family after
-    another, each to what the families before it leave.
+    another, each to what the families before it leave; then on the way back to what all others
+    leave.
     """
     layer, chunks = MoLLayer(config, index).to(x.device), teacher.chunks
     # What counts in the end passes a norm: an error matters relative to its residual's size.
@@ -84,22 +101,26 @@ def fit_layer(
         penalty=options.ridge,
         shrinkage=0.0,
     )
-    shared, families = parts[: config.num_shared_blocks], parts[config.num_shared_blocks :]
-    retained = []
+    families = []
     if layer.shared is not None:
         spec = replace(config.shared_spec(), num_blocks=1)
-        for i, part in enumerate(shared):
-            retained.append(_fit_family(layer.shared, i, spec, config, part, task))
+        for i, part in enumerate(parts[: config.num_shared_blocks]):
+            families.append(_Family(layer.shared, i, ThinBlocks(spec, config), part, task))
     if layer.routed is not None and layer.router is not None:
         clones = clones_of_families(config.num_routed_blocks, config.num_blocks_per_tok)
         set_router(layer.router, clones, x, generator)
-        first = 0
+        first, routed = 0, parts[config.num_shared_blocks :]
         of_family = _routed_pieces(layer, clones, x, chunks)
-        for count, part, pieces in zip(clones, families, of_family, strict=True):
+        for count, part, pieces in zip(clones, routed, of_family, strict=True):
             spec = replace(config.routed_spec(index), num_blocks=count)
-            task = replace(task, pieces=pieces, shrinkage=options.shrinkage)
-            retained.append(_fit_family(layer.routed, first, spec, config, part, task))
+            own = replace(task, pieces=pieces, shrinkage=options.shrinkage)
+            families.append(_Family(layer.routed, first, ThinBlocks(spec, config), part, own))
             first += count
+    retained = [fit_blocks(one.blocks.to(x.device), one.part, one.task) for one in families]
+    for one in families[-2::-1]:  # the last has seen all others
+        refit_blocks(one.blocks, one.part, one.task)
+    for one in families:
+        one.store()
     return FittedLayer(layer, retained, teacher.output, task.after)
 
 
@@ -117,18 +138,6 @@ def _routed_pieces(
             pieces.append(Piece(chunk, rows.of_blocks(first, count), gate[own]))
         yield pieces
         first += count
-
-
-def _fit_family(
-    stack: ThinBlocks, first: int, spec: BlockSpec, config: MoLConfig, part: Part, task: Task
-) -> float:
-    """Fits spec.num_blocks blocks of a stack; returns the energy that they retain."""
-    family = ThinBlocks(spec, config).to(task.x.device)
-    retained = fit_blocks(family, part, task)
-    fitted = dict(family.named_parameters())
-    for name, parameter in stack.named_parameters():
-        parameter[first : first + spec.num_blocks] = fitted[name]
-    return retained
 
 
 def clones_of_families(routed: int, top_k: int) -> list[int]:

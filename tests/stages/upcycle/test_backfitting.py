@@ -1,0 +1,48 @@
+"""Families of blocks that know of each other."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from molcli.stages.upcycle import layer as fitting
+
+
+@pytest.mark.parametrize("shape", [(5, 1, 2), (4, 2, 1), (4, 0, 2)])
+def test_a_second_round_leaves_less_error(
+    shape: tuple[int, int, int],
+    tiny_parent: Callable[..., Path],
+    convert: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On the text that blocks are fitted to."""
+    parent = tiny_parent("llama", num_hidden_layers=1)
+    options = dict(zip(("num_blocks", "num_shared_blocks", "top_k"), shape, strict=True))
+    twice = convert(parent, **options).receipt["layers"][0]["residual_error_fit"]
+    monkeypatch.setattr(fitting, "refit_blocks", lambda *args: None)
+    once = convert(parent, **options).receipt["layers"][0]["residual_error_fit"]
+    assert twice < 0.98 * once
+
+
+@pytest.mark.parametrize("mixer", ["none", "all"])
+def test_the_student_residual_of_a_fit_is_what_its_layer_gives(
+    mixer: str,
+    tiny_parent: Callable[..., Path],
+    convert: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Blocks were taken out of the sum, fitted again and put back."""
+    errors = []
+    real = fitting.fit_layer
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        fitted = real(*args, **kwargs)
+        teacher, x = args[3], args[4]
+        given = teacher.chunks.run(fitted.layer, x)
+        errors.append(((given - fitted.student).norm() / given.norm()).item())
+        return fitted
+
+    monkeypatch.setattr("molcli.stages.upcycle.run.fit_layer", checked)
+    convert(tiny_parent("llama"), gated_deltanet=mixer)
+    assert errors and all(error < 1e-5 for error in errors)
