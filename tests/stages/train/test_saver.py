@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,10 +35,14 @@ def open_saver(folder: Path) -> _SharedSaver:
     return _SharedSaver(Accelerator(cpu=True), folder / "checkpoints")
 
 
+def new_state(checkpoint: Path) -> TrainState:
+    model = open_checkpoint(checkpoint, torch.device("cpu"))
+    return TrainState(model, make_optimizer(model, TrainConfig()))
+
+
 @pytest.fixture
 def state(tiny_mol: Callable[..., Path]) -> TrainState:
-    model = open_checkpoint(tiny_mol(), torch.device("cpu"))
-    return TrainState(model, make_optimizer(model, TrainConfig()))
+    return new_state(tiny_mol())
 
 
 def advance(state: TrainState, value: float) -> None:
@@ -116,25 +122,37 @@ def test_a_full_disk_is_told_and_costs_no_checkpoint(
     assert kept == ["step-00000001", "step-00000003"]
 
 
-def test_a_kill_in_the_background_costs_no_checkpoint(state: TrainState, tmp_path: Path) -> None:
-    child = os.fork()
-    if child == 0:
-        saver = open_saver(tmp_path)
-        advance(state, 0.5)
-        saver.save(state, {})
-        saver.finish()
+def save_and_be_killed(checkpoint: Path, folder: Path) -> None:
+    """Saves one step, and dies in the middle of writing the next; for a process of its own."""
+    state, saver = new_state(checkpoint), open_saver(folder)
+    advance(state, 0.5)
+    saver.save(state, {})
+    saver.finish()
 
-        def half_then_killed(writer: FileSystemWriter, *arguments: Any) -> None:
-            (Path(writer.path) / "__0_0.distcp").write_bytes(b"half of it")
-            os.kill(os.getpid(), signal.SIGKILL)
+    def half_then_killed(writer: FileSystemWriter, *arguments: Any) -> None:
+        (Path(writer.path) / "__0_0.distcp").write_bytes(b"half of it")
+        os.kill(os.getpid(), signal.SIGKILL)
 
-        FileSystemWriter.write_data = half_then_killed
-        advance(state, 0.5)
-        saver.save(state, {})
-        saver.finish()
-        os._exit(1)  # the kill was missed
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    FileSystemWriter.write_data = half_then_killed
+    advance(state, 0.5)
+    saver.save(state, {})
+    saver.finish()
+
+
+def test_a_kill_in_the_background_costs_no_checkpoint(
+    tiny_mol: Callable[..., Path], tmp_path: Path
+) -> None:
+    # Not a fork: this process has threads, whose locks a fork would copy as they are.
+    code = (
+        "import runpy, sys; from pathlib import Path; "
+        "module, *paths = sys.argv[1:]; "
+        "runpy.run_path(module)['save_and_be_killed'](*map(Path, paths))"
+    )
+    checkpoint = tiny_mol()
+    command = [sys.executable, "-c", code, __file__, str(checkpoint), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    state = new_state(checkpoint)
     left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert left == [".step-00000002.partial", "step-00000001"]
     advance(state, 0.5)
