@@ -4,6 +4,7 @@ The operator waits for nothing on the host and allocates what depends on shapes 
 compiled code runs through it and CUDA graphs can hold it.
 """
 
+import functools
 import importlib
 import os
 from pathlib import Path
@@ -19,6 +20,7 @@ from molcli.kernels.rows import chunk_table
 CHUNK = 64
 
 
+@functools.cache  # every forward and backward pass of every layer asks
 def load_fla() -> ModuleType:
     """fla's module of chunk kernels. Raises ImportError where fla-core is not installed."""
     # fla remembers what it derived from a tensor of segment bounds by the tensor's identity. A

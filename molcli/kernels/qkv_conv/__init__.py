@@ -29,15 +29,11 @@ def qkv_conv(
     precision one Triton kernel (three with gradients, which a state has none of); elsewhere
     elementary operations.
     """
-    if serves(x) and (state is None or not torch.is_grad_enabled()):
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    if on_triton(x) and half and (state is None or not torch.is_grad_enabled()):
         return _qkv_conv(x, *weights, index, rows.offsets, start, state, head_dim)
     weight = rows.per_row(torch.cat(weights, dim=1))
     return qkv_conv_reference(x, weight, start, index, state, head_dim)
-
-
-def serves(x: Tensor) -> bool:
-    """Whether the Triton kernel takes x."""
-    return on_triton(x) and x.dtype in (torch.bfloat16, torch.float16)
 
 
 @torch.library.custom_op(
