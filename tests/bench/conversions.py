@@ -1,41 +1,59 @@
-"""What the benchmarks of conversions share: cases, calibrations made once, and lines that stay."""
+"""What the benchmarks of conversions share: cases, and a workshop that does nothing twice."""
 
 import json
+import random
 import re
 import shutil
-import time
-import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from lines import measured
+from pruned import CUTS, Cut, influences, kept_layers, write_dense
+from torch import Tensor
 from transformers.utils import logging
 
 from molcli.config.recipe import load_recipe
-from molcli.config.sections import Recipe
+from molcli.config.sections import EvaluateConfig, Recipe
+from molcli.io.calibration import Calibration, open_calibration
+from molcli.io.data import load_documents
 from molcli.io.parent import Parent
+from molcli.io.token_folder import write_token_folder
+from molcli.maths.parameters import count_parameters
+from molcli.model import MoLConfig, MoLForCausalLM
+from molcli.model.checkpoint import default_device, open_checkpoint
+from molcli.model.costs import parent_of
+from molcli.model.from_parent import load_dense
 from molcli.stages.calibrate import calibrate
+from molcli.stages.evaluate import Models, measure
+from molcli.stages.train import train
 from molcli.stages.upcycle import upcycle
+from molcli.stages.upcycle.shape import mol_config
 
 logging.disable_progress_bar()  # lines of bars around each line of figures
 
 
 @dataclass(frozen=True)
 class Case:
-    """A name, and `section.key=value` texts on top of what all cases share."""
+    """A name, and `section.key=value` texts on top of what all cases share. cut: a dense model with
+    fewer layers in the place of a conversion."""
 
     name: str
     overrides: tuple[str, ...]
+    cut: Cut | None = None
 
     @classmethod
     def parse(cls, text: str) -> "Case":
-        """`name:key=value,key=[1, 2]`; a key without a section is one of `upcycle`."""
+        """`name:key=value,key=[1, 2]`; a key without a section is one of `upcycle`, whose method
+        may be one of CUTS, too."""
         name, _, settings = text.partition(":")
         parts = [part for part in re.split(r",(?=[\w.]+=)", settings) if part]
         keys = [part if "." in part.partition("=")[0] else f"upcycle.{part}" for part in parts]
-        return cls(name, tuple(keys))
+        cuts = {f"upcycle.method={cut}": cut for cut in CUTS}
+        found = [cuts[key] for key in keys if key in cuts]
+        return cls(name, tuple(k for k in keys if k not in cuts), found[0] if found else None)
 
     def recipe(self, base: str | None, shared: Iterable[str], seed: int) -> Recipe:
         """The seed draws documents, clusters and the order of training."""
@@ -45,96 +63,132 @@ class Case:
 
 @dataclass
 class Workshop:
-    """Converts one parent on one text in a scratch folder; calibrations are kept for later ones."""
+    """Converts one parent on one text in a scratch folder. Texts, the parent, calibrations and the
+    newest conversion are kept for what comes next.
+
+    data: text, read whole. heldout: text that nothing is fitted to or chosen by.
+    """
 
     parent: Parent
     data: str
     folder: Path
-    _calibrations: dict[Any, tuple[Path, float]] = field(default_factory=dict)
+    heldout: str | None = None
+    _documents: list[Tensor] = field(default_factory=list)
+    _calibrations: dict[Any, tuple[Calibration, float]] = field(default_factory=dict)
+    _teachers: dict[torch.dtype, MoLForCausalLM] = field(default_factory=dict)
+    _newest: tuple[Any, dict[str, Any]] | None = None
+    _tokens: dict[str, str] = field(default_factory=dict)
 
-    def calibration(self, recipe: Recipe) -> tuple[Path, float]:
-        """Its folder, and the seconds that it took."""
+    def calibration(self, recipe: Recipe) -> tuple[Calibration, float]:
+        """And the seconds that it took. On documents that its seed draws from all of the data:
+        `molcli calibrate` takes the first that are enough, in an order of the seed's."""
         about = recipe.calibrate
         if about not in self._calibrations:
             out = self.folder / f"calibration-{len(self._calibrations)}"
-            settings = replace(about, data=self.data)
+            text = out.with_suffix(".jsonl")
+            self._draw(text, about.seed, about.tokens + about.heldout_tokens)
+            settings = replace(about, data=str(text))
             _, seconds, _ = measured(lambda: calibrate(self.parent, settings, out))
-            self._calibrations[about] = out, seconds
+            self._calibrations[about] = open_calibration(out, self.parent), seconds
         return self._calibrations[about]
 
-    def convert(self, recipe: Recipe) -> tuple[Path, dict[str, Any]]:
-        """The checkpoint, which the next conversion overwrites, and figures of the conversion."""
-        calibration, calibrating = self.calibration(recipe)
-        out = self.folder / "converted"
+    def convert(self, recipe: Recipe, cut: Cut | None = None) -> tuple[Path, dict[str, Any]]:
+        """The checkpoint, which the next conversion overwrites, and figures of the conversion:
+        share: active parameters over the parent's, embeddings left out of both."""
+        out, key = self.folder / "converted", (recipe.upcycle, recipe.calibrate, cut)
+        if self._newest is not None and self._newest[0] == key:
+            return out, self._newest[1]
         shutil.rmtree(out, ignore_errors=True)
-        _, seconds, peak = measured(lambda: upcycle(self.parent, calibration, recipe, out))
-        receipt = json.loads((out / "receipt.json").read_text())
-        heldout, size = receipt["heldout"], receipt["parameters"]
-        return out, {
-            "calibration_tokens": receipt["calibration"]["tokens"],
-            "gap": heldout["ce"] - heldout["parent_ce"],
-            "kl": heldout["kl"],
-            "tokens": heldout["tokens"],
-            "total": size["total"],
-            "active": size["active"],
-            "parent_total": size["parent"],
-            "seconds": round(seconds, 1),
-            "calibration_seconds": round(calibrating, 1),
+        self._newest = None
+        calibration, calibrating = self.calibration(recipe)
+        if cut is None:
+            _, seconds, peak = measured(
+                lambda: upcycle(self.parent, calibration.folder, recipe, out)
+            )
+        else:
+            _, seconds, peak = measured(lambda: self._cut(cut, recipe, calibration, out))
+        found = {
+            "calibration_tokens": calibration.fit.tokens,
+            "calibration_data": calibration.about["data"][:12],
+            "calibration_seconds": calibrating,
+            "seconds": seconds,
             "peak_gb": peak,
         }
+        self._newest = key, found | _size(MoLConfig.from_pretrained(out)) | _receipt(out)
+        return out, self._newest[1]
+
+    def figures(self, checkpoint: Path, config: EvaluateConfig) -> dict[str, Any]:
+        """As `molcli eval` has them of the held-out text: gap is the cross-entropy above the
+        parent's, in nats a token."""
+        if self.heldout is None:
+            return {}
+        model = open_checkpoint(checkpoint, default_device())
+        tokenizer = self.parent.tokenizer()
+        models = Models(model, self._teacher(model.dtype), tokenizer)
+        only = replace(config, prompts=0, recall_sequences=0)
+        found = measure(models, self.heldout, only).heldout
+        assert found is not None and found.parent_ce is not None
+        names = "ce", "parent_ce", "kl", "agreement", "tokens"
+        return {"gap": found.ce - found.parent_ce} | {n: getattr(found, n) for n in names}
+
+    def train(self, checkpoint: Path, data: str, recipe: Recipe) -> tuple[Path, dict[str, Any]]:
+        """The trained model, which the next training overwrites, and figures of the training."""
+        out, tokens = self.folder / "trained", self._tokenised(data)
+        shutil.rmtree(out, ignore_errors=True)
+        quiet = replace(recipe, train=replace(recipe.train, checkpoint_every=0))
+        result, seconds, peak = measured(lambda: train(checkpoint, out, tokens, quiet, self.parent))
+        speed = {"tokens_per_second": round(result.tokens_per_second), "skipped": result.skipped}
+        return out, {"trained_tokens": result.tokens, "seconds": seconds, "peak_gb": peak} | speed
+
+    def _teacher(self, dtype: torch.dtype) -> MoLForCausalLM:
+        if dtype not in self._teachers:
+            self._teachers[dtype] = load_dense(self.parent, dtype, default_device())
+        return self._teachers[dtype]
+
+    def _draw(self, out: Path, seed: int, tokens: int) -> None:
+        """Writes documents of the data, drawn by the seed, until they are enough."""
+        if not self._documents:
+            size, tokenizer = self.parent.config.vocab_size, self.parent.tokenizer()
+            found = load_documents(self.data, tokenizer, vocab_size=size, limit=None)
+            self._documents = list(found)
+        order = random.Random(seed).sample(self._documents, len(self._documents))
+        with out.open("w", encoding="utf-8") as file:
+            for document in order:
+                file.write(json.dumps({"input_ids": document.tolist()}) + "\n")
+                tokens -= len(document)
+                if tokens <= 0:
+                    break
+
+    def _tokenised(self, data: str) -> str:
+        tokenizer = self.parent.tokenizer()
+        if Path(data).is_dir() or tokenizer is None:
+            return data
+        if data not in self._tokens:
+            out = self.folder / f"tokens-{len(self._tokens)}"
+            size = self.parent.config.vocab_size
+            documents = load_documents(data, tokenizer, vocab_size=size, limit=None)
+            write_token_folder(documents, out, tokenizer, source=data)
+            self._tokens[data] = str(out)
+        return self._tokens[data]
+
+    def _cut(self, cut: Cut, recipe: Recipe, calibration: Calibration, out: Path) -> None:
+        shape = mol_config(self.parent, recipe.upcycle)
+        # Without a GPU in fp32, as the conversions there compute; stored as the parent is.
+        dtype = self.parent.embedding().dtype if torch.cuda.is_available() else torch.float32
+        layers = kept_layers(cut, shape, lambda: influences(self._teacher(dtype), calibration.fit))
+        write_dense(self.parent, layers, out)
 
 
-def measured(work: Callable[[], Any]) -> tuple[Any, float, float | None]:
-    """What it returns, its seconds, and the peak of the GPU's memory in GB, None without one."""
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
-    found = work()
-    if cuda:
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    return found, seconds, round(torch.cuda.max_memory_allocated() / 1e9, 2) if cuda else None
+def _size(config: MoLConfig) -> dict[str, Any]:
+    count, parent = count_parameters(config), count_parameters(parent_of(config))
+    share = (count.active - count.embedding) / parent.non_embedding
+    return {"total": count.total, "active": count.active, "share": round(share, 4)}
 
 
-@dataclass(frozen=True)
-class Lines:
-    """JSON lines, printed and appended to a file as they come. A run that was cut off goes on:
-    what the file has is not done again."""
-
-    path: Path | None
-
-    def known(self) -> list[dict[str, Any]]:
-        """Lines of earlier runs that are whole and without an error."""
-        if self.path is None or not self.path.is_file():
-            return []
-        found = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:  # the last one of a killed run
-                continue
-            if "error" not in row:
-                found.append(row)
-        return found
-
-    def add(self, row: dict[str, Any]) -> None:
-        line = json.dumps(row)
-        print(line, flush=True)
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
-
-
-def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Its figures, or {"error": ...}: one case out of memory must not end the others."""
-    try:
-        return work()
-    except Exception as error:
-        traceback.print_exc()
-        text = f"{type(error).__name__}: {error}".splitlines()[0]
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return {"error": text}
+def _receipt(checkpoint: Path) -> dict[str, Any]:
+    """What the conversion measured on rows that its calibration held out."""
+    file = checkpoint / "receipt.json"
+    if not file.is_file():
+        return {}
+    found = json.loads(file.read_text(encoding="utf-8"))["heldout"]
+    return {"receipt": {"gap": found["ce"] - found["parent_ce"], "kl": found["kl"]}}

@@ -1,144 +1,135 @@
-"""What Gated DeltaNet costs before any training: 0, a quarter, a half and all of the layers.
+"""What Gated DeltaNet costs: in 0, a quarter, a half and all of the layers, with gates of ours and
+random ones, right after conversion and after training.
 
-    python tests/bench/gated_deltanet.py PARENT --data train.jsonl [--heldout heldout.jsonl]
+    python tests/bench/gated_deltanet.py PARENT --recipe smollm2-135m --data wiki.jsonl \\
+        --heldout heldout.jsonl --out lines.jsonl
+    python tests/bench/gated_deltanet.py … --only softmax,all,all-random --train-tokens 6M
 
-Upcycles the parent with softmax attention, converts it (`molcli convert`), and prints one JSON line
-per model: cross-entropy and KL to the parent on held-out text, in nats a token. layers: how they
-were chosen. gate: "ours", or "random": the same checkpoint with its gates drawn as an untrained
-model has them, and nothing refitted. how: "convert" of the softmax model, or "upcycle" straight to
-Gated DeltaNet. `--set` reaches every stage.
+Rows, for --only: `softmax`, the parent upcycled with softmax attention; `every:4`, `every:2` and
+`all`, that one converted (`molcli convert`); `direct`, upcycled to Gated DeltaNet in all layers at
+once. With -random behind the name: the same checkpoint with its gates drawn as an untrained model
+has them, and nothing refitted. One JSON line each: cross-entropy, its gap to the parent's, and KL
+to the parent on --heldout, in nats a token; seconds are those of the step that the row is named
+after. With --out, lines are appended, and what is there already is not run again.
 """
 
 import argparse
 import json
+import shutil
 import sys
-import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
-from machine import machine
+from conversions import Case, Workshop
+from lines import Lines, measured
+from upcycle import add_common, chosen, table
 
-from molcli.cli.calibrate import run_calibrate
-from molcli.cli.convert import run_convert
-from molcli.cli.upcycle import run_upcycle
 from molcli.config.layer_choice import parse_choice
-from molcli.config.recipe import load_recipe
 from molcli.config.sections import Recipe
+from molcli.io.calibration import text_hash
 from molcli.io.parent import open_parent
-from molcli.stages.evaluate import evaluate
+from molcli.stages.convert import Text, convert, open_source
 
-CHOICES = ["every:4", "every:2", "all"]
-
-
-def with_random_gates(checkpoint: Path, out: Path, std: float, seed: int) -> Path:
-    """The checkpoint with every gate projection normal, as at initialisation."""
-    generator = torch.Generator().manual_seed(seed)
-    out.mkdir()
-    for file in sorted(checkpoint.iterdir()):
-        if file.suffix != ".safetensors":
-            (out / file.name).write_bytes(file.read_bytes())
-            continue
-        tensors = load_file(file)
-        for name, tensor in sorted(tensors.items()):
-            if name.endswith("mixer.g_proj"):
-                drawn = torch.randn(tensor.shape, generator=generator) * std
-                tensors[name] = drawn.to(tensor.dtype)
-        save_file(tensors, out / file.name, metadata={"format": "pt"})
-    return out
+RANDOM = "-random"
+STEPS = ("softmax", "every:4", "every:2", "all", "direct")
+ROWS = [STEPS[0], *(name for step in STEPS[1:] for name in (step, step + RANDOM))]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parent")
-    parser.add_argument("--data", required=True, help="text to fit on")
-    parser.add_argument("--heldout", help="text to measure on; else what calibration held out")
-    parser.add_argument("--recipe")
-    parser.add_argument("--set", action="append", default=[], dest="overrides")
-    parser.add_argument("--auto", action="store_true", help="the chosen layers by measured KL, too")
-    parser.add_argument("--random-seeds", type=int, default=1)
-    args = parser.parse_args()
+class Checkpoints:
+    """Every checkpoint once, when it is first asked for."""
 
-    parent = open_parent(args.parent)
-    recipe = load_recipe(args.recipe, args.overrides)
-    recipe = replace(recipe, calibrate=replace(recipe.calibrate, data=args.data))
-    recipe = replace(recipe, upcycle=replace(recipe.upcycle, gated_deltanet="none"))
-    with TemporaryDirectory(dir=".") as folder:
-        work = Path(folder)
-        calibration, softmax = work / "calibration", work / "softmax"
-        run_calibrate(parent, recipe, calibration)
-        heldout = args.heldout
-        if heldout is None:
-            heldout = str(work / "heldout.jsonl")
-            write_rows(calibration, Path(heldout))
+    def __init__(self, workshop: Workshop, recipe: Recipe, folder: Path) -> None:
+        self.workshop, self.folder = workshop, folder
+        self.softmax = replace(recipe, upcycle=replace(recipe.upcycle, gated_deltanet="none"))
+        self.direct = replace(recipe, upcycle=replace(recipe.upcycle, gated_deltanet="all"))
+        self.made: dict[str, tuple[Path, dict[str, Any]]] = {}
 
-        def show(checkpoint: Path, layers: str, how: str, gate: str, seconds: float) -> None:
-            found = evaluate(checkpoint, parent, heldout, recipe.evaluate)
-            kinds = json.loads((checkpoint / "config.json").read_text())["layer_kinds"]
-            print(
-                json.dumps(
-                    {
-                        "layers": layers,
-                        "converted": sum("gated_deltanet" in kind for kind in kinds),
-                        "of": sum(kind != "dense" for kind in kinds),
-                        "how": how,
-                        "gate": gate,
-                        "ce": round(found.ce, 4),
-                        "kl": None if found.kl is None else round(found.kl, 4),
-                        "parent_ce": None if found.parent_ce is None else round(found.parent_ce, 4),
-                        "tokens": found.tokens,
-                        "seconds": round(seconds, 1),
-                    }
-                ),
-                flush=True,
-            )
+    def get(self, name: str) -> tuple[Path, dict[str, Any]]:
+        """And figures of its making."""
+        if name not in self.made:
+            out = self.folder / name.replace(":", "-")
+            if name.endswith(RANDOM):
+                about = self._random(name.removesuffix(RANDOM), out)
+            elif name in ("softmax", "direct"):
+                made, about = self.workshop.convert(getattr(self, name))
+                shutil.copytree(made, out)
+            else:
+                about = self._converted(name, out)
+            self.made[name] = out, about
+        return self.made[name]
 
-        def show_random(checkpoint: Path, layers: str, how: str) -> None:
-            std = json.loads((checkpoint / "config.json").read_text())["initializer_range"]
-            for seed in range(args.random_seeds):
-                drawn = checkpoint.with_name(f"{checkpoint.name}-random-{seed}")
-                show(with_random_gates(checkpoint, drawn, std, seed), layers, how, "random", 0.0)
+    def _converted(self, layers: str, out: Path) -> dict[str, Any]:
+        source, about = self.get("softmax")
+        options = replace(self.softmax.convert, gated_deltanet=parse_choice(layers))
+        text = self.workshop.calibration(self.softmax)[0]
+        both = Text(text.fit, text.heldout, text_hash(text.fit, text.heldout))
+        recipe = replace(self.softmax, convert=options)
+        _, seconds, peak = measured(lambda: convert(open_source(source), both, recipe, out))
+        return about | {"seconds": seconds, "peak_gb": peak}
 
-        print(json.dumps({"command": "python " + " ".join(sys.argv), **machine()}), flush=True)
-        start = time.perf_counter()
-        run_upcycle(parent, recipe, softmax, calibration=calibration)
-        show(softmax, "none", "upcycle", "-", time.perf_counter() - start)
-        for name, chosen in choices(recipe, auto=args.auto).items():
-            out = work / name.replace(":", "-").replace(" ", "-")
-            start = time.perf_counter()
-            run_convert(softmax, chosen, out, calibration=calibration)
-            show(out, name, "convert", "ours", time.perf_counter() - start)
-            show_random(out, name, "convert")
-        start = time.perf_counter()
-        direct = replace(recipe, upcycle=replace(recipe.upcycle, gated_deltanet="all"))
-        run_upcycle(parent, direct, work / "direct", calibration=calibration)
-        show(work / "direct", "all", "upcycle", "ours", time.perf_counter() - start)
-        show_random(work / "direct", "all", "upcycle")
+    def _random(self, name: str, out: Path) -> dict[str, Any]:
+        """Every gate projection normal, as at initialisation."""
+        checkpoint, about = self.get(name)
+        std = json.loads((checkpoint / "config.json").read_text())["initializer_range"]
+        generator = torch.Generator().manual_seed(self.softmax.calibrate.seed)
+        shutil.copytree(checkpoint, out)
+        for file in sorted(out.glob("*.safetensors")):
+            tensors = load_file(file)
+            for gate in sorted(key for key in tensors if key.endswith("mixer.g_proj")):
+                drawn = torch.randn(tensors[gate].shape, generator=generator) * std
+                tensors[gate] = drawn.to(tensors[gate].dtype)
+            save_file(tensors, file, metadata={"format": "pt"})
+        return about
 
 
-def choices(recipe: Recipe, *, auto: bool) -> dict[str, Recipe]:
-    """A quarter, a half and all of the layers; auto: a quarter and a half by measured KL, too."""
-    found = {text: replace(recipe.convert, gated_deltanet=parse_choice(text)) for text in CHOICES}
-    for budget in (0.25, 0.5) if auto else ():
-        chosen = replace(recipe.convert, gated_deltanet="auto", budget=budget)
-        found[f"auto {budget}"] = chosen
-    return {name: replace(recipe, convert=section) for name, section in found.items()}
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_common(parser)
+    args = parser.parse_args(words)
+    parent, lines, nothing = open_parent(args.parent), Lines(args.out), Case("", ())
+    names = chosen(ROWS, args.only)
+    for seed in map(int, args.seeds.split(",")):
+        recipe = nothing.recipe(args.recipe, args.set, seed)
+        with TemporaryDirectory(prefix="molcli-bench-", dir=args.work) as folder:
+            workshop = Workshop(parent, args.data, Path(folder), args.heldout)
+            checkpoints = Checkpoints(workshop, recipe, Path(folder))
+            for name in names:
+                settings = [f"recipe={args.recipe}", *args.set]
+                key = {"parent": args.parent, "case": name, "seed": seed, "settings": settings}
+                lines.row(key | {"train_tokens": 0}, partial(figures, checkpoints, name))
+                if args.train_tokens:
+                    settings = replace(recipe.train, tokens=args.train_tokens)
+                    train = partial(trained, checkpoints, name, replace(recipe, train=settings))
+                    lines.row(key | {"train_tokens": args.train_tokens}, partial(train, args))
+    print(table(lines.rows))
 
 
-def write_rows(calibration: Path, out: Path) -> None:
-    """The calibration's held-out rows, document by document."""
-    tokens = load_file(calibration / "tokens.safetensors")
-    rows = zip(tokens["heldout.input_ids"], tokens["heldout.document_ids"], strict=True)
-    lines = [
-        json.dumps({"input_ids": ids[documents == number].tolist()})
-        for ids, documents in rows
-        for number in documents.unique()
-    ]
-    out.write_text("\n".join(lines) + "\n")
+def figures(checkpoints: Checkpoints, name: str) -> dict[str, Any]:
+    checkpoint, about = checkpoints.get(name)
+    kinds = json.loads((checkpoint / "config.json").read_text())["layer_kinds"]
+    layers = {
+        "gated_deltanet_layers": sum(kind == "gated_deltanet" for kind in kinds),
+        "converted_layers": sum(kind != "dense" for kind in kinds),
+    }
+    return about | layers | checkpoints.workshop.figures(checkpoint, checkpoints.softmax.evaluate)
+
+
+def trained(
+    checkpoints: Checkpoints, name: str, recipe: Recipe, args: argparse.Namespace
+) -> dict[str, Any]:
+    checkpoint, about = checkpoints.get(name)
+    out, found = checkpoints.workshop.train(checkpoint, args.train_data or args.data, recipe)
+    size = {figure: about[figure] for figure in ("total", "active", "share")}
+    return size | found | checkpoints.workshop.figures(out, recipe.evaluate)
 
 
 if __name__ == "__main__":

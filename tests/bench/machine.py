@@ -1,15 +1,19 @@
 """What a figure was measured with."""
 
+import os
 import platform
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import torch
 import transformers
 
 
+@cache
 def machine() -> dict[str, str]:
-    commit = subprocess.run(
+    """commit: of this checkout; MOLCLI_COMMIT says it of a copy without its history."""
+    described = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         cwd=Path(__file__).parent,
         capture_output=True,
@@ -22,5 +26,5 @@ def machine() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "commit": commit or "unknown",
+        "commit": os.environ.get("MOLCLI_COMMIT") or described or "unknown",
     }

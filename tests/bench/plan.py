@@ -14,6 +14,7 @@ appended, and what is there already is not run again.
 import argparse
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,11 +22,12 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conversions import Case, Lines, Workshop, attempt
+from conversions import Case, Workshop
+from lines import Lines
 from machine import machine
+from upcycle import chosen
 
 from molcli.config.sections import Recipe
-from molcli.io.calibration import open_calibration
 from molcli.io.parent import Parent, open_parent
 from molcli.maths.forecast import (
     Predictors,
@@ -35,14 +37,14 @@ from molcli.maths.forecast import (
 )
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.costs import GPUS, conversion_cost
-from molcli.stages.evaluate import evaluate
 from molcli.stages.plan import FORECAST, layer_spectra, predictors
 
 BAR = 0.9
+FEWEST = 3  # conversions that have ranks to compare
 
 
 def matrix(parent: Parent, tokens: int) -> list[Case]:
-    """Fourteen settings around the default one, by the parent's own numbers."""
+    """Seventeen settings around the default one, by the parent's own numbers."""
     dense = parent.mol_config_kwargs()
     unit, d_ff, layers = dense["head_dim"], dense["intermediate_size"], dense["num_hidden_layers"]
     width = max(1, round(dense["hidden_size"] / 3 / unit)) * unit
@@ -68,16 +70,17 @@ def matrix(parent: Parent, tokens: int) -> list[Case]:
         case("wide-neurons", shape=(wide, 2 * third)),
         case("17-blocks", "upcycle.num_blocks=17"),
         case("5-blocks", "upcycle.num_blocks=5"),
+        case("top-1", "upcycle.top_k=1"),
+        case("top-3", "upcycle.top_k=3"),
         case("two-shared", "upcycle.num_blocks=10", "upcycle.num_shared_blocks=2"),
         case("half-the-tokens", f"calibrate.tokens={tokens // 2}"),
-        case("quarter-of-the-tokens", f"calibrate.tokens={tokens // 4}"),
         case("upper-half", f"upcycle.layers={upper}"),
         case("every-other", f"upcycle.layers={list(range(1, layers, 2))}"),
         case("upper-half-thin", f"upcycle.layers={upper}", shape=(thin, third)),
     ]
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -90,56 +93,53 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", action="append", default=[], help="of all cases")
     parser.add_argument("--case", action="append", help="in place of the matrix")
+    parser.add_argument("--only", help="names of cases, a,b")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--work", type=Path, help="where the scratch folder is made")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
 
     parent, lines = open_parent(args.parent), Lines(args.out)
-    rows = [row for row in lines.known() if row.get("parent") == args.parent]
     cases = matrix(parent, args.tokens)
     if args.case:
         cases = [Case.parse(text) for text in args.case]
-    runs = [(case, case.recipe(None, args.set, args.seed)) for case in cases]
+    names = chosen([case.name for case in cases], args.only)
+    runs = [(c, c.recipe(None, args.set, args.seed)) for c in cases if c.name in names]
     with TemporaryDirectory(prefix="molcli-bench-", dir=args.work) as folder:
-        workshop = Workshop(parent, args.data, Path(folder))
+        workshop = Workshop(parent, args.data, Path(folder), args.heldout)
         spectra: dict[int, torch.Tensor] = {}
         for case, recipe in runs:
-            key = {
-                "parent": args.parent,
-                "case": case.name,
-                "seed": args.seed,
-                "settings": [*args.set, *case.overrides],
-            }
-            if any(key.items() <= row.items() for row in rows):
-                continue
-            found = attempt(lambda recipe=recipe: figures(workshop, recipe, args.heldout, spectra))
-            row = key | found | {"command": " ".join(sys.argv)} | machine()
-            lines.add(row)
-            rows.append(row)
-    lines.add(summary([row for row in rows if "error" not in row]))
+            settings = [*args.set, *case.overrides]
+            key = {"parent": args.parent, "case": case.name, "seed": args.seed}
+            lines.row(key | {"settings": settings}, partial(figures, workshop, recipe, spectra))
+    rows = [row for row in lines.known() or lines.rows if "predictors" in row]
+    rows = [row for row in rows if row["parent"] == args.parent]
+    if len(rows) >= FEWEST:
+        lines.add(summary(rows))
 
 
-def figures(
-    workshop: Workshop, recipe: Recipe, heldout: str | None, spectra: dict[int, torch.Tensor]
-) -> dict[str, Any]:
+def figures(workshop: Workshop, recipe: Recipe, spectra: dict[int, torch.Tensor]) -> dict[str, Any]:
     """One conversion. spectra: filled at the first call, and the same for all: a calibration on
     fewer tokens has seen fewer directions, and loses less by its own account."""
     if not spectra:
-        calibration = open_calibration(workshop.calibration(recipe)[0], workshop.parent)
+        calibration, _ = workshop.calibration(recipe)
         layers = list(range(workshop.parent.config.num_hidden_layers))
         spectra |= layer_spectra(workshop.parent, calibration.moment, layers)
     checkpoint, found = workshop.convert(recipe)
     config = MoLConfig.from_pretrained(checkpoint)
-    seen = predictors(config, spectra, found["calibration_tokens"])
-    if heldout is not None:
-        measured = evaluate(checkpoint, workshop.parent, heldout, recipe.evaluate)
-        assert measured.parent_ce is not None
-        found |= {"kl": measured.kl, "gap": measured.ce - measured.parent_ce}
-    cost = conversion_cost(
-        config, found["calibration_tokens"], recipe.calibrate.heldout_tokens, GPUS["h100"]
-    )
-    expected = {"h100_seconds": round(cost.seconds, 1), "h100_gb": round(cost.memory / 1e9, 2)}
-    return found | {"predictors": asdict(seen), "expected": expected}
+    tokens = found["calibration_tokens"]
+    seen = predictors(config, spectra, tokens)
+    cost = conversion_cost(config, tokens, recipe.calibrate.heldout_tokens, GPUS["h100"])
+    return {
+        **found["receipt"],
+        **found,
+        **workshop.figures(checkpoint, recipe.evaluate),
+        "predictors": asdict(seen),
+        "forecast": round(FORECAST.kl(seen), 4),
+        "expected": {
+            "h100_seconds": round(cost.seconds, 1),
+            "h100_gb": round(cost.memory / 1e9, 2),
+        },
+    }
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:

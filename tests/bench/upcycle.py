@@ -1,18 +1,21 @@
-"""A matrix of conversions: initialisations and settings, by seed, after 0 or more training tokens.
+"""A matrix of conversions and baselines by seed, right after conversion and after training.
 
-    python tests/bench/upcycle.py PARENT --data train.jsonl --heldout heldout.jsonl \\
-        --seeds 0,1,2 --set calibrate.tokens=196608 \\
-        --case fitted: --case wide:d_thin=256,num_heads_thin=3 --case svd:method=svd \\
-        --train-tokens 6M --out lines.jsonl
+    python tests/bench/upcycle.py PARENT --recipe smollm2-135m --data wiki.jsonl \\
+        --heldout heldout.jsonl --seeds 0,1,2 --out lines.jsonl
+    python tests/bench/upcycle.py … --only fitted,svd,random --train-tokens 6M \\
+        --train-data train.jsonl --learning-rate svd=1e-3/1e-4 --learning-rate random=1e-3/1e-3,3e-3
 
-One JSON line per conversion, a markdown table at the end: means over seeds, and half the range
-between them. `gap` is the cross-entropy above the parent's, in nats a token: on the rows that
-calibration held out, and through `molcli eval` on a file that nothing was fitted to or chosen by.
-With --out, lines are appended, and what is there already is not run again.
+Without --case, the cases are: `fitted`, the recipe's shape in all layers; `75%`, a shape of so many
+active parameters; `upper-half` and `every-other` of the layers; and what `fitted` has to beat:
+`pca`, `svd`, `random`, `skipped` and `depth_pruned` (tests/bench/pruned.py).
+
+One JSON line per conversion and per training, a markdown table at the end: means over seeds, and
+half the range between them. gap: the cross-entropy above the parent's on --heldout, in nats a
+token, through the functions of `molcli eval`; receipt: on the rows that calibration held out. With
+--out, lines are appended, and what is there already is not run again.
 """
 
 import argparse
-import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,125 +23,135 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conversions import Case, Lines, Workshop, attempt, measured
-from machine import machine
+from conversions import Case, Workshop
+from lines import Lines
 
 from molcli.cli.plan import parse_count
 from molcli.config.sections import Recipe
 from molcli.io.parent import open_parent
-from molcli.maths.parameters import count_parameters
-from molcli.model.configuration_mol import MoLConfig
-from molcli.model.costs import parent_of
-from molcli.stages.evaluate import evaluate
-from molcli.stages.train import train
 
-DEFAULT = ["fitted:", "pca:method=pca", "svd:method=svd", "random:method=random"]
+BASELINES = "pca", "svd", "random", "skipped", "depth_pruned"
 
 
-def arguments() -> argparse.Namespace:
+def default_cases(layers: int) -> list[Case]:
+    """layers: of the parent."""
+    texts = [
+        "fitted:",
+        "75%:preset=quality,d_thin=null,d_ff_thin=null,num_heads_thin=null",
+        f"upper-half:layers={list(range(layers // 2, layers))}",
+        f"every-other:layers={list(range(1, layers, 2))}",
+        *(f"{method}:method={method}" for method in BASELINES),
+    ]
+    return [Case.parse(text) for text in texts]
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """What this benchmark and that of Gated DeltaNet are told alike."""
+    parser.add_argument("parent")
+    parser.add_argument("--data", required=True, help="text to calibrate on, and train on")
+    parser.add_argument("--heldout", required=True, help="text that nothing else sees")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--only", help="names of cases, a,b")
+    parser.add_argument("--recipe", help="of all cases")
+    parser.add_argument("--set", action="append", default=[], help="of all cases")
+    parser.add_argument("--train-tokens", type=parse_count, default=0)
+    parser.add_argument("--train-data", help="else --data; a folder of tokens saves time")
+    parser.add_argument("--out", type=Path, help="a file for the lines")
+    parser.add_argument("--work", type=Path, help="where the scratch folder is made")
+
+
+def arguments(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("parent")
-    parser.add_argument("--data", required=True, help="text to calibrate and train on")
-    parser.add_argument("--heldout", help="text that nothing else sees")
-    parser.add_argument("--seeds", default="0")
-    parser.add_argument("--recipe", help="of all cases")
-    parser.add_argument("--set", action="append", default=[], help="of all cases")
-    parser.add_argument("--case", action="append", help=f"name:key=value,...; default: {DEFAULT}")
-    parser.add_argument("--train-tokens", type=parse_count, default=0)
-    parser.add_argument("--train-data", help="else --data")
-    parser.add_argument("--out", type=Path, help="a file for the lines")
-    parser.add_argument("--work", type=Path, help="where the scratch folder is made")
-    return parser.parse_args()
+    add_common(parser)
+    parser.add_argument("--case", action="append", help="name:key=value,... in place of the above")
+    parser.add_argument(
+        "--learning-rate",
+        action="append",
+        default=[],
+        metavar="CASE=RATE[/NEW],...",
+        help="to train this case with, one after another, else the recipe's; NEW: of what is new",
+    )
+    return parser.parse_args(words)
 
 
-def main() -> None:
-    args = arguments()
-    lines = Lines(args.out)
-    known, rows = lines.known(), []
-    cases = [Case.parse(text) for text in args.case or DEFAULT]
-    seeds = [int(seed) for seed in args.seeds.split(",")]
+def chosen(names: list[str], only: str | None) -> list[str]:
+    """Those that --only names, in their order. Exits on an unknown one."""
+    wanted = names if only is None else only.split(",")
+    if unknown := sorted(set(wanted) - set(names)):
+        sys.exit(f"no case {', '.join(unknown)}; there are {', '.join(names)}")
+    return [name for name in names if name in wanted]
+
+
+def training(recipe: Recipe, case: str, rates: list[str], tokens: int) -> list[Recipe]:
+    """Recipes to train a case with, one per learning rate given for it; else the recipe's own."""
+    base = replace(recipe.train, tokens=tokens)
+    given = dict(text.partition("=")[::2] for text in rates).get(case)
+    settings = [base] if given is None else []
+    for text in given.split(",") if given else ():
+        inherited, _, new = text.partition("/")
+        rate = replace(base, learning_rate=float(inherited))
+        settings.append(replace(rate, new_learning_rate=float(new)) if new else rate)
+    return [replace(recipe, train=one) for one in settings]
+
+
+def main(words: list[str] | None = None) -> None:
+    args = arguments(words)
+    parent, lines = open_parent(args.parent), Lines(args.out)
+    cases = default_cases(parent.config.num_hidden_layers)
+    if args.case:
+        cases = [Case.parse(text) for text in args.case]
+    names = [case.name for case in cases]
+    wanted, seeds = chosen(names, args.only), [int(seed) for seed in args.seeds.split(",")]
+    chosen(names, ",".join(text.partition("=")[0] for text in args.learning_rate) or None)
     # A slip in any case shows before hours of the others.
     runs = [
-        (case, seed, case.recipe(args.recipe, args.set, seed)) for seed in seeds for case in cases
+        (c, seed, c.recipe(args.recipe, args.set, seed))
+        for seed in seeds
+        for c in cases
+        if c.name in wanted
     ]
     with TemporaryDirectory(prefix="molcli-bench-", dir=args.work) as folder:
-        workshop = Workshop(open_parent(args.parent), args.data, Path(folder))
+        workshop = Workshop(parent, args.data, Path(folder), args.heldout)
         for case, seed, recipe in runs:
-            key = {
-                "parent": args.parent,
-                "case": case.name,
-                "seed": seed,
-                "settings": [*args.set, *case.overrides],
-                "train_tokens": args.train_tokens,
-            }
-            if done := [row for row in known if key.items() <= row.items()]:
-                rows.append(done[0])
+            settings = [f"recipe={args.recipe}", *args.set, *case.overrides]
+            key = {"parent": args.parent, "case": case.name, "seed": seed, "settings": settings}
+
+            def converted(case: Case = case, recipe: Recipe = recipe) -> dict[str, Any]:
+                checkpoint, found = workshop.convert(recipe, case.cut)
+                return found | workshop.figures(checkpoint, recipe.evaluate)
+
+            def trained(recipe: Recipe, case: Case = case) -> dict[str, Any]:
+                checkpoint, found = workshop.convert(recipe, case.cut)
+                out, about = workshop.train(checkpoint, args.train_data or args.data, recipe)
+                size = {name: found[name] for name in ("total", "active", "share")}
+                return size | about | workshop.figures(out, recipe.evaluate)
+
+            lines.row(key | {"train_tokens": 0}, converted)
+            if not args.train_tokens:
                 continue
-            found = attempt(lambda recipe=recipe: figures(workshop, recipe, args))
-            row = key | found | {"command": " ".join(sys.argv)} | machine()
-            lines.add(row)
-            rows.append(row)
-    print(table([row for row in rows if "error" not in row]))
-
-
-def figures(workshop: Workshop, recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
-    """Of one conversion, and of the training behind it."""
-    checkpoint, found = workshop.convert(recipe)
-    config = MoLConfig.from_pretrained(checkpoint)
-    count, parent = count_parameters(config), count_parameters(parent_of(config))
-    found["share"] = round((count.active - count.embedding) / parent.non_embedding, 4)
-    found["heldout"] = heldout(workshop, checkpoint, recipe, args.heldout)
-    if not args.train_tokens:
-        return found
-    out = workshop.folder / "trained"
-    shutil.rmtree(out, ignore_errors=True)
-    settings = replace(recipe.train, tokens=args.train_tokens, checkpoint_every=0)
-    training, data = replace(recipe, train=settings), args.train_data or args.data
-    result, seconds, peak = measured(
-        lambda: train(checkpoint, out, data, training, workshop.parent)
-    )
-    found["trained"] = {
-        "tokens": result.tokens,
-        "seconds": round(seconds, 1),
-        "tokens_per_second": round(result.tokens_per_second),
-        "peak_gb": peak,
-        "heldout": heldout(workshop, out, recipe, args.heldout),
-    }
-    return found
-
-
-def heldout(
-    workshop: Workshop, checkpoint: Path, recipe: Recipe, data: str | None
-) -> dict[str, Any] | None:
-    if data is None:
-        return None
-    found = evaluate(checkpoint, workshop.parent, data, recipe.evaluate)
-    assert found.parent_ce is not None
-    names = "tokens", "ce", "parent_ce", "kl", "agreement"
-    return {"gap": found.ce - found.parent_ce} | {n: getattr(found, n) for n in names}
+            for one in training(recipe, case.name, args.learning_rate, args.train_tokens):
+                rates = f"{one.train.learning_rate:g}/{one.train.new_learning_rate:g}"
+                about = {"train_tokens": args.train_tokens, "rates": rates}
+                lines.row(key | about, lambda one=one: trained(one))
+    print(table(lines.rows))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A line per case."""
-    heads = ["case", "seeds", "share", "gap", "KL", "held-out gap", "trained gap", "s", "GB"]
+    """A line per case, training budget and learning rates."""
+    heads = ["case", "trained on", "rates", "seeds", "share", "gap", "KL", "s", "GB"]
     lines = [heads, ["---"] * len(heads)]
-    for name in dict.fromkeys(str(row["case"]) for row in rows):
-        own = [row for row in rows if row["case"] == name]
-        later = [(row.get("trained") or {}).get("heldout") for row in own]
+    groups: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["case"], row["train_tokens"], row.get("rates", "–")), []).append(row)
+    for (case, tokens, rates), own in groups.items():
+        peaks = [row["peak_gb"] for row in own if row["peak_gb"] is not None]
+        share, seeds = f"{own[0]['share']:.1%}", str(len({row["seed"] for row in own}))
         lines.append(
-            [
-                name,
-                str(len(own)),
-                f"{own[0]['share']:.1%}",
-                spread([row["gap"] for row in own]),
-                spread([row["kl"] for row in own]),
-                spread([row["heldout"]["gap"] for row in own if row["heldout"]]),
-                spread([figures["gap"] for figures in later if figures]),
-                spread([row["seconds"] for row in own], digits=0),
-                spread([row["peak_gb"] for row in own if row["peak_gb"] is not None], digits=1),
-            ]
+            [case, f"{tokens:,}", rates, seeds, share]
+            + [spread([row[name] for row in own]) for name in ("gap", "kl")]
+            + [spread([row["seconds"] for row in own], digits=0), spread(peaks, digits=1)]
         )
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
