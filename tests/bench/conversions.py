@@ -24,7 +24,6 @@ from molcli.io.token_folder import write_token_folder
 from molcli.maths.parameters import count_parameters
 from molcli.model import MoLConfig, MoLForCausalLM
 from molcli.model.checkpoint import default_device, open_checkpoint
-from molcli.model.costs import parent_of
 from molcli.model.from_parent import load_dense
 from molcli.stages.calibrate import calibrate
 from molcli.stages.evaluate import Models, measure
@@ -37,12 +36,10 @@ logging.disable_progress_bar()  # lines of bars around each line of figures
 
 @dataclass(frozen=True)
 class Case:
-    """A name, and `section.key=value` texts on top of what all cases share. cut: a dense model with
-    fewer layers in the place of a conversion."""
+    """A name, and `section.key=value` texts on top of what all cases share."""
 
     name: str
     overrides: tuple[str, ...]
-    cut: Cut | None = None
 
     @classmethod
     def parse(cls, text: str) -> "Case":
@@ -51,14 +48,22 @@ class Case:
         name, _, settings = text.partition(":")
         parts = [part for part in re.split(r",(?=[\w.]+=)", settings) if part]
         keys = [part if "." in part.partition("=")[0] else f"upcycle.{part}" for part in parts]
-        cuts = {f"upcycle.method={cut}": cut for cut in CUTS}
-        found = [cuts[key] for key in keys if key in cuts]
-        return cls(name, tuple(k for k in keys if k not in cuts), found[0] if found else None)
+        return cls(name, tuple(keys))
+
+    @property
+    def cut(self) -> Cut | None:
+        """A dense model with fewer layers in the place of a conversion."""
+        return next((cut for cut in CUTS if _method(cut) in self.overrides), None)
 
     def recipe(self, base: str | None, shared: Iterable[str], seed: int) -> Recipe:
         """The seed draws documents, clusters and the order of training."""
         seeds = [f"calibrate.seed={seed}", f"train.seed={seed}"]
-        return load_recipe(base, [*shared, *self.overrides, *seeds])
+        own = [text for text in self.overrides if text not in map(_method, CUTS)]
+        return load_recipe(base, [*shared, *own, *seeds])
+
+
+def _method(cut: Cut) -> str:
+    return f"upcycle.method={cut}"
 
 
 @dataclass
@@ -93,8 +98,7 @@ class Workshop:
         return self._calibrations[about]
 
     def convert(self, recipe: Recipe, cut: Cut | None = None) -> tuple[Path, dict[str, Any]]:
-        """The checkpoint, which the next conversion overwrites, and figures of the conversion:
-        share: active parameters over the parent's, embeddings left out of both."""
+        """The checkpoint, which the next conversion overwrites, and figures of the conversion."""
         out, key = self.folder / "converted", (recipe.upcycle, recipe.calibrate, cut)
         if self._newest is not None and self._newest[0] == key:
             return out, self._newest[1]
@@ -114,7 +118,7 @@ class Workshop:
             "seconds": seconds,
             "peak_gb": peak,
         }
-        self._newest = key, found | _size(MoLConfig.from_pretrained(out)) | _receipt(out)
+        self._newest = key, found | self.size(out) | _receipt(out)
         return out, self._newest[1]
 
     def figures(self, checkpoint: Path, config: EvaluateConfig) -> dict[str, Any]:
@@ -139,6 +143,13 @@ class Workshop:
         result, seconds, peak = measured(lambda: train(checkpoint, out, tokens, quiet, self.parent))
         speed = {"tokens_per_second": round(result.tokens_per_second), "skipped": result.skipped}
         return out, {"trained_tokens": result.tokens, "seconds": seconds, "peak_gb": peak} | speed
+
+    def size(self, checkpoint: Path) -> dict[str, Any]:
+        """share: active parameters over the parent's, embeddings left out of both."""
+        count = count_parameters(MoLConfig.from_pretrained(checkpoint))
+        parent = count_parameters(MoLConfig(**self.parent.mol_config_kwargs()))
+        share = (count.active - count.embedding) / parent.non_embedding
+        return {"total": count.total, "active": count.active, "share": round(share, 4)}
 
     def _teacher(self, dtype: torch.dtype) -> MoLForCausalLM:
         if dtype not in self._teachers:
@@ -177,12 +188,6 @@ class Workshop:
         dtype = self.parent.embedding().dtype if torch.cuda.is_available() else torch.float32
         layers = kept_layers(cut, shape, lambda: influences(self._teacher(dtype), calibration.fit))
         write_dense(self.parent, layers, out)
-
-
-def _size(config: MoLConfig) -> dict[str, Any]:
-    count, parent = count_parameters(config), count_parameters(parent_of(config))
-    share = (count.active - count.embedding) / parent.non_embedding
-    return {"total": count.total, "active": count.active, "share": round(share, 4)}
 
 
 def _receipt(checkpoint: Path) -> dict[str, Any]:

@@ -67,12 +67,13 @@ class Checkpoints:
 
     def _converted(self, layers: str, out: Path) -> dict[str, Any]:
         source, about = self.get("softmax")
+        about = {name: figure for name, figure in about.items() if name != "receipt"}
         options = replace(self.softmax.convert, gated_deltanet=parse_choice(layers))
         text = self.workshop.calibration(self.softmax)[0]
         both = Text(text.fit, text.heldout, text_hash(text.fit, text.heldout))
         recipe = replace(self.softmax, convert=options)
         _, seconds, peak = measured(lambda: convert(open_source(source), both, recipe, out))
-        return about | {"seconds": seconds, "peak_gb": peak}
+        return about | self.workshop.size(out) | {"seconds": seconds, "peak_gb": peak}
 
     def _random(self, name: str, out: Path) -> dict[str, Any]:
         """Every gate projection normal, as at initialisation."""
@@ -107,9 +108,11 @@ def main(words: list[str] | None = None) -> None:
                 key = {"parent": args.parent, "case": name, "seed": seed, "settings": settings}
                 lines.row(key | {"train_tokens": 0}, partial(figures, checkpoints, name))
                 if args.train_tokens:
-                    settings = replace(recipe.train, tokens=args.train_tokens)
-                    train = partial(trained, checkpoints, name, replace(recipe, train=settings))
-                    lines.row(key | {"train_tokens": args.train_tokens}, partial(train, args))
+                    section = replace(recipe.train, tokens=args.train_tokens)
+                    train = partial(trained, checkpoints, name, replace(recipe, train=section))
+                    rates = f"{section.learning_rate:g}/{section.new_learning_rate:g}"
+                    about = {"train_tokens": args.train_tokens, "rates": rates}
+                    lines.row(key | about, partial(train, args))
     print(table(lines.rows))
 
 
