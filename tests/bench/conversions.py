@@ -127,8 +127,7 @@ class Workshop:
         if self.heldout is None:
             return {}
         model = open_checkpoint(checkpoint, default_device())
-        tokenizer = self.parent.tokenizer()
-        models = Models(model, self._teacher(model.dtype), tokenizer)
+        models = Models(model, self.teacher(model.dtype), self.parent.tokenizer())
         only = replace(config, prompts=0, recall_sequences=0)
         found = measure(models, self.heldout, only).heldout
         assert found is not None and found.parent_ce is not None
@@ -151,7 +150,8 @@ class Workshop:
         share = (count.active - count.embedding) / parent.non_embedding
         return {"total": count.total, "active": count.active, "share": round(share, 4)}
 
-    def _teacher(self, dtype: torch.dtype) -> MoLForCausalLM:
+    def teacher(self, dtype: torch.dtype) -> MoLForCausalLM:
+        """The parent as a whole."""
         if dtype not in self._teachers:
             self._teachers[dtype] = load_dense(self.parent, dtype, default_device())
         return self._teachers[dtype]
@@ -186,7 +186,7 @@ class Workshop:
         shape = mol_config(self.parent, recipe.upcycle)
         # Without a GPU in fp32, as the conversions there compute; stored as the parent is.
         dtype = self.parent.embedding().dtype if torch.cuda.is_available() else torch.float32
-        layers = kept_layers(cut, shape, lambda: influences(self._teacher(dtype), calibration.fit))
+        layers = kept_layers(cut, shape, lambda: influences(self.teacher(dtype), calibration.fit))
         write_dense(self.parent, layers, out)
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from machine import machine
 
+from molcli.errors import Interrupted
+
 
 @dataclass
 class Lines:
@@ -64,6 +66,8 @@ class Lines:
 def _attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return work()
+    except Interrupted:  # a signal ends all cases, not this one
+        raise
     except Exception as error:
         traceback.print_exc()
         text = f"{type(error).__name__}: {error}".splitlines()[0]

@@ -1,0 +1,155 @@
+"""The benchmarks of conversions say what they claim to, on a tiny parent."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parent))  # the benchmarks are scripts
+import gated_deltanet
+import plan
+import upcycle
+from conversions import Case, Workshop
+from lines import Lines
+from pruned import influences, kept_layers, write_dense
+
+from molcli.errors import Interrupted
+from molcli.io.parent import open_parent
+from molcli.maths.parameters import count_parameters
+from molcli.model import MoLConfig
+from molcli.stages.upcycle.shape import mol_config
+
+SMALL = [
+    "upcycle.num_blocks=3",
+    "upcycle.top_k=1",
+    "upcycle.d_thin=32",
+    "calibrate.tokens=256",
+    "calibrate.heldout_tokens=64",
+    "calibrate.context_length=32",
+    "train.context_length=32",
+    "train.batch_size=4",
+    "evaluate.context_length=32",
+]
+SET = [word for setting in SMALL for word in ("--set", setting)]
+
+
+@pytest.fixture
+def parent(tiny_parent):
+    return tiny_parent("llama", num_hidden_layers=4)
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """--data and --heldout."""
+    found = []
+    for name, count in (("data", 40), ("heldout", 6)):
+        rows = [[1, *((7 * i + j * j) % 100 + 3 for j in range(20))] for i in range(count)]
+        lines = [json.dumps({"input_ids": row}) for row in rows]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+        found += [f"--{name}", str(tmp_path / f"{name}.jsonl")]
+    return found
+
+
+@pytest.fixture
+def workshop(parent, texts, tmp_path):
+    (tmp_path / "work").mkdir()
+    return Workshop(open_parent(parent), texts[1], tmp_path / "work", texts[3])
+
+
+def recipe(*settings, seed=0):
+    return Case("", settings).recipe(None, SMALL, seed)
+
+
+def test_the_matrix_runs_each_row_once(parent, texts, tmp_path, capsys):
+    out = tmp_path / "lines.jsonl"
+    words = [str(parent), *texts, *SET, "--seeds", "0,1", "--only", "svd,skipped"]
+    words += ["--train-tokens", "64", "--learning-rate", "svd=1e-3/2e-3,3e-3", "--out", str(out)]
+    upcycle.main(words)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    rates = [(row["case"], row["seed"], row.get("rates")) for row in rows]
+    svd, skipped = [None, "0.001/0.002", "0.003/3e-05"], [None, "0.0001/3e-05"]
+    wanted = [("svd", seed, r) for seed in (0, 1) for r in svd]
+    wanted += [("skipped", seed, r) for seed in (0, 1) for r in skipped]
+    assert sorted(rates, key=str) == sorted(wanted, key=str)
+    drawn = {row["seed"]: row["calibration_data"] for row in rows if not row["train_tokens"]}
+    assert drawn[0] != drawn[1], "the seed draws the documents"
+    printed = capsys.readouterr().out
+    upcycle.main(words)
+    assert len(out.read_text().splitlines()) == len(rows)
+    assert capsys.readouterr().out == printed[printed.index("| case") :]
+
+
+def test_all_of_the_parents_layers_are_the_parent(workshop):
+    write_dense(workshop.parent, [0, 1, 2, 3], workshop.folder / "whole")
+    found = workshop.figures(workshop.folder / "whole", recipe().evaluate)
+    assert found["gap"] == 0 and found["agreement"] == 1
+    assert found["kl"] == pytest.approx(0, abs=1e-6)
+    assert workshop.size(workshop.folder / "whole")["share"] == 1
+
+
+def test_the_least_influential_layers_go_first(workshop):
+    shape = mol_config(workshop.parent, recipe("upcycle.layers=[0, 3]").upcycle)
+    assert kept_layers("skipped", shape, list) == [1, 2]
+    kept = kept_layers("depth_pruned", shape, lambda: [0.4, 0.1, 0.3, 0.2])
+    assert kept == [0, 2, 3]
+    write_dense(workshop.parent, kept, workshop.folder / "cut")
+    most = count_parameters(shape).active
+    assert (
+        workshop.size(workshop.folder / "cut")["active"]
+        <= most
+        < count_parameters(MoLConfig(**workshop.parent.mol_config_kwargs())).active
+    )
+
+
+def test_a_full_receipt_cuts_the_same_layers(workshop):
+    settings = recipe("upcycle.layers=[0, 3]", "upcycle.receipt=full")
+    calibration, _ = workshop.calibration(settings)
+    checkpoint, _ = workshop.convert(settings)
+    baselines = json.loads((checkpoint / "receipt.json").read_text())["baselines"]
+    shape, teacher = MoLConfig.from_pretrained(checkpoint), workshop.teacher(torch.float32)
+    kept = kept_layers("depth_pruned", shape, lambda: influences(teacher, calibration.fit))
+    assert {*kept, *baselines["depth_pruned"]["layers"]} == {0, 1, 2, 3}
+    assert len(baselines["depth_pruned"]["layers"]) == 4 - len(kept) == 1
+
+
+def test_random_gates_change_the_gates_alone(workshop):
+    folder = workshop.folder / "made"
+    folder.mkdir()
+    made = gated_deltanet.Checkpoints(workshop, recipe("upcycle.layers=[1]"), folder)
+    ours, drawn = (made.get(name)[0] / "model.safetensors" for name in ("all", "all-random"))
+    before, after = load_file(ours), load_file(drawn)
+    changed = {name for name in before if not before[name].equal(after[name])}
+    assert changed == {"model.layers.1.routed.block.mixer.g_proj"}
+    about = gated_deltanet.figures(made, "all-random")
+    assert (about["gated_deltanet_layers"], about["converted_layers"]) == (1, 1)
+
+
+def test_forecasts_beside_conversions(parent, texts, tmp_path):
+    out = tmp_path / "lines.jsonl"
+    words = [str(parent), *texts, "--tokens", "256", "--only", "base,thin,5-blocks"]
+    words += [word for setting in SMALL[3:] for word in ("--set", setting)]
+    plan.main([*words, "--out", str(out)])
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row.get("case") for row in rows] == ["base", "thin", "5-blocks", None]
+    assert set(rows[-1]["rank_correlation"]) == {"in_code", "fitted", "left_out"}
+
+
+def test_a_name_that_is_none_is_refused():
+    with pytest.raises(SystemExit, match="no case c; there are a, b"):
+        upcycle.chosen(["a", "b"], "b,c")
+
+
+def test_errors_stay_with_their_row_and_signals_end_all(capsys):
+    lines = Lines(None)
+    lines.row({"case": "a"}, lambda: {}["missing"])
+    assert json.loads(capsys.readouterr().out)["error"] == "KeyError: 'missing'"
+    assert lines.rows == []
+
+    def stopped():
+        raise Interrupted(15, "")
+
+    with pytest.raises(Interrupted):
+        lines.row({"case": "b"}, stopped)
