@@ -19,6 +19,7 @@ class Batch:
 
     position_ids restart with every document and every row. labels are aligned with input_ids
     (shift them in the loss); IGNORED where nothing comes before the token or it is padding.
+    num_documents: in all rows; known here, where counting them makes no device wait.
     attention_mask: 1 for tokens, 0 for padding; None if no row is padded.
     """
 
@@ -26,6 +27,7 @@ class Batch:
     document_ids: Tensor
     position_ids: Tensor
     labels: Tensor
+    num_documents: int
     attention_mask: Tensor | None
 
     @property
@@ -34,24 +36,32 @@ class Batch:
         mask = self.attention_mask
         return self.input_ids.numel() if mask is None else int(mask.sum())
 
-    def inputs(self) -> dict[str, Tensor | None]:
+    def inputs(self) -> dict[str, Tensor | int | None]:
         """The keyword arguments of a MoL model: all but the labels."""
         return {
             "input_ids": self.input_ids,
             "attention_mask": self.attention_mask,
             "position_ids": self.position_ids,
             "document_ids": self.document_ids,
+            "num_documents": self.num_documents,
         }
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on a device."""
+        """The same batch on a device, which may still be at other work."""
+
+        def move(x: Tensor) -> Tensor:
+            # A copy from pageable memory waits until a GPU has done all that it was given.
+            waits = device.type == "cuda" and x.device.type == "cpu"
+            return x.pin_memory().to(device, non_blocking=True) if waits else x.to(device)
+
         mask = self.attention_mask
         return Batch(
-            self.input_ids.to(device),
-            self.document_ids.to(device),
-            self.position_ids.to(device),
-            self.labels.to(device),
-            None if mask is None else mask.to(device),
+            move(self.input_ids),
+            move(self.document_ids),
+            move(self.position_ids),
+            move(self.labels),
+            self.num_documents,
+            None if mask is None else move(mask),
         )
 
 
@@ -108,7 +118,8 @@ class TokenRows:
         positions = steps - torch.where(starts, steps, 0).cummax(dim=1).values
         real = steps < self.lengths[index, None]
         labels = torch.where(real & ~starts, ids, IGNORED)
-        return Batch(ids, documents, positions, labels, None if real.all() else real.long())
+        mask = None if real.all() else real.long()
+        return Batch(ids, documents, positions, labels, int(starts.sum()), mask)
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """All rows in order."""

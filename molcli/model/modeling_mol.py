@@ -128,11 +128,13 @@ class MoLModel(MoLPreTrainedModel):
         past_key_values: MoLCache | None = None,
         inputs_embeds: Tensor | None = None,
         document_ids: Tensor | None = None,
+        num_documents: int | None = None,
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
     ) -> MoLModelOutput:
         """input_ids: (B, T). attention_mask: (B, past + T), 0 where padded. document_ids: (B, T),
         packed documents as runs of one id: attention, convolution and state stay inside them.
+        num_documents: how many runs, if the caller knows; counting them waits for the device.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -152,6 +154,7 @@ class MoLModel(MoLPreTrainedModel):
             attention_mask=attention_mask,
             position_ids=position_ids,
             document_ids=document_ids,
+            num_documents=num_documents,
         )
         x = stream.flatten(embeds)
         cos, sin = self.rotary_emb(x, stream.position[None])
@@ -255,6 +258,7 @@ class MoLForCausalLM(MoLGenerationMixin, MoLPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         document_ids: Tensor | None = None,
+        num_documents: int | None = None,
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -270,6 +274,7 @@ class MoLForCausalLM(MoLGenerationMixin, MoLPreTrainedModel):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             document_ids=document_ids,
+            num_documents=num_documents,
             use_cache=use_cache,
             output_router_logits=output_router_logits,
         )

@@ -48,10 +48,11 @@ def token_stream(
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     document_ids: Tensor | None,
+    num_documents: int | None = None,
 ) -> TokenStream:
     """attention_mask: (B, past + T) or None, 0 where padded. position_ids: (B or 1, T).
-    document_ids: (B, T), a document is a run of one id in one row. Without a mask nothing here
-    waits for the device, but for the number of documents.
+    document_ids: (B, T), a document is a run of one id in one row. num_documents: how many runs
+    have tokens; counted where it is None. For that, and for a mask, the device is waited for.
 
     Raises ValueError for packed documents in a batch that continues a cache.
     """
@@ -66,14 +67,14 @@ def token_stream(
         sequence, time = index // length, index % length
     else:
         sequence, time = keep.nonzero(as_tuple=True)
-    document, num_documents = sequence, batch_size
+    document, count = sequence, batch_size
     if document_ids is not None:
         if past_length:
             raise ValueError("document_ids cannot be combined with a cache that holds tokens")
         ids = document_ids[sequence, time]
         new = (ids[1:] != ids[:-1]) | (sequence[1:] != sequence[:-1])
         document = torch.cat([sequence.new_zeros(1), new.long().cumsum(0)])
-        num_documents = int(document[-1]) + 1
+        count = int(document[-1]) + 1 if num_documents is None else num_documents
     if position_ids is None:
         if attention_mask is None:
             position = time + past_length
@@ -87,7 +88,7 @@ def token_stream(
         time=time,
         document=document,
         position=position,
-        num_documents=num_documents,
+        num_documents=count,
         batch_size=batch_size,
         length=length,
         padded=keep is not None,

@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from molcli.kernels.grouped_linear import grouped_linear
 from molcli.kernels.rows import routed_rows
 from molcli.kernels.segment_attention import segment_attention, segment_attention_reference
 from molcli.kernels.segment_attention.reference import PADDED
@@ -68,30 +67,3 @@ def test_gpu_path_is_as_exact_as_eager_bf16():
         error, allowed = ((x.double() - b).norm() / b.norm() for x in (a, e))
         assert error <= 2 * allowed
         print(f"segment attention: {error:.5f} (eager bf16 {allowed:.5f})")
-
-
-@pytest.mark.gpu
-def test_grouped_linear_is_as_exact_as_eager_bf16():
-    _, rows = case("cuda", torch.bfloat16, n=900)
-    generator = torch.Generator("cuda").manual_seed(0)
-    sizes = [(len(rows.tokens), 64), (5, 128, 64)]
-    x, w = (torch.randn(*s, generator=generator, device="cuda") for s in sizes)
-    half = [z.bfloat16().requires_grad_() for z in (x, w)]
-    exact = [z.detach().double().requires_grad_() for z in half]
-    weight = torch.randn(len(rows.tokens), 128, device="cuda", dtype=torch.float64)
-
-    def eager(x, w):
-        return torch.einsum("mi,moi->mo", x, w[rows.blocks])
-
-    results = []
-    for function, inputs in (
-        (lambda x, w: grouped_linear(x, w, rows), half),
-        (eager, half),
-        (eager, exact),
-    ):
-        out = function(*inputs)
-        results.append([out, *torch.autograd.grad((out.double() * weight).sum(), inputs)])
-    for fast, plain, expected in zip(*results, strict=True):
-        error, allowed = ((z.double() - expected).norm() / expected.norm() for z in (fast, plain))
-        assert error <= 2 * allowed
-        print(f"grouped linear: {error:.5f} (eager bf16 {allowed:.5f})")

@@ -75,16 +75,20 @@ def test_a_graph_says_what_the_model_says(make_model, ids, kind):
     settings = dict(layer_kinds=[kind] * 3, head_dim=64, d_thin=64)
     model = make_model(device="cuda", dtype=torch.bfloat16, **settings).eval()
     plain = make_model(device="cuda", dtype=torch.bfloat16, **settings).eval()
-    plain.load_state_dict(model.state_dict())
+    exact = make_model(device="cuda", **settings).eval()
+    for one in (plain, exact):
+        one.load_state_dict(model.state_dict())
     model.compile()
     for shift in range(4):
         now = (ids.cuda() + shift) % 97
-        for one in (model, plain):
+        for one in (model, plain, exact):
             one.lm_head.weight.mul_(1 + shift)
             for layer in one.model.layers:
-                layer.router.correction_bias[shift % 2] += 0.1
-        found = model(now, use_cache=False).logits
-        error = (found - plain(now, use_cache=False).logits).norm() / found.norm()
-        print(f"{kind}, call {shift}: {error:.4f} from eager")
-        assert error < 0.05
+                layer.router.correction_bias[shift % 2] += 0.125
+        found, eager, right = (
+            one(now, use_cache=False).logits.float() for one in (model, plain, exact)
+        )
+        error, allowed = ((x - right).norm() / right.norm() for x in (found, eager))
+        print(f"{kind}, call {shift}: {error:.4f} (eager bf16 {allowed:.4f})")
+        assert error < 2 * allowed
     assert len(model._compiled_call_impl.recorded) == 1

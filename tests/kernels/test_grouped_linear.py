@@ -1,0 +1,57 @@
+"""A linear layer per block: what it computes, and how its weights' gradient is summed."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from molcli.kernels.grouped_linear import grouped_linear_reference
+from molcli.kernels.grouped_linear.product import GroupedProduct, part_ends, parts_of_blocks
+
+
+@given(sizes=st.lists(st.integers(0, 50), min_size=1, max_size=6), parts=st.integers(1, 9))
+def test_parts_share_a_block_evenly(sizes, parts):
+    ends = torch.tensor(sizes).cumsum(0).int()
+    cut = part_ends(ends, parts)
+    assert cut.dtype == torch.int32
+    assert torch.equal(cut[parts - 1 :: parts], ends)
+    shares = cut.diff(prepend=cut.new_zeros(1)).view(len(sizes), parts)
+    assert shares.min() >= 0
+    assert int((shares.amax(1) - shares.amin(1)).max()) <= 1
+
+
+def test_only_few_tiles_over_many_rows_are_parted():
+    assert parts_of_blocks(torch.Size([8, 192, 576]), 131_072) == 7
+    assert parts_of_blocks(torch.Size([8, 192, 192]), 131_072) == 16
+    assert parts_of_blocks(torch.Size([15, 4096, 512]), 98_304) == 1
+    assert parts_of_blocks(torch.Size([8, 192, 576]), 8_192) == 3
+    assert parts_of_blocks(torch.Size([8, 192, 576]), 2_048) == 1
+    assert parts_of_blocks(torch.Size([600, 8, 8]), 10**9) * 600 <= 1024
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("sizes", [[9000, 0, 4000, 1, 7383], [900, 0, 100, 1, 23]])
+def test_it_is_as_exact_as_eager_bf16(device, sizes):
+    """Sums in parts (the first case) and at once; empty blocks get zeros."""
+    generator = torch.Generator(device).manual_seed(0)
+    ends = torch.tensor(sizes, device=device).cumsum(0).int()
+    rows, shape = sum(sizes), (len(sizes), 64, 32)
+    assert (parts_of_blocks(torch.Size(shape), rows) > 1) == (rows > 5000)
+    x, w, g = (
+        torch.randn(*s, generator=generator, device=device) for s in [(rows, 32), shape, (rows, 64)]
+    )
+    half = [z.bfloat16().requires_grad_() for z in (x, w)]
+    exact = [z.detach().double().requires_grad_() for z in half]
+
+    def run(function, inputs):
+        out = function(*inputs)
+        return [out, *torch.autograd.grad(out, inputs, g.to(out.dtype))]
+
+    fast = run(lambda x, w: GroupedProduct.apply(x, w, ends), half)
+    eager = run(lambda x, w: grouped_linear_reference(x, w, ends), half)
+    exact_g = run(lambda x, w: grouped_linear_reference(x, w, ends), exact)
+    for name, a, e, b in zip(("out", "x", "weight"), fast, eager, exact_g, strict=True):
+        error, allowed = (float((z.double() - b).norm() / b.norm()) for z in (a, e))
+        print(f"grouped linear, {rows} rows, {name}: {error:.5f} (eager bf16 {allowed:.5f})")
+        assert error <= 2 * allowed
+    assert not fast[2][1].any()
