@@ -3,6 +3,7 @@
 import torch
 
 from molcli.config.stages import Stage
+from molcli.io.machine import device_name
 from molcli.maths.peak import bf16_peak
 from molcli.model import MoLForCausalLM
 from molcli.model.flops import training_flops
@@ -28,8 +29,3 @@ def flops_share(
         head=stage.kind != "align",
     )
     return flops / (peak * ranks)
-
-
-def device_name(device: torch.device) -> str:
-    """As the driver gives it."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
