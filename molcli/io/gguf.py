@@ -91,6 +91,11 @@ def convert_gguf(path: Path, folder: Path | None = None) -> Path:
             if reader.get_field("tokenizer.ggml.model") is not None:
                 with _read_already(reader):
                     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+                for name in ("bos", "eos"):  # transformers 5.17 takes a Llama's BOS for both
+                    token = getattr(config, f"{name}_token_id")
+                    if token is not None:
+                        word = tokenizer.convert_ids_to_tokens(token)
+                        setattr(tokenizer, f"{name}_token", word)
                 tokenizer.save_pretrained(staging)
     return folder
 
