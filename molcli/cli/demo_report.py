@@ -1,19 +1,16 @@
 """What the demo found: `demo.json`, and the table at its end."""
 
 import json
-import platform
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from rich.console import Console
 from rich.markup import escape
 
-from molcli import __version__
 from molcli.cli.tables import Figures, figures_of, figures_table, parent_figures
 from molcli.config.sections import Recipe
+from molcli.io.machine import device_name, versions
 from molcli.io.parent import Parent
 from molcli.model import MoLForCausalLM
 from molcli.model.checkpoint import default_device, open_checkpoint
@@ -60,8 +57,6 @@ def report(
     kinds = json.loads((checkpoint / "config.json").read_text())["layer_kinds"]
     receipt = json.loads((checkpoint / "receipt.json").read_text())
     calibration = receipt["calibration"]
-    device = default_device()
-    cpu = f"{torch.get_num_threads()} threads of {platform.processor() or platform.machine()}"
     return {
         "parent": asdict(parent),
         "upcycled": asdict(figures_of(before)),
@@ -77,13 +72,8 @@ def report(
             "heldout": after.tokens,
         },
         "continuations": texts,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
-        "versions": {
-            "molcli": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "device": device_name(default_device()),
+        "versions": versions(),
         "seconds": {**seconds, "total": round(sum(seconds.values()), 1)},
     }
 

@@ -17,7 +17,8 @@ class UpcycleConfig:
 
     preset: what null stands for in d_thin, d_ff_thin and num_heads_thin, A being the blocks that
         run on a token, S + K. "balanced", the paper's rule: d_model / A wide, with heads and
-        neurons in proportion to the width. "quality" and "fast": as wide and with as many neurons
+        neurons in proportion to the width, or a few heads more where whole groups that share a
+        key-value head take fewer weights. "quality" and "fast": as wide and with as many neurons
         as give the A blocks 75% or 37.5% of the parent layer's weights, and with the fewest heads
         that hold all of the parent's in A blocks.
     num_blocks: thin blocks in a layer, shared ones included (N).

@@ -8,9 +8,12 @@ import contextlib
 import hashlib
 import io
 import sys
+from collections.abc import Iterator
+from math import gcd
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
@@ -86,7 +89,13 @@ def convert_gguf(path: Path, folder: Path | None = None) -> Path:
             writer.close()
             config.save_pretrained(staging)
             if reader.get_field("tokenizer.ggml.model") is not None:
-                tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+                with _read_already(reader):
+                    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+                for name in ("bos", "eos"):  # transformers 5.17 takes a Llama's BOS for both
+                    token = getattr(config, f"{name}_token_id")
+                    if token is not None:
+                        word = tokenizer.convert_ids_to_tokens(token)
+                        setattr(tokenizer, f"{name}_token", word)
                 tokenizer.save_pretrained(staging)
     return folder
 
@@ -112,14 +121,35 @@ def _open(path: Path) -> "GGUFReader":
             f"{path} is a GGUF file, and the package that reads those is not installed",
             hint="pip install 'molcli[gguf]'",
         ) from error
+
+    class Reader(GGUFReader):
+        """On a plain array: slicing a memmap, as for every word of a vocabulary, is slow."""
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, np.asarray(value) if name == "data" else value)
+
     try:
-        return GGUFReader(path)
+        return Reader(path)
     except (ValueError, IndexError, OverflowError) as error:
         raise MolError(
             f"{path} is damaged or not a GGUF file ({error})",
             allowed="a complete GGUF file",
             hint="download it again",
         ) from error
+
+
+@contextlib.contextmanager
+def _read_already(reader: "GGUFReader") -> Iterator[None]:
+    """transformers takes this reader, where it would read its file once or twice more."""
+    import gguf
+
+    module: Any = gguf  # its class is looked up there at every use
+    original = module.GGUFReader
+    module.GGUFReader = lambda _: reader
+    try:
+        yield
+    finally:
+        module.GGUFReader = original
 
 
 def _config(path: Path, reader: "GGUFReader") -> PreTrainedConfig:
@@ -183,10 +213,14 @@ def _name(path: Path, name: str) -> str:
 
 
 def _weights(tensor: "ReaderTensor") -> torch.Tensor:
-    """float32, (out, in) as in a linear layer."""
+    """float32, (out, in) as in a linear layer, or (out,)."""
     from gguf import dequantize
 
-    return torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).float()
+    data = tensor.data
+    if data.ndim > 1:  # gguf takes 16 rows at a time, which costs more than the work where short
+        data = data.reshape(len(data) // gcd(len(data), 16), -1)
+    weights = np.require(dequantize(data, tensor.tensor_type), np.float32, "W")
+    return torch.from_numpy(weights).view(*reversed(tensor.shape.tolist()))
 
 
 def _exact_in_bf16(weights: torch.Tensor) -> bool:

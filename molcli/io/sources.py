@@ -1,5 +1,6 @@
 """Where rows of text come from: a local file or a data set on the Hub, streamed."""
 
+import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -25,8 +26,12 @@ def source_rows(source: str) -> Iterator[dict[str, Any]]:
     Raises MolError if it is missing, of another kind, or unreadable. The name is checked at once,
     the content on iteration. A file without bytes has no rows.
     """
-    load = _hub_arguments(source) if source.startswith(HUB) else _file_arguments(source)
-    return _read(source, load)
+    if source.startswith(HUB):
+        return _read(source, _streamed(_hub_arguments(source)))
+    arguments = _file_arguments(source)
+    if Path(source).suffix == ".jsonl":
+        return _read(source, _json_lines(Path(source)))
+    return _read(source, _streamed(arguments))
 
 
 def _hub_arguments(source: str) -> dict[str, Any]:
@@ -58,7 +63,22 @@ def _file_arguments(source: str) -> dict[str, Any]:
     return {"path": builder, "data_files": source, "split": "train", **options}
 
 
-def _read(source: str, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Without `datasets`, whose import takes seconds: it brings pandas and pyarrow."""
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"line {number} is not JSON ({error})") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} is not a JSON object")
+            yield row
+
+
+def _streamed(arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -66,10 +86,16 @@ def _read(source: str, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
             "reading text needs the library `datasets`, which is not installed",
             hint="pip install datasets",
         ) from error
+    # Streaming: no second copy of the corpus in the Hugging Face cache.
+    rows: Iterable[dict[str, Any]] = load_dataset(streaming=True, **arguments)
+    yield from rows
+
+
+def _read(source: str, rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     try:
-        # Streaming: no second copy of the corpus in the Hugging Face cache.
-        rows: Iterable[dict[str, Any]] = load_dataset(streaming=True, **arguments)
         yield from rows
+    except MolError:
+        raise
     except Exception as error:  # whatever the format's reader raises: the file is the user's
         path = Path(source)
         if path.is_file() and path.stat().st_size == 0:

@@ -54,12 +54,17 @@ class ThinShape:
 
 
 def covering_heads(active: int, dense: DenseShape) -> int:
-    """The cheapest number of heads with which `active` blocks hold every head of the parent.
+    """The cheapest number of heads with which `active` blocks hold every head of the parent."""
+    return cheapest_heads(-(-dense.heads // active), dense)
+
+
+def cheapest_heads(least: int, dense: DenseShape) -> int:
+    """The number of heads, at least `least`, that takes a block the fewest weights.
 
     Whole groups of query heads need one key-value head each; other numbers need copies, so that 12
     heads in groups of 4 cost less than 11.
     """
-    enough = range(-(-dense.heads // active), dense.heads + 1)
+    enough = range(least, dense.heads + 1)
     return min(enough, key=lambda h: h + thin_kv_heads(h, dense.heads, dense.kv_heads))
 
 

@@ -6,7 +6,7 @@ from molcli.config.layer_choice import chosen_layers, refuse_beyond
 from molcli.config.sections import UpcycleConfig
 from molcli.errors import MolError
 from molcli.maths.partition import thin_kv_heads
-from molcli.maths.shapes import DenseShape, ThinShape, covering_heads, thin_shape
+from molcli.maths.shapes import DenseShape, ThinShape, cheapest_heads, covering_heads, thin_shape
 from molcli.model.configuration_mol import MoLConfig
 
 # Share of a layer's weights that its active blocks have together. `balanced` is the paper's rule
@@ -88,9 +88,10 @@ def _thin_shape(options: UpcycleConfig, dense: DenseShape, active: int) -> ThinS
 
 
 def _in_proportion(width: int, dense: DenseShape) -> ThinShape:
-    """Heads and neurons in the share that the width has."""
+    """Heads and neurons in the width's share; more heads where that takes fewer weights."""
     share = width / dense.d_model
-    return ThinShape(width, max(1, round(dense.heads * share)), max(1, round(dense.d_ff * share)))
+    heads = cheapest_heads(max(1, round(dense.heads * share)), dense)
+    return ThinShape(width, heads, max(1, round(dense.d_ff * share)))
 
 
 def _paper_width(dense: DenseShape, active: int) -> int:

@@ -3,16 +3,18 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from molcli.errors import MolError
-from molcli.io.gguf import convert_gguf
+from molcli.io.gguf import _weights, convert_gguf
 from molcli.io.parent import open_parent, outline
 
 GGUF_MODULES = {
@@ -160,6 +162,33 @@ def test_tokenizer_comes_along(tiny_parent, tmp_path: Path, capfd) -> None:
     text = "the quick router sleeps 42"
     assert tokenizer(text).input_ids == open_parent(folder).tokenizer()(text).input_ids
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
+
+
+def test_the_file_is_parsed_once(tiny_parent, tmp_path: Path, monkeypatch) -> None:
+    path = write_gguf(tmp_path / "m.gguf", tiny_parent("llama"))
+    reader, parse = gguf.GGUFReader, gguf.GGUFReader.__init__
+    parsed = []
+
+    def count(self: gguf.GGUFReader, source: Path) -> None:
+        parsed.append(source)
+        parse(self, source)
+
+    monkeypatch.setattr(reader, "__init__", count)
+    assert open_parent(path).tokenizer() is not None
+    assert parsed == [path]
+    assert gguf.GGUFReader is reader
+
+
+@pytest.mark.parametrize("rows", [7, 24, 32])
+@pytest.mark.parametrize("kind", ["Q4_1", "Q8_0", "BF16", "F16", "F32"])
+def test_weights_are_those_of_gguf(tmp_path: Path, kind: str, rows: int) -> None:
+    dtype = gguf.GGMLQuantizationType[kind]
+    numbers = torch.linspace(-3, 2, rows * 64).view(rows, 64).numpy()
+    quantized = gguf.quants.quantize(numbers, dtype)
+    tensor = SimpleNamespace(data=quantized, tensor_type=dtype, shape=np.array([64, rows]))
+    expected = gguf.dequantize(quantized, dtype)
+    assert np.array_equal(_weights(tensor).numpy(), expected)
+    assert not np.array_equal(expected, np.zeros_like(numbers))
 
 
 def test_conversion_is_cached_until_the_file_changes(

@@ -2,6 +2,7 @@
 
 import json
 import lzma
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,15 @@ def test_jsonl_gives_one_document_a_row(tmp_path: Path, name: str) -> None:
     assert list(read_documents(data)) == ["one\n\nstill one", "two"]
 
 
+def test_jsonl_needs_no_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    rows = [{"text": "één", "n": 1}, {"n": ["of", "another", "type"], "input_ids": [5]}]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert list(read_documents(data)) == ["één", [5]]
+    with pytest.raises(MolError, match="needs the library `datasets`"):
+        list(read_documents(write_jsonl(tmp_path / "rows.jsonl.xz", rows)))
+
+
 def test_token_ids_win_over_text(tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", [{"text": "abc", "input_ids": [5, 6]}])
     assert list(read_documents(data)) == [[5, 6]]
@@ -63,15 +73,17 @@ def test_blank_lines_end_a_text_document(tmp_path: Path) -> None:
         ("empty.jsonl", "", "holds no text"),
         ("other.jsonl", '{"body": "x"}\n', "its fields are `body`"),
         ("number.jsonl", '{"text": 3}\n', "its fields are `text`"),
-        ("broken.jsonl", '{"text": "x"\n', "cannot be read"),
+        ("broken.jsonl", '{"text": "x"}\n\n{"text": "x"\n', "cannot be read: line 3 is not JSON"),
+        ("list.jsonl", '["x"]\n', "cannot be read: line 1 is not a JSON object"),
+        ("latin.jsonl", b'{"text": "\xe9"}\n', "cannot be read: 'utf-8' codec"),
         ("broken.parquet", "PAR0", "cannot be read"),
     ],
 )
 def test_unusable_data_is_refused(
-    tmp_path: Path, name: str, content: str | None, found: str
+    tmp_path: Path, name: str, content: str | bytes | None, found: str
 ) -> None:
     if content is not None:
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(MolError, match=found):
         list(read_documents(str(tmp_path / name)))
 

@@ -45,6 +45,23 @@ def test_a_preset_is_a_share_of_any_parent(
     assert low <= share(PARENTS[name], config) <= high
 
 
+@pytest.mark.parametrize(
+    "name, heads, kv_heads",
+    [
+        ("SmolLM2-135M", 3, 1),  # in proportion to the width, and a whole group
+        ("Qwen3-0.6B", 6, 3),
+        ("Llama-3.2-1B", 12, 3),  # 11 in proportion, which would need 11 key-value heads
+        ("Llama-3.2-3B", 9, 3),  # 8
+        ("Llama-3.1-8B", 12, 3),  # 11
+    ],
+)
+def test_balanced_takes_whole_groups_of_heads_where_that_is_cheaper(
+    name: str, heads: int, kv_heads: int
+) -> None:
+    found = converted_config(PARENTS[name], UpcycleConfig(preset="balanced"))
+    assert (found.thin_num_attention_heads, found.thin_num_key_value_heads) == (heads, kv_heads)
+
+
 @pytest.mark.parametrize("name", PARENTS)
 def test_balanced_is_the_papers_rule_and_in_between(name: str) -> None:
     dense = PARENTS[name]

@@ -25,6 +25,13 @@ SHAPE: dict[str, Any] = {
     "d_ff_thin": 24,
 }
 
+HEAD = 2 * 50 * 32
+
+
+def layer(kind: str) -> int:
+    one = SHAPE | {"num_hidden_layers": 1}
+    return count_flops(MoLConfig(layer_kinds=[kind], **one), 64).active - HEAD
+
 
 @torch.no_grad()
 def counted(config: MoLConfig) -> int:
@@ -83,8 +90,23 @@ def test_routed_attention_sees_its_own_tokens_and_deltanet_none() -> None:
 def test_training_is_three_passes_and_the_parents() -> None:
     config, dense = (MoLConfig(layer_kinds=[kind] * 2, **SHAPE) for kind in ("softmax", "dense"))
     once, parents = count_flops(config, 64).active, count_flops(dense, 64).active
-    head = 2 * 50 * 32
     assert training_flops(config, 64, parent=None) == 3 * once
-    assert training_flops(config, 64, parent=None, head=False) == 3 * (once - head)
+    assert training_flops(config, 64, parent=None, layerwise=True) == 3 * (once - HEAD)
     both = training_flops(config, 64, parent=dense, recompute=True)
-    assert both == 3 * once + (once - head) + parents
+    assert both == 3 * once + (once - HEAD) + parents
+
+
+def test_frozen_weights_cost_less_and_least_below_the_trained_ones() -> None:
+    shape = SHAPE | {"num_hidden_layers": 3}
+    config = MoLConfig(layer_kinds=["dense", "softmax", "dense"], **shape)
+    attention = 4 * 4 * 8 * (64 + 1) // 2  # whose two operands both take a gradient
+    reached = 2 * (layer("dense") - attention) + 3 * attention
+    mol = layer("dense") + 3 * layer("softmax") + reached + 2 * HEAD
+    assert training_flops(config, 64, parent=None, trainable="mol") == mol
+    again = training_flops(config, 64, parent=None, trainable="mol", recompute=True)
+    assert again == mol + layer("softmax") + layer("dense")
+    alone = training_flops(config, 64, parent=config, layerwise=True)
+    assert alone == 3 * layer("softmax") + count_flops(config, 64).active - HEAD
+    every = MoLConfig(layer_kinds=["softmax"] * 3, **shape)
+    frozen_head = training_flops(every, 64, parent=None) - HEAD
+    assert training_flops(every, 64, parent=None, trainable="mol") == frozen_head

@@ -1,15 +1,11 @@
 """What was measured, and with what."""
 
-import platform
-import subprocess
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from molcli import __version__
+from molcli.io.machine import commit, device_name, versions
 
 
 @dataclass(frozen=True)
@@ -53,29 +49,5 @@ class Report:
 
 def machine(device: torch.device, seed: int) -> dict[str, str]:
     """Device, versions, seed and commit."""
-    gpu = device.type == "cuda"
-    known = {
-        "device": torch.cuda.get_device_name(device) if gpu else platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "seed": str(seed),
-        "molcli": f"{__version__} {_commit()}".strip(),
-    }
-    for package in ("transformers", "triton", "fla-core"):
-        try:
-            known[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return known
-
-
-def _commit() -> str:
-    """Of the checkout that molcli runs from; empty if it runs from none."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    try:
-        found = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-        )
-    except OSError:
-        return ""
-    return found.stdout.strip() if found.returncode == 0 else ""
+    found = {"device": device_name(device), "seed": str(seed), **versions()}
+    return found | {"molcli": f"{found['molcli']} {commit()}".strip()}

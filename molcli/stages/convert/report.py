@@ -1,13 +1,9 @@
 """What a conversion says about itself: convert.json."""
 
-import platform
 from typing import Any
 
-import torch
-import transformers
-
-from molcli import __version__
 from molcli.config.sections import Recipe
+from molcli.io.machine import device_name, versions
 from molcli.maths.parameters import count_parameters
 from molcli.model.checkpoint import default_device
 from molcli.model.configuration_mol import MoLConfig
@@ -52,11 +48,6 @@ def report(
         },
         "heldout": losses,
         "layers": layers,
-        "versions": {
-            "molcli": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "device": str(default_device()),
+        "versions": versions(),
+        "device": device_name(default_device()),
     }

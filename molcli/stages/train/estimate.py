@@ -22,8 +22,8 @@ from molcli.stages.train.optimizer import set_trainable
 from molcli.stages.train.steps import step_tokens, steps_of
 
 # Of a large matrix product's speed, what a step of many small ones gets: SmolLM2-135M on an
-# H100, and its last layers on two CPU cores.
-_UTILISATION = {"cuda": 0.12, "cpu": 0.3}
+# H100, and its last layers, the others frozen, on two CPU cores.
+_UTILISATION = {"cuda": 0.12, "cpu": 0.19}
 _GEMM = {"cuda": 8192, "cpu": 1024}  # rows and columns of the product that is timed
 
 
@@ -98,7 +98,8 @@ def _stage(
         model,
         settings.context_length,
         parent=parent,
-        head=not align,
+        trainable=settings.trainable,
+        layerwise=align,
         recompute=settings.gradient_checkpointing,
     )
     memory = training_memory(

@@ -3,6 +3,7 @@
 import torch
 
 from molcli.config.stages import Stage
+from molcli.io.machine import device_name
 from molcli.maths.peak import bf16_peak
 from molcli.model import MoLForCausalLM
 from molcli.model.flops import training_flops
@@ -15,7 +16,8 @@ def flops_share(
     """Model FLOPs utilisation at one token a second; None unless the devices' peak is known.
 
     Counts active blocks, at the checkpoint's own number, and forward passes once: what gradient
-    checkpointing repeats is no use. Every weight counts as trained. parent: that the stage runs.
+    checkpointing repeats is no use. A trained weight counts 6, a frozen one 4 or 2, as
+    `training_flops` says. parent: that the stage runs.
     """
     device = next(model.parameters()).device
     peak = bf16_peak(device_name(device))
@@ -25,11 +27,7 @@ def flops_share(
         model.config,
         stage.settings.context_length,
         parent=None if parent is None else parent.config,
-        head=stage.kind != "align",
+        trainable=stage.settings.trainable,
+        layerwise=stage.kind == "align",
     )
     return flops / (peak * ranks)
-
-
-def device_name(device: torch.device) -> str:
-    """As the driver gives it."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

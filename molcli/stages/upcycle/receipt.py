@@ -1,15 +1,11 @@
 """What a conversion says about itself: receipt.json."""
 
-import platform
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-import transformers
-
-from molcli import __version__
 from molcli.config.sections import Recipe
 from molcli.io.calibration import Calibration
+from molcli.io.machine import device_name, versions
 from molcli.io.parent import Parent
 from molcli.maths.parameters import count_parameters
 from molcli.model.checkpoint import default_device
@@ -46,7 +42,6 @@ def receipt(
     count = count_parameters(config)
     length = recipe.calibrate.context_length if text is None else text.heldout.input_ids.shape[1]
     flops = count_flops(config, length)
-    device = default_device()
     return {
         "parent": {"name": parent.name, "fingerprint": parent.fingerprint()},
         "method": recipe.upcycle.method,
@@ -68,11 +63,6 @@ def receipt(
         "layers": measured.layers,
         "continuations": continuations,
         "seconds": round(seconds, 1),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "versions": {
-            "molcli": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "device": device_name(default_device()),
+        "versions": versions(),
     }

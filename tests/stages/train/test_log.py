@@ -162,8 +162,11 @@ def test_utilisation_is_of_the_bf16_peak_of_all_devices(
     flops = training_flops(model.config, 16, parent=None)
     assert flops_share(stage, model, None, ranks=2) == flops / (2 * 989.4e12)
     half = Stage("align", stage.settings)
-    both = training_flops(model.config, 16, parent=model.config, head=False)
+    both = training_flops(model.config, 16, parent=model.config, layerwise=True)
     assert flops_share(half, model, model, ranks=1) == both / 989.4e12
+    frozen = Stage("pretrain", recipe(precision="bf16", trainable="mol").train)
+    less = training_flops(model.config, 16, parent=None, trainable="mol")
+    assert flops_share(frozen, model, None, ranks=1) == less / 989.4e12 < flops / 989.4e12
     fp32 = Stage("pretrain", recipe(precision="fp32").train)
     assert flops_share(fp32, model, None, ranks=1) is None
 
