@@ -69,16 +69,16 @@ class Corpus:
                 places.append(mine)
         back = torch.cat(places).argsort()
         fields = [(part.input_ids, part.document_ids, part.lengths) for part in parts]
-        return TokenRows(*(torch.cat(field)[back] for field in zip(*fields, strict=True)))
+        return TokenRows(*map(torch.cat, zip(*fields, strict=True))).rows(back)
 
-    def batch(self, index: Tensor) -> Batch:
-        """Some of the rows as a model takes them."""
-        return self.rows(index).batch(slice(None))
+    def batch(self, index: Tensor, device: torch.device | None = None) -> Batch:
+        """Some of the rows as a model on the device (else the CPU) takes them."""
+        return self.rows(index).batch(slice(None), device)
 
-    def batches(self, batch_size: int) -> Iterator[Batch]:
+    def batches(self, batch_size: int, device: torch.device | None = None) -> Iterator[Batch]:
         """All rows in order, source by source."""
         for index in torch.arange(len(self)).split(batch_size):
-            yield self.batch(index)
+            yield self.batch(index, device)
 
     def fingerprint(self) -> str:
         """sha256 over every source's fingerprint and weight; not over their names."""

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,24 +47,6 @@ class Batch:
             "num_documents": self.num_documents,
         }
 
-    def to(self, device: torch.device) -> "Batch":
-        """The same batch on a device, which may still be at other work."""
-
-        def move(x: Tensor) -> Tensor:
-            # A copy from pageable memory waits until a GPU has done all that it was given.
-            waits = device.type == "cuda" and x.device.type == "cpu"
-            return x.pin_memory().to(device, non_blocking=True) if waits else x.to(device)
-
-        mask = self.attention_mask
-        return Batch(
-            move(self.input_ids),
-            move(self.document_ids),
-            move(self.position_ids),
-            move(self.labels),
-            self.num_documents,
-            None if mask is None else move(mask),
-        )
-
 
 class Rows(Protocol):
     """Packed rows of one length, in memory or on the disk."""
@@ -102,29 +85,44 @@ class TokenRows:
         return int(self.lengths.sum())
 
     @property
+    def num_documents(self) -> int:
+        """Of all rows together: one that two rows share counts twice."""
+        # By NumPy, as is every small task between two steps: torch would wake its threads, which
+        # costs more, and in a container that may not use as many, a tenth of a second.
+        ids = self.document_ids.numpy()
+        return len(ids) + int(np.count_nonzero(ids[:, 1:] != ids[:, :-1]))
+
+    @property
     def predicted(self) -> int:
         """Tokens that another one of their document and row precedes."""
-        return int((self.batch(slice(None)).labels != IGNORED).sum())
+        return self.tokens - self.num_documents
 
     def rows(self, index: slice | Tensor) -> "TokenRows":
         """Some of the rows, by slice or by (n,) indices."""
-        return TokenRows(self.input_ids[index], self.document_ids[index], self.lengths[index])
+        fields = (self.input_ids, self.document_ids, self.lengths)
+        if isinstance(index, slice):
+            return TokenRows(*(field[index] for field in fields))
+        return TokenRows(*(torch.from_numpy(field.numpy()[index.numpy()]) for field in fields))
 
-    def batch(self, index: slice | Tensor) -> Batch:
-        """Some of the rows as a model takes them."""
-        ids, documents = self.input_ids[index].long(), self.document_ids[index].long()
-        steps = torch.arange(ids.shape[1])
+    def batch(self, index: slice | Tensor, device: torch.device | None = None) -> Batch:
+        """Some of the rows as a model on the device (else the CPU) takes them. A GPU may still be
+        at other work, for which nothing here waits."""
+        part = self.rows(index)
+        ids, documents = (_moved(x, device).long() for x in (part.input_ids, part.document_ids))
+        steps = torch.arange(ids.shape[1], device=device)
         starts = torch.diff(documents, dim=1, prepend=documents.new_full((len(ids), 1), -1)) != 0
         positions = steps - torch.where(starts, steps, 0).cummax(dim=1).values
-        real = steps < self.lengths[index, None]
-        labels = torch.where(real & ~starts, ids, IGNORED)
-        mask = None if real.all() else real.long()
-        return Batch(ids, documents, positions, labels, int(starts.sum()), mask)
+        real, mask = ~starts, None
+        if part.tokens < ids.numel():
+            mask = (steps < _moved(part.lengths, device)[:, None]).long()
+            real = real & mask.bool()
+        labels = torch.where(real, ids, IGNORED)
+        return Batch(ids, documents, positions, labels, part.num_documents, mask)
 
-    def batches(self, batch_size: int) -> Iterator[Batch]:
+    def batches(self, batch_size: int, device: torch.device | None = None) -> Iterator[Batch]:
         """All rows in order."""
         for first in range(0, len(self), batch_size):
-            yield self.batch(slice(first, first + batch_size))
+            yield self.batch(slice(first, first + batch_size), device)
 
     def fingerprint(self) -> str:
         """sha256 over the tokens and the document boundaries."""
@@ -132,6 +130,13 @@ class TokenRows:
         for tensor in (self.input_ids, self.document_ids, self.lengths):
             digest.update(tensor.contiguous().numpy().data)
         return digest.hexdigest()
+
+
+def _moved(x: Tensor, device: torch.device | None) -> Tensor:
+    if device is None or device.type != "cuda":
+        return x.to(device)
+    # A copy from pageable memory waits until the GPU has done all that it was given.
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 class RowOrder:

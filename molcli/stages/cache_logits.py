@@ -76,7 +76,7 @@ def cache_logits(
         packed = rows.rows(torch.arange(first, last))
         ids, log_probs, rest = [], [], []
         for done in range(0, last - first, config.micro_batch_size):
-            batch = packed.batch(slice(done, done + config.micro_batch_size)).to(device)
+            batch = packed.batch(slice(done, done + config.micro_batch_size), device)
             hidden = model.model(**batch.inputs(), use_cache=False).last_hidden_state
             kept = top_k_predictions(Head(hidden, model.lm_head.weight), top_k)
             ids.append(kept.ids.int().cpu())

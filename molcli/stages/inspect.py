@@ -78,14 +78,14 @@ def inspect_routing(
     mol_layers = [i for i in range(settings.num_hidden_layers) if not settings.is_dense(i)]
     counts: dict[int, RoutingCounts] = {}
     done = 0
-    for batch in rows.batches(config.batch_size):
-        batch = batch.to(device)
+    for batch in rows.batches(config.batch_size, device):
         with torch.no_grad():
             out = model.model(
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,
                 position_ids=batch.position_ids,
                 document_ids=batch.document_ids,
+                num_documents=batch.num_documents,
                 use_cache=False,
             )
         documents = flat_documents(batch)

@@ -53,8 +53,8 @@ def influences(parent: MoLForCausalLM, rows: TokenRows) -> list[float]:
         return hook
 
     hooks = [layer.register_forward_hook(add(i)) for i, layer in enumerate(parent.model.layers)]
-    for batch in rows.batches(ROWS):
-        parent.model(**batch.to(parent.device).inputs(), use_cache=False)
+    for batch in rows.batches(ROWS, parent.device):
+        parent.model(**batch.inputs(), use_cache=False)
     for handle in hooks:
         handle.remove()
     return [total / rows.tokens for total in sums]

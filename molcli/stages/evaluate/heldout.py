@@ -46,8 +46,7 @@ def predict(models: Models, rows: TokenRows, batch_size: int, progress: Progress
     model, dense = models.model, models.parent
     sums = torch.zeros(5, dtype=torch.float64)
     seen = 0
-    for batch in rows.batches(batch_size):
-        batch = batch.to(models.device)
+    for batch in rows.batches(batch_size, models.device):
         heads = [_head(net, batch) for net in models.named().values()]
         losses = token_losses(heads[0], batch.labels, None if dense is None else heads[1])
         sums += torch.stack(

@@ -60,7 +60,7 @@ class Alignment:
         mine = share(len(index), micro_batch_size, accelerator)
         sums, layers = torch.zeros(4, device=accelerator.device), 0
         for part in mine:
-            batch = packed.batch(part).to(accelerator.device)
+            batch = packed.batch(part, accelerator.device)
             for error, balance in self._layers(batch):
                 error, balance = error / tokens, balance / (len(mine) * ranks)
                 loss = error + self.balance_weight * balance
@@ -78,7 +78,7 @@ class Alignment:
         packed, parts = rows.rows(index), share(len(index), micro_batch_size, accelerator)
         sums = torch.zeros((), device=accelerator.device)
         for part in parts:  # to the end: ranks run the same layers
-            batch = packed.batch(part).to(accelerator.device)
+            batch = packed.batch(part, accelerator.device)
             for error, balance in self._layers(batch):
                 sums += error + balance
         return bool(sums.isfinite())

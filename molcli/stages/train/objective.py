@@ -100,7 +100,7 @@ class Objective:
         mine = share(len(index), micro_batch_size, accelerator)
         parts = torch.zeros(4, device=accelerator.device)
         for part in mine:
-            batch = packed.batch(part).to(accelerator.device)
+            batch = packed.batch(part, accelerator.device)
             parent = self._predictions(batch, index[part])
             losses, balance = self.student(batch, parent, self.weights)
             balance = balance / (len(mine) * ranks)
@@ -120,7 +120,7 @@ class Objective:
         packed = rows.rows(index)
         sums = torch.zeros((), device=accelerator.device)
         for part in share(len(index), micro_batch_size, accelerator):
-            batch = packed.batch(part).to(accelerator.device)
+            batch = packed.batch(part, accelerator.device)
             predictions = self._predictions(batch, index[part])
             losses, balance = self.student(batch, predictions, self.weights)
             sums += losses.loss + balance

@@ -82,8 +82,8 @@ def fit_layer(
     """Fits a layer so that the student's residual becomes the parent's, past errors included.
 
     x: (n, d_model), the student's residual before the layer. Blocks are fitted one family after
-    another, each to what the families before it leave; then on the way back to what all others
-    leave.
+    another, each to what the families before it leave; then twice, on the way back and forth, to
+    what all others leave.
     """
     layer, chunks = MoLLayer(config, index).to(x.device), teacher.chunks
     # What counts in the end passes a norm: an error matters relative to its residual's size.
@@ -117,7 +117,7 @@ def fit_layer(
             families.append(_Family(layer.routed, first, ThinBlocks(spec, config), part, own))
             first += count
     retained = [fit_blocks(one.blocks.to(x.device), one.part, one.task) for one in families]
-    for one in families[-2::-1]:  # the last has seen all others
+    for one in [*families[-2::-1], *families[1:]]:  # the one before has seen all others
         refit_blocks(one.blocks, one.part, one.task)
     for one in families:
         one.store()
