@@ -4,10 +4,10 @@ The order inside a block follows the data: what it reads, its projections, its h
 neurons, what it writes. Every matrix is refitted on the features that the matrices before it really
 produce: a truncated parent matrix alone is no better than leaving the layer out.
 
-Of all tokens, only what is left to learn and what one family's heads give are kept; what blocks
-read, neurons, inputs and targets are computed anew for each regression, a chunk at a time, and only
-their moments are summed. All families are fitted to read first: nothing that they read depends on
-what others write, and the parent's residual can then move on in place.
+Of all tokens, only residuals are kept; what blocks read, heads, neurons, inputs and targets are
+computed anew for each regression, a chunk at a time, and only their moments are summed. All
+families are fitted to read first: nothing that they read depends on what others write, and the
+parent's residual can then move on in place.
 """
 
 from collections.abc import Iterator
@@ -126,11 +126,10 @@ class Family:
         """Sets all other parameters, and takes what the blocks add from `goal.left`; between
         `Teacher.attend` and `Teacher.feed`."""
         blocks, block, task = self.blocks, self.blocks.block, self.task
-        heads = [self._heads(piece) for piece in task.pieces]
-        self._fit_neurons(heads)
+        self._fit_neurons()
 
         # What to write: reduced-rank regression of the target on heads and neurons together.
-        gram, cross = task.moments(self._outputs(heads, goal))
+        gram, cross = task.moments(self._outputs(goal))
         width = self.first_out.shape[2]
         write, mixing = reduced_rank(gram, cross, blocks.thin_out.shape[2], task.penalty)
         # The thin coordinates are free up to a turn; take the one in which heads write what the
@@ -145,10 +144,11 @@ class Family:
 
         # The output projection moved, so the neurons see other inputs: refit them, then their
         # output.
-        self._fit_neurons(heads)
-        full = task.regress(self._leftovers(heads, goal))
+        self._fit_neurons()
+        full = task.regress(self._leftovers(goal))
         block.mlp.down_proj.copy_(least_squares_left(blocks.thin_out.double(), full))
-        for piece, own in zip(task.pieces, heads, strict=True):
+        for piece in task.pieces:
+            own = self._heads(piece)
             left = goal.left[piece.chunk.tokens]
             down = grouped_linear(self._neurons(own, piece), block.mlp.down_proj, piece.rows)
             delta = (self._from_heads(own, piece) + down) * piece.gate[:, None]
@@ -178,32 +178,34 @@ class Family:
         if mixer.o_bias is not None:
             mixer.o_bias.zero_()
 
-    def _fit_neurons(self, heads: list[Tensor]) -> None:
+    def _fit_neurons(self) -> None:
         """Fits gate and up to the parent's, on what the block's FFN reads."""
         mlp, teacher = self.blocks.block.mlp, self.task.teacher
         samples = (
             (
-                self._mlp_input(own, piece),
+                self._mlp_input(self._heads(piece), piece),
                 piece.rows.gather(teacher.mlp_input(piece.chunk)),
                 piece.rows.offsets,
             )
-            for piece, own in zip(self.task.pieces, heads, strict=True)
+            for piece in self.task.pieces
         )
         fitted = self.task.regress(samples, teacher.neurons(self.part))
         assert mlp.gate_proj is not None
         for weight, own in zip((mlp.gate_proj, mlp.up_proj), fitted.chunk(2, dim=1), strict=True):
             weight.copy_(own)
 
-    def _outputs(self, heads: list[Tensor], goal: Goal) -> Iterator[Sample]:
+    def _outputs(self, goal: Goal) -> Iterator[Sample]:
         """Heads and neurons, and what they are to give together."""
-        for piece, own in zip(self.task.pieces, heads, strict=True):
+        for piece in self.task.pieces:
+            own = self._heads(piece)
             wanted, weight = goal.of(piece)
             features = torch.cat([own, self._neurons(own, piece)], dim=1).mul_(weight)
             yield features, wanted, piece.rows.offsets
 
-    def _leftovers(self, heads: list[Tensor], goal: Goal) -> Iterator[Sample]:
+    def _leftovers(self, goal: Goal) -> Iterator[Sample]:
         """Neurons, and what the heads leave to them."""
-        for piece, own in zip(self.task.pieces, heads, strict=True):
+        for piece in self.task.pieces:
+            own = self._heads(piece)
             wanted, weight = goal.of(piece)
             written = self._written(self._from_heads(own, piece) * weight, piece)
             yield self._neurons(own, piece).mul_(weight), wanted.sub_(written), piece.rows.offsets
