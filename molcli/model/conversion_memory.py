@@ -37,7 +37,8 @@ def _fit(config: MoLConfig, tokens: int, heldout: int, device: str) -> int:
     joint = inner + neurons
     clones = -(-config.num_routed_blocks // max(1, config.num_blocks_per_tok))
     seen = 1 if config.restrict_attention or not clones else clones
-    held = d + 1  # what is left to learn, and its importance
+    # What is left to learn, and its importance; a family's heads.
+    held = d + 1 + seen * inner
     routed = config.num_blocks_per_tok if config.restrict_attention else config.num_routed_blocks
     indices = 6 * routed * _INT64
     blocks = max(1, clones)

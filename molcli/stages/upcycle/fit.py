@@ -4,10 +4,10 @@ The order inside a block follows the data: what it reads, its projections, its h
 neurons, what it writes. Every matrix is refitted on the features that the matrices before it really
 produce: a truncated parent matrix alone is no better than leaving the layer out.
 
-Of all tokens, only residuals are kept; what blocks read, heads, neurons, inputs and targets are
-computed anew for each regression, a chunk at a time, and only their moments are summed. All
-families are fitted to read first: nothing that they read depends on what others write, and the
-parent's residual can then move on in place.
+Of all tokens, only residuals are kept, and what the heads of the family at work give; what it
+reads, its neurons, inputs and targets are computed anew for each regression, a chunk at a time, and
+only their moments are summed. All families are fitted to read first: nothing that they read depends
+on what others write, and the parent's residual can then move on in place.
 """
 
 from collections.abc import Iterator
@@ -39,6 +39,10 @@ class Piece:
     chunk: Chunk
     rows: Rows
     gate: Tensor
+
+
+Given = list[tuple[Piece, Tensor]]
+"""By piece, (M, heads * head_dim), what the heads of the family read."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ class Family:
         self.first_out = task.regress(
             (
                 self._heads(piece),
-                self._read(teacher.attention(piece.chunk), piece),
+                self._read(teacher.attention[piece.chunk.tokens], piece),
                 piece.rows.offsets,
             )
             for piece in task.pieces
@@ -126,12 +130,22 @@ class Family:
     def write(self, goal: Goal) -> None:
         """Sets all other parameters, and takes what the blocks add from `goal.left`; between
         `Teacher.attend` and `Teacher.feed`."""
+        self._write(goal, self._given())
+
+    @torch.no_grad()
+    def rewrite(self, goal: Goal) -> None:
+        """`write` once more, to what all others leave (backfitting)."""
+        given = self._given()
+        self._leave(goal, given, 1.0)
+        self._write(goal, given)
+
+    def _write(self, goal: Goal, given: Given) -> None:
         blocks, block, task = self.blocks, self.blocks.block, self.task
         block.mixer.o_proj.copy_(self.first_out)
-        self._fit_neurons()
+        self._fit_neurons(given)
 
         # What to write: reduced-rank regression of the target on heads and neurons together.
-        gram, cross = task.moments(self._outputs(goal))
+        gram, cross = task.moments(self._outputs(goal, given))
         width = self.first_out.shape[2]
         write, mixing = reduced_rank(gram, cross, blocks.thin_out.shape[2], task.penalty)
         # The thin coordinates are free up to a turn; take the one in which heads write what the
@@ -146,24 +160,17 @@ class Family:
 
         # The output projection moved, so the neurons see other inputs: refit them, then their
         # output.
-        self._fit_neurons()
-        full = task.regress(self._leftovers(goal))
+        self._fit_neurons(given)
+        full = task.regress(self._leftovers(goal, given))
         block.mlp.down_proj.copy_(least_squares_left(blocks.thin_out.double(), full))
-        self._leave(goal, -1.0)
+        self._leave(goal, given, -1.0)
 
-    @torch.no_grad()
-    def rewrite(self, goal: Goal) -> None:
-        """`write` once more, to what all others leave (backfitting)."""
-        self._leave(goal, 1.0)
-        self.write(goal)
-
-    def _leave(self, goal: Goal, sign: float) -> None:
+    def _leave(self, goal: Goal, given: Given, sign: float) -> None:
         """What the blocks add is left to write again; with sign -1, no more."""
-        for piece in self.task.pieces:
-            own, left = self._heads(piece), goal.left[piece.chunk.tokens]
-            down_proj = self.blocks.block.mlp.down_proj
-            down = grouped_linear(self._neurons(own, piece), down_proj, piece.rows)
-            delta = (self._from_heads(own, piece) + down) * (sign * piece.gate[:, None])
+        for piece, heads in given:
+            left, down_proj = goal.left[piece.chunk.tokens], self.blocks.block.mlp.down_proj
+            down = grouped_linear(self._neurons(heads, piece), down_proj, piece.rows)
+            delta = (self._from_heads(heads, piece) + down) * (sign * piece.gate[:, None])
             left += piece.rows.scatter(self._written(delta, piece), len(left))
 
     def _fit_heads(self) -> None:
@@ -190,37 +197,35 @@ class Family:
         if mixer.o_bias is not None:
             mixer.o_bias.zero_()
 
-    def _fit_neurons(self) -> None:
+    def _fit_neurons(self, given: Given) -> None:
         """Fits gate and up to the parent's, on what the block's FFN reads."""
         mlp, teacher = self.blocks.block.mlp, self.task.teacher
         samples = (
             (
-                self._mlp_input(self._heads(piece), piece),
+                self._mlp_input(heads, piece),
                 piece.rows.gather(teacher.mlp_input(piece.chunk)),
                 piece.rows.offsets,
             )
-            for piece in self.task.pieces
+            for piece, heads in given
         )
         fitted = self.task.regress(samples, teacher.neurons(self.part))
         assert mlp.gate_proj is not None
         for weight, own in zip((mlp.gate_proj, mlp.up_proj), fitted.chunk(2, dim=1), strict=True):
             weight.copy_(own)
 
-    def _outputs(self, goal: Goal) -> Iterator[Sample]:
+    def _outputs(self, goal: Goal, given: Given) -> Iterator[Sample]:
         """Heads and neurons, and what they are to give together."""
-        for piece in self.task.pieces:
-            own = self._heads(piece)
+        for piece, heads in given:
             wanted, weight = goal.of(piece)
-            features = torch.cat([own, self._neurons(own, piece)], dim=1).mul_(weight)
+            features = torch.cat([heads, self._neurons(heads, piece)], dim=1).mul_(weight)
             yield features, wanted, piece.rows.offsets
 
-    def _leftovers(self, goal: Goal) -> Iterator[Sample]:
+    def _leftovers(self, goal: Goal, given: Given) -> Iterator[Sample]:
         """Neurons, and what the heads leave to them."""
-        for piece in self.task.pieces:
-            own = self._heads(piece)
+        for piece, heads in given:
             wanted, weight = goal.of(piece)
-            written = self._written(self._from_heads(own, piece) * weight, piece)
-            yield self._neurons(own, piece).mul_(weight), wanted.sub_(written), piece.rows.offsets
+            written = self._written(self._from_heads(heads, piece) * weight, piece)
+            yield self._neurons(heads, piece).mul_(weight), wanted.sub_(written), piece.rows.offsets
 
     def _mixer_samples(self, biased: bool) -> Iterator[Sample]:
         for piece in self.task.pieces:
@@ -257,6 +262,16 @@ class Family:
         context, mixer = piece.chunk.context, self.blocks.block.mixer
         read = self._mixer_input(piece)
         return mixer.heads(read, piece.rows, context.rotary, context.stream, None).flatten(1)
+
+    def _given(self) -> Given:
+        """All pieces' heads, in one tensor: many of medium size would leave holes in the heap."""
+        pieces = self.task.pieces
+        counts = [len(piece.gate) for piece in pieces]
+        out = self.task.x.new_empty(sum(counts), self.first_out.shape[2])
+        given = list(zip(pieces, out.split(counts), strict=True))
+        for piece, heads in given:
+            heads.copy_(self._heads(piece))
+        return given
 
     def _from_heads(self, heads: Tensor, piece: Piece) -> Tensor:
         return grouped_linear(heads, self.blocks.block.mixer.o_proj, piece.rows)

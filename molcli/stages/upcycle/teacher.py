@@ -14,31 +14,31 @@ class Teacher:
     """One parent layer, which works in place on the residual of a whole text.
 
     x: (n, d_model), the residual before the layer; after `attend`, with what attention adds; after
-    `feed`, past the layer. All else is computed when asked for, of a chunk.
+    `feed`, past the layer. attention: (n, d_model), what attention adds; until `attend`. All else
+    is computed when asked for, of a chunk.
     """
 
+    @torch.no_grad()
     def __init__(self, layer: DenseLayer, x: Tensor, chunks: Chunks) -> None:
         assert isinstance(layer.block.mixer, StackedAttention)
         self.block, self.mixer, self.chunks = layer.block, layer.block.mixer, chunks
-        self.x = x
+        self.x, self.attention = x, torch.empty_like(x)
+        for chunk in chunks:
+            context, before = chunk.context, x[chunk.tokens]
+            mixed = self.block.mix(before, context.dense_rows, context.rotary, context.stream, None)
+            self.attention[chunk.tokens] = mixed
 
     @torch.no_grad()
     def attend(self) -> None:
-        """Adds attention's part."""
-        for chunk in self.chunks:
-            self.x[chunk.tokens] += self.attention(chunk)
+        """Adds attention's part, and forgets it."""
+        self.x += self.attention
+        del self.attention
 
     @torch.no_grad()
     def feed(self) -> None:
         """Adds the FFN's part."""
         for chunk in self.chunks:
             self.x[chunk.tokens] += self.fed(chunk)
-
-    def attention(self, chunk: Chunk) -> Tensor:
-        """(tokens, d_model), what attention adds; before `attend`."""
-        context = chunk.context
-        before = self.x[chunk.tokens]
-        return self.block.mix(before, context.dense_rows, context.rotary, context.stream, None)
 
     def fed(self, chunk: Chunk) -> Tensor:
         """(tokens, d_model), what the FFN adds; between `attend` and `feed`."""
