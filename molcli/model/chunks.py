@@ -13,7 +13,7 @@ from molcli.model.layers import Layer
 
 # Bytes for what a layer, or the fit of one, computes of a chunk's tokens: a GPU wants few and large
 # products, a CPU leaves room for the rest.
-CHUNK_BYTES = {"cuda": 4 * 2**30, "cpu": 2**28}
+CHUNK_BYTES = {"cuda": 4 * 2**30, "cpu": 2**26}
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 from molcli.kernels.rows import Rows, all_rows
 from molcli.model.configuration_mol import MoLConfig
@@ -16,14 +17,20 @@ from molcli.model.tokens import TokenStream, token_stream
 class Context:
     """What every layer needs to know about n tokens.
 
-    dense_rows, shared_rows: all tokens once, and in every shared block. rotary: cos and sin,
-    (n, channels that turn).
+    dense_rows, shared_rows: all tokens once, and in every shared block.
     """
 
     stream: TokenStream
     dense_rows: Rows
     shared_rows: Rows
-    rotary: tuple[Tensor, Tensor]
+    embedding: Phi3RotaryEmbedding
+
+    @property
+    def rotary(self) -> tuple[Tensor, Tensor]:
+        """cos and sin, (n, channels that turn) float32; made anew, since a long text has many."""
+        position = self.stream.position
+        cos, sin = self.embedding(torch.empty(0, device=position.device), position[None])
+        return cos[0], sin[0]
 
     def run(self, layer: Layer, x: Tensor) -> Tensor:
         """One layer on the residual x (n, d_model) -> (n, d_model)."""
@@ -48,13 +55,10 @@ def token_context(
         position_ids=position_ids.to(device),
         document_ids=document_ids.to(device),
     )
-    cos, sin = rotary_embedding(config).to(device)(
-        torch.empty(0, device=device), stream.position[None]
-    )
     sizes = stream.document, stream.num_documents
     return Context(
         stream=stream,
         dense_rows=all_rows(*sizes, 1, stream.length),
         shared_rows=all_rows(*sizes, max(1, config.num_shared_blocks), stream.length),
-        rotary=(cos[0], sin[0]),
+        embedding=rotary_embedding(config).to(device),
     )

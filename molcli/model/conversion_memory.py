@@ -19,14 +19,15 @@ def conversion_memory(config: MoLConfig, tokens: int, heldout: int, device: str 
     The peak is either the fit of a layer, or the loss on held-out tokens at the end.
     """
     d = config.hidden_size
-    # The stream's numbers, those of rows, and the rotary embedding.
+    # The stream's numbers, and those of rows.
     indices = 4 + 5 * (1 + max(1, config.num_shared_blocks))
-    a_token = 2 * _FP32 * d + _INT64 * indices + 2 * _FP32 * config.head_dim
+    a_token = 2 * _FP32 * d + _INT64 * indices
     logits = heldout * config.vocab_size
     at_once = logits / max(1, -(-logits // LOGITS_AT_ONCE[device]))  # in chunks of one size
     end = config.vocab_size * d + 3 * heldout * d + round(_LOGITS * at_once)
     fit = _fit(config, tokens, heldout, device)
-    return (tokens + heldout) * a_token + max(fit, _FP32 * end)
+    # The text to fit on is gone by the end.
+    return heldout * a_token + max(tokens * a_token + fit, _FP32 * end)
 
 
 def _fit(config: MoLConfig, tokens: int, heldout: int, device: str) -> int:
@@ -36,8 +37,8 @@ def _fit(config: MoLConfig, tokens: int, heldout: int, device: str) -> int:
     joint = inner + neurons
     clones = -(-config.num_routed_blocks // max(1, config.num_blocks_per_tok))
     seen = 1 if config.restrict_attention or not clones else clones
-    # What attention adds, the parent's next residual and the student's; a family's rows.
-    held = 3 * d + seen * (width + inner)
+    # What is left to learn, and its importance; a family's heads.
+    held = d + 1 + seen * inner
     routed = config.num_blocks_per_tok if config.restrict_attention else config.num_routed_blocks
     indices = 6 * routed * _INT64
     blocks = max(1, clones)
@@ -61,11 +62,10 @@ def _fit(config: MoLConfig, tokens: int, heldout: int, device: str) -> int:
 
 
 def _layer_weights(config: MoLConfig) -> int:
-    """Of the parent's layer, of the converted one, and of the family that is being fitted."""
+    """Of the parent's layer, and of the converted one."""
     sizes = []
     for kind in ("dense", "softmax"):
         one = copy.copy(config)
         one.layer_kinds, one.num_hidden_layers = [kind], 1
         sizes.append(count_parameters(one).non_embedding)
-    families = max(1, config.num_blocks_per_tok)
-    return sum(sizes) + sizes[1] // families
+    return sum(sizes)

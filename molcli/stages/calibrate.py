@@ -41,10 +41,12 @@ def calibrate(
     x = F.embedding(fit.input_ids.flatten().long(), embedding).to(device, torch.float32)
     del embedding
     chunks = chunk_text(model, fit, device)
+    # One tensor: many of medium size would leave the heap full of holes for what comes next.
+    shape = 2, model.hidden_size, model.hidden_size
+    of_layers = torch.empty(model.num_hidden_layers, *shape, dtype=torch.float64)
     moments: dict[str, torch.Tensor] = {}
     for i in range(model.num_hidden_layers):
         layer = dense_layer(parent, model, i, device)
-        shape = 2, model.hidden_size, model.hidden_size
         both = torch.zeros(shape, dtype=torch.float64, device=device)
         sums = dict(zip(("attention", "mlp"), both, strict=True))
         for chunk in chunks:
@@ -54,14 +56,15 @@ def calibrate(
             middle = before + block.mix(before, rows, context.rotary, context.stream, None)
             sums["mlp"] += second_moment(unit_rms(middle))
             x[chunk.tokens] = middle + block.feed(middle, rows)
-        for name, total in sums.items():
+        kept = of_layers[i].copy_(both.div_(fit.tokens))
+        for (name, total), own in zip(sums.items(), kept, strict=True):
             if not total.isfinite().all():
                 raise MolError(
                     f"the parent's activations at layer {i} are not finite",
                     allowed="a parent that computes numbers on this text",
                     hint="download its weights again",
                 )
-            moments[f"layers.{i}.{name}"] = (total / fit.tokens).cpu()
+            moments[f"layers.{i}.{name}"] = own
         progress(i + 1, model.num_hidden_layers)
     with output_folder(out) as staging:
         tokens = {

@@ -3,11 +3,15 @@
     python tests/bench/upcycle_memory.py --shape llama-1.3b --tokens 98304
     python tests/bench/upcycle_memory.py --shape llama-8b --tokens 32768
     python tests/bench/upcycle_memory.py --shape llama-1b --method random --layers 4
+    python tests/bench/upcycle_memory.py --shape llama-1.3b --layers 4 --set upcycle.layers=[]
+    python tests/bench/upcycle_memory.py --shape smollm2-135m --dtype float32 --layers 3 \
+        --tokens 196608
 
 Prints one JSON line: seconds of calibration and of conversion, and of reading the parent's bytes
 and writing the checkpoint's plainly, all files in the page cache; the peak of the GPU's memory,
 and of the host's as the system counts it, of which imports take `host_gb_at_start`. The parent is
-in bf16, in shards; its layers are copies of one, so that drawing them costs little.
+in shards; its layers are copies of one, so that drawing them costs little. `bars`: what was found,
+what it may be at most, and whether it is.
 --decompositions times, of this shape, the matrix factors that a conversion takes most of.
 """
 
@@ -54,6 +58,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--shape", choices=SHAPES, default="llama-1.3b")
     parser.add_argument("--layers", type=int, help="fewer than the shape has")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--tokens", type=int, default=98_304, help="to fit on")
     parser.add_argument("--method", choices=["fitted", "random", "svd", "pca"], default="fitted")
     parser.add_argument("--set", action="append", default=[], help="of the recipe")
@@ -67,7 +72,7 @@ def main() -> None:
     with TemporaryDirectory(dir=args.work) as scratch:
         folder = Path(scratch)
         # In a process of its own, whose memory does not count.
-        making = (folder / "parent", args.shape, args.layers)
+        making = (folder / "parent", args.shape, args.layers, args.dtype)
         child = get_context("spawn").Process(target=make_parent, args=making)
         child.start()
         child.join()
@@ -89,6 +94,8 @@ def main() -> None:
         found: dict[str, Any] = {
             "command": "python " + " ".join(sys.argv),
             "shape": args.shape,
+            "dtype": args.dtype,
+            "threads": torch.get_num_threads(),
             "blocks": [config.num_blocks, config.d_thin, config.d_ff_thin],
             "layers": config.num_hidden_layers,
             "host_gb_at_start": host_gb(),
@@ -112,13 +119,23 @@ def main() -> None:
             "checkpoint_gb": size_gb(out),
             "largest_layer_gb": largest_layer_gb(out),
         }
-    print(json.dumps(found | machine()), flush=True)
+    print(json.dumps(found | {"bars": bars(found)} | machine()), flush=True)
 
 
-def make_parent(folder: Path, shape: str, layers: int | None) -> None:
+def bars(found: dict[str, Any]) -> dict[str, list[Any]]:
+    """Of host memory, in GB; and of seconds over plain reading and writing, without a fit."""
+    limits = {"host_gb_2_layers_and_2": (found["host_peak_gb"], 2 * found["largest_layer_gb"] + 2)}
+    if found["shape"] == "smollm2-135m":
+        limits["host_gb_smollm2"] = found["host_peak_gb"], 2.5
+    if "tokens" not in found:
+        limits["seconds_over_plain"] = found["upcycle_seconds"] / found["plain_seconds"], 1.5
+    return {name: [round(a, 3), round(b, 3), a <= b] for name, (a, b) in limits.items()}
+
+
+def make_parent(folder: Path, shape: str, layers: int | None, dtype_name: str) -> None:
     d, neurons, heads, kv_heads, vocabulary, count, tied = SHAPES[shape]
     folder.mkdir(parents=True)
-    count = layers or count
+    count, dtype = layers or count, getattr(torch, dtype_name)
     LlamaConfig(
         hidden_size=d,
         intermediate_size=neurons,
@@ -129,17 +146,17 @@ def make_parent(folder: Path, shape: str, layers: int | None) -> None:
         tie_word_embeddings=tied,
         max_position_embeddings=2048,
         architectures=["LlamaForCausalLM"],
-        dtype="bfloat16",
+        dtype=dtype_name,
     ).save_pretrained(folder)
     generator = torch.Generator().manual_seed(0)
 
     def drawn(*size: int) -> torch.Tensor:
-        return torch.empty(*size, dtype=torch.bfloat16).normal_(std=0.02, generator=generator)
+        return torch.empty(*size, dtype=dtype).normal_(std=0.02, generator=generator)
 
     kv = d // heads * kv_heads
     one = {
-        "input_layernorm.weight": torch.ones(d, dtype=torch.bfloat16),
-        "post_attention_layernorm.weight": torch.ones(d, dtype=torch.bfloat16),
+        "input_layernorm.weight": torch.ones(d, dtype=dtype),
+        "post_attention_layernorm.weight": torch.ones(d, dtype=dtype),
         "self_attn.q_proj.weight": drawn(d, d),
         "self_attn.k_proj.weight": drawn(kv, d),
         "self_attn.v_proj.weight": drawn(kv, d),
@@ -153,7 +170,7 @@ def make_parent(folder: Path, shape: str, layers: int | None) -> None:
     for i in range(count):
         for name, tensor in one.items():
             writer.add(f"model.layers.{i}.{name}", tensor.clone())
-    writer.add("model.norm.weight", torch.ones(d, dtype=torch.bfloat16))
+    writer.add("model.norm.weight", torch.ones(d, dtype=dtype))
     if not tied:
         writer.add("lm_head.weight", drawn(vocabulary, d))
     writer.close()

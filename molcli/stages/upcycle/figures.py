@@ -8,18 +8,17 @@ from torch import Tensor
 from molcli.maths.routing_stats import count_routing, routing_margin, summarise
 from molcli.model.layers import DenseLayer, MoLLayer
 from molcli.model.streams import Streams
-from molcli.stages.upcycle.layer import FittedLayer
 
 DEAD_SHARE = 0.01
 
 
 @torch.no_grad()
 def advance(
-    fit: Streams, heldout: Streams, dense: DenseLayer, fitted: FittedLayer | None
+    fit: Streams, heldout: Streams, dense: DenseLayer, converted: DenseLayer | MoLLayer
 ) -> dict[str, Any]:
-    """Moves all residuals past a layer; returns the receipt's figures for it.
+    """Moves the held-out residuals past a layer; returns the receipt's figures for it.
 
-    fitted: None where the parent's layer is kept.
+    fit: past it already. converted: `dense` where the parent's layer is kept.
 
     On held-out tokens, student and parent each on their own residual:
     delta_error: mean over tokens of |student's delta - parent's|^2 / |parent's|^2, where a delta is
@@ -28,12 +27,7 @@ def advance(
     the layer; residual_error_fit on the tokens that blocks were fitted to. routing: see
     `routing_figures`, None where nothing is routed.
     """
-    converted = dense if fitted is None else fitted.layer
     before_parent, before = heldout.parent, heldout.student
-    if fitted is None or fitted.parent is None or fitted.student is None:
-        fit.advance(dense, converted)
-    else:
-        fit.parent, fit.student = fitted.parent, fitted.student
     heldout.advance(dense, converted)
     wanted, delta = heldout.parent - before_parent, heldout.student - before
     errors = (delta - wanted).square().sum(-1) / wanted.square().sum(-1)

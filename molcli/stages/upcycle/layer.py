@@ -11,10 +11,11 @@ from molcli.maths.bases import square_roots
 from molcli.maths.clusters import cosine_kmeans
 from molcli.maths.partition import Part
 from molcli.model.chunks import Chunks
-from molcli.model.configuration_mol import MoLConfig
+from molcli.model.configuration_mol import BlockSpec, MoLConfig
 from molcli.model.layers import DenseLayer, MoLLayer, ThinBlocks
 from molcli.model.router import Router
-from molcli.stages.upcycle.fit import Piece, Task, fit_blocks, refit_blocks
+from molcli.model.streams import Streams
+from molcli.stages.upcycle.fit import Family, Goal, Piece, Task
 from molcli.stages.upcycle.teacher import Teacher
 
 # Logits of a token's own cluster, where the centroid equals the token.
@@ -27,28 +28,10 @@ TIE_BREAK = 1e-3
 @dataclass(frozen=True)
 class FittedLayer:
     """A converted layer. retained: reading energy that each family's thin_in retains, the shared
-    blocks first. parent, student: (n, d_model), the residuals after it, where the fit made them."""
+    blocks first."""
 
     layer: MoLLayer
     retained: list[float]
-    parent: Tensor | None = None
-    student: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class _Family:
-    """Blocks of a stack, from number `first` on, that share a part and are fitted together."""
-
-    stack: ThinBlocks
-    first: int
-    blocks: ThinBlocks
-    part: Part
-    task: Task
-
-    def store(self) -> None:
-        """Puts what was fitted into the stack."""
-        for name, own in self.blocks.named_parameters():
-            self.stack.get_parameter(name)[self.first : self.first + len(own)] = own
 
 
 @torch.no_grad()
@@ -73,27 +56,26 @@ def fit_layer(
     config: MoLConfig,
     index: int,
     parts: list[Part],
-    teacher: Teacher,
-    x: Tensor,
+    dense: DenseLayer,
+    streams: Streams,
     moment: Tensor,
     options: UpcycleConfig,
     generator: torch.Generator,
 ) -> FittedLayer:
     """Fits a layer so that the student's residual becomes the parent's, past errors included.
 
-    x: (n, d_model), the student's residual before the layer. Blocks are fitted one family after
-    another, each to what the families before it leave; then twice, on the way back and forth, to
+    streams: before the layer, and then past it; the parent's residual is worked on in place, unless
+    it is the student's, too. Blocks learn to read the parent's way, and then, one family after
+    another, to write what the families before them leave; then twice, on the way back and forth,
     what all others leave.
     """
-    layer, chunks = MoLLayer(config, index).to(x.device), teacher.chunks
-    # What counts in the end passes a norm: an error matters relative to its residual's size.
-    importance = [teacher.output[c.tokens].square().mean(-1).rsqrt() for c in chunks]
+    x, chunks, same = streams.student, streams.chunks, streams.student is streams.parent
+    teacher = Teacher(dense, x.clone() if same else streams.parent, chunks)
+    layer = MoLLayer(config, index).to(x.device).requires_grad_(False)
     task = Task(
         teacher=teacher,
         x=x,
-        after=x.clone(),
         moment_roots=square_roots(moment),
-        importance=torch.cat(importance),
         pieces=[
             Piece(c, c.context.dense_rows, torch.ones(c.tokens.stop - c.tokens.start).to(x))
             for c in chunks
@@ -101,27 +83,42 @@ def fit_layer(
         penalty=options.ridge,
         shrinkage=0.0,
     )
+    shared, routed = parts[: config.num_shared_blocks], parts[config.num_shared_blocks :]
     families = []
     if layer.shared is not None:
         spec = replace(config.shared_spec(), num_blocks=1)
-        for i, part in enumerate(parts[: config.num_shared_blocks]):
-            families.append(_Family(layer.shared, i, ThinBlocks(spec, config), part, task))
+        for i, part in enumerate(shared):
+            families.append(Family(_blocks(layer.shared, i, spec, config), part, task))
     if layer.routed is not None and layer.router is not None:
         clones = clones_of_families(config.num_routed_blocks, config.num_blocks_per_tok)
         set_router(layer.router, clones, x, generator)
-        first, routed = 0, parts[config.num_shared_blocks :]
+        first = 0
         of_family = _routed_pieces(layer, clones, x, chunks)
         for count, part, pieces in zip(clones, routed, of_family, strict=True):
             spec = replace(config.routed_spec(index), num_blocks=count)
-            own = replace(task, pieces=pieces, shrinkage=options.shrinkage)
-            families.append(_Family(layer.routed, first, ThinBlocks(spec, config), part, own))
+            task = replace(task, pieces=pieces, shrinkage=options.shrinkage)
+            families.append(Family(_blocks(layer.routed, first, spec, config), part, task))
             first += count
-    retained = [fit_blocks(one.blocks.to(x.device), one.part, one.task) for one in families]
-    for one in [*families[-2::-1], *families[1:]]:  # the one before has seen all others
-        refit_blocks(one.blocks, one.part, one.task)
-    for one in families:
-        one.store()
-    return FittedLayer(layer, retained, teacher.output, task.after)
+    teacher.attend()
+    goal = _goal(teacher, x)
+    for family in families:
+        family.write(goal)
+    for family in [*families[-2::-1], *families[1:]]:  # the one before has seen all others
+        family.rewrite(goal)
+    teacher.feed()
+    streams.parent, streams.student = teacher.x, torch.sub(teacher.x, goal.left, out=goal.left)
+    return FittedLayer(layer, [family.retained for family in families])
+
+
+def _goal(teacher: Teacher, x: Tensor) -> Goal:
+    """Before anything is written. x: (n, d_model), the student's residual before the layer."""
+    goal = Goal(torch.empty_like(x), x.new_empty(len(x)))
+    for chunk in teacher.chunks:
+        output = teacher.x[chunk.tokens] + teacher.fed(chunk)
+        # What counts in the end passes a norm: an error matters relative to its residual's size.
+        goal.importance[chunk.tokens] = output.square().mean(-1).rsqrt()
+        goal.left[chunk.tokens] = output - x[chunk.tokens]
+    return goal
 
 
 def _routed_pieces(
@@ -138,6 +135,16 @@ def _routed_pieces(
             pieces.append(Piece(chunk, rows.of_blocks(first, count), gate[own]))
         yield pieces
         first += count
+
+
+def _blocks(stack: ThinBlocks, first: int, spec: BlockSpec, config: MoLConfig) -> ThinBlocks:
+    """spec.num_blocks blocks of a stack, which share its memory."""
+    with torch.device("meta"):
+        blocks = ThinBlocks(spec, config)
+    own = slice(first, first + spec.num_blocks)
+    views = {name: tensor[own] for name, tensor in stack.state_dict().items()}
+    blocks.load_state_dict(views, strict=True, assign=True)
+    return blocks.requires_grad_(False)
 
 
 def clones_of_families(routed: int, top_k: int) -> list[int]:

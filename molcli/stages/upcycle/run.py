@@ -32,8 +32,11 @@ from molcli.stages.upcycle.page import receipt_page
 from molcli.stages.upcycle.receipt import Measured, receipt
 from molcli.stages.upcycle.selection import deltanet_costs
 from molcli.stages.upcycle.shape import is_copy, mol_config, needs_text, parts
-from molcli.stages.upcycle.teacher import Teacher
 from molcli.stages.upcycle.without_text import add_layer, convert_without_text
+
+# A shard that is not yet full waits in memory, beside a layer and the text that it is fitted to:
+# small ones, but of a large checkpoint not very many.
+SHARD_BYTES, SHARDS = 64 * 2**20, 32
 
 
 def upcycle(
@@ -62,7 +65,7 @@ def upcycle(
     size = count_parameters(config).total * config.dtype.itemsize
     start = time.monotonic()
     with output_folder(out, need_bytes=size) as staging:
-        writer = ShardedWriter(staging)
+        writer = ShardedWriter(staging, max_shard_bytes=max(SHARD_BYTES, size // SHARDS))
         costs: dict[int, float] = {}
         auto = recipe.upcycle.gated_deltanet == "auto" and config.num_routed_blocks > 0
         if auto and text is not None:
@@ -123,8 +126,10 @@ def _convert(
         report.append({"layer": i, "kind": config.layer_kinds[i]} | row)
         del dense, layer  # the next layer needs their room
         progress(i + 1, count)
+    heldout = streams[1]
+    del streams  # the head needs the room of the text that blocks were fitted to
     ending = open_ending(parent, device)
-    losses = ending.figures(streams[1], streams[1].student)
+    losses = ending.figures(heldout, heldout.student)
     if comparison is None:
         return Measured(report, losses)
     progress(count, count, "comparing with baselines")
@@ -145,28 +150,26 @@ def _layer(
 ) -> tuple[DenseLayer | MoLLayer, dict[str, Any]]:
     """The layer that takes the place of the parent's, and figures of it; moves all residuals."""
     fit, heldout = streams
-    source = ParentLayer(index, dense, parts(config), fit.parent, text)
-    before, method = heldout.parent, recipe.upcycle.method
+    share, before, method = parts(config), heldout.parent, recipe.upcycle.method
+    source = None
+    if comparison is not None:  # the fit moves the residual in place, which baselines start from
+        source = ParentLayer(index, dense, share, fit.parent.clone(), text)
     fitted = None
     if config.layer_kinds[index] != "dense":
         if is_copy(config, recipe.upcycle):
             fitted = copy_layer(config, index, dense)
         elif method != "fitted":
-            fitted = baseline_layer(method, config, source, recipe.calibrate.seed)
+            start = source or ParentLayer(index, dense, share, fit.parent, text)
+            fitted = baseline_layer(method, config, start, recipe.calibrate.seed)
+            del start
         else:
-            fitted = fit_layer(
-                config,
-                index,
-                source.parts,
-                Teacher(dense, fit.parent, fit.chunks),
-                fit.student,
-                source.moment(),
-                recipe.upcycle,
-                generator,
-            )
-    row = {} if fitted is None else {"retained_energy": fitted.retained}
-    row |= advance(fit, heldout, dense, fitted)
+            moment = text.moment(index).to(fit.parent.device)
+            fitted = fit_layer(config, index, share, dense, fit, moment, recipe.upcycle, generator)
     layer = dense if fitted is None else fitted.layer
-    if comparison is not None:
+    if fitted is None or method != "fitted" or is_copy(config, recipe.upcycle):
+        fit.advance(dense, layer)
+    row = {} if fitted is None else {"retained_energy": fitted.retained}
+    row |= advance(fit, heldout, dense, layer)
+    if comparison is not None and source is not None:
         comparison.advance(source, layer, before, fit.parent)
     return layer, row

@@ -1,6 +1,7 @@
 """`gated_deltanet: auto`: what Gated DeltaNet costs in each layer."""
 
 import copy
+from dataclasses import replace
 
 import torch
 
@@ -17,7 +18,6 @@ from molcli.model.streams import open_streams
 from molcli.progress import Progress
 from molcli.stages.upcycle.layer import fit_layer
 from molcli.stages.upcycle.shape import parts
-from molcli.stages.upcycle.teacher import Teacher
 
 KINDS = ("softmax", "gated_deltanet")
 
@@ -39,27 +39,28 @@ def deltanet_costs(
     kinds = {kind: Sensitivity(kept, config, embedding, device) for kind in KINDS}
     for i in range(config.num_hidden_layers):
         dense = dense_layer(parent, config, i, device)
-        x = streams.parent
-        teacher = Teacher(dense, x, streams.chunks) if i in converted else None
+        past = streams
         for kind, sensitivity in kinds.items():
             layer: Layer = dense
-            if teacher is not None:
+            if i in converted:
                 config.layer_kinds[i] = kind
+                past = replace(streams)  # whose residual is the student's, too: it stays as it is
                 layer = fit_layer(
                     config,
                     i,
                     parts(config),
-                    teacher,
-                    x,
+                    dense,
+                    past,
                     text.moment(i).to(device),
                     recipe.upcycle,
                     torch.Generator().manual_seed(recipe.calibrate.seed),
                 ).layer
             sensitivity.advance(i, dense, layer)
-        if teacher is None:
+        if past is streams:
             streams.advance(dense, dense)
         else:
-            streams.parent = streams.student = teacher.output
+            streams.parent = streams.student = past.parent
+        del past
         progress(i + 1, config.num_hidden_layers, "measuring each layer alone")
     ending = open_ending(parent, device)
     softmax, deltanet = (kinds[kind].figures(ending) for kind in KINDS)

@@ -11,28 +11,41 @@ from molcli.model.reading import head_rows
 
 
 class Teacher:
-    """One parent layer on its own input.
+    """One parent layer, which works in place on the residual of a whole text.
 
-    x: (n, d_model), the residual before the layer. attention: (n, d_model), what attention adds to
-    it. output: (n, d_model), the residual after the layer. All else is computed when asked for, of
-    a chunk.
+    x: (n, d_model), the residual before the layer; after `attend`, with what attention adds; after
+    `feed`, past the layer. attention: (n, d_model), what attention adds; until `attend`. All else
+    is computed when asked for, of a chunk.
     """
 
     @torch.no_grad()
     def __init__(self, layer: DenseLayer, x: Tensor, chunks: Chunks) -> None:
         assert isinstance(layer.block.mixer, StackedAttention)
         self.block, self.mixer, self.chunks = layer.block, layer.block.mixer, chunks
-        self.x, self.attention, self.output = x, torch.empty_like(x), torch.empty_like(x)
+        self.x, self.attention = x, torch.empty_like(x)
         for chunk in chunks:
             context, before = chunk.context, x[chunk.tokens]
-            rows = context.dense_rows
-            mixed = self.block.mix(before, rows, context.rotary, context.stream, None)
-            middle = before + mixed
+            mixed = self.block.mix(before, context.dense_rows, context.rotary, context.stream, None)
             self.attention[chunk.tokens] = mixed
-            self.output[chunk.tokens] = middle + self.block.feed(middle, rows)
+
+    @torch.no_grad()
+    def attend(self) -> None:
+        """Adds attention's part, and forgets it."""
+        self.x += self.attention
+        del self.attention
+
+    @torch.no_grad()
+    def feed(self) -> None:
+        """Adds the FFN's part."""
+        for chunk in self.chunks:
+            self.x[chunk.tokens] += self.fed(chunk)
+
+    def fed(self, chunk: Chunk) -> Tensor:
+        """(tokens, d_model), what the FFN adds; between `attend` and `feed`."""
+        return self.block.feed(self.x[chunk.tokens], chunk.context.dense_rows)
 
     def attention_input(self, chunk: Chunk) -> Tensor:
-        """(tokens, d_model), and a column of ones where q, k and v have biases."""
+        """(tokens, d_model), and a column of ones where q, k and v have biases; before `attend`."""
         rows, x = chunk.context.dense_rows, self.x[chunk.tokens]
         read = self.block.norm(x, self.block.input_norm, rows)
         return read if self.mixer.q_bias is None else torch.cat([read, read[:, :1] * 0 + 1], dim=1)
@@ -47,7 +60,8 @@ class Teacher:
         return chosen if bias is None else torch.cat([chosen, bias[0, index, None]], dim=1)
 
     def heads(self, chunk: Chunk, heads: tuple[int, ...]) -> Tensor:
-        """(tokens, heads, head_dim), what attention heads read, before the output projection."""
+        """(tokens, heads, head_dim), what the heads read, before the output projection; before
+        `attend`."""
         context = chunk.context
         rows, x = context.dense_rows, self.x[chunk.tokens]
         read = self.block.norm(x, self.block.input_norm, rows)
@@ -55,9 +69,9 @@ class Teacher:
         return out[:, list(heads)]
 
     def mlp_input(self, chunk: Chunk) -> Tensor:
-        """(tokens, d_model), what gate and up read."""
-        middle = self.x[chunk.tokens] + self.attention[chunk.tokens]
-        return self.block.norm(middle, self.block.post_norm, chunk.context.dense_rows)
+        """(tokens, d_model), what gate and up read; between `attend` and `feed`."""
+        x, block = self.x[chunk.tokens], self.block
+        return block.norm(x, block.post_norm, chunk.context.dense_rows)
 
     def neurons(self, part: Part) -> Tensor:
         """(2 * neurons, d_model), gate and up of the part's neurons."""

@@ -1,7 +1,6 @@
 """What a conversion writes beside and around the weights."""
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ from safetensors.torch import load_file
 
 from molcli import __version__
 from molcli.io.parent import open_parent
-from molcli.io.tensors import ShardedWriter
 from molcli.maths.parameters import count_parameters
 from molcli.stages.upcycle import run
 
@@ -73,7 +71,7 @@ def test_shards_hold_what_one_file_would(
 ) -> None:
     parent = tiny_parent("llama")
     whole = convert(parent)
-    monkeypatch.setattr(run, "ShardedWriter", partial(ShardedWriter, max_shard_bytes=100_000))
+    monkeypatch.setattr(run, "SHARD_BYTES", 100_000)
     sharded = convert(parent)
     shards = sorted(sharded.folder.glob("*.safetensors"))
     assert len(shards) > 2
