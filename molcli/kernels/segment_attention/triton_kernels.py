@@ -14,7 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 64  # rows: the least that Hopper's matrix units take at once
+# Rows that a program takes, the least that Hopper's matrix units do at once, and rows that it walks
+# over at a time: 64 would need twice the registers, hence leave a processor half the programs.
+TILE, STEP = 64, 32
 LOWEST = tl.constexpr(-1e30)  # below every score, yet finite: its difference from itself is zero
 
 
@@ -155,11 +157,18 @@ def _key_gradients_kernel(
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, segments: Tensor, cu_seqlens: Tensor, tile: int = TILE
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Tensor,
+    cu_seqlens: Tensor,
+    tile: int = TILE,
+    step: int = STEP,
 ) -> tuple[Tensor, Tensor]:
     """q: (M, h, d), k and v: (M, kv, d), d a power of two >= 16; segments: (M,), ascending.
 
-    Returns the output, (M, h, d), and the scores' log-sum-exp in base 2, (M, h) float32.
+    tile, step: as TILE and STEP, powers of two >= 16. Returns the output, (M, h, d), and the scores'
+    log-sum-exp in base 2, (M, h) float32.
     """
     q, k, v = (_with_dense_channels(x) for x in (q, k, v))
     rows, heads, _ = q.shape
@@ -167,7 +176,7 @@ def forward(
     lse = q.new_empty(rows, heads, dtype=torch.float32)
     _forward_kernel[(triton.cdiv(rows, tile) * heads,)](
         q, k, v, out, lse, segments, cu_seqlens, rows, *_strides(q, k, v), _scales(q)[0],
-        **_shape(q, k, tile),
+        **_shape(q, k), BLOCK_M=tile, BLOCK_N=step,
     )  # fmt: skip
     return out, lse
 
@@ -182,6 +191,7 @@ def backward(
     cu_seqlens: Tensor,
     d_out: Tensor,
     tile: int = TILE,
+    step: int = STEP,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; out, lse: as `forward` returned them."""
     q, k, v = (_with_dense_channels(x) for x in (q, k, v))
@@ -190,12 +200,12 @@ def backward(
     delta = torch.empty_like(lse)
     tiles = triton.cdiv(q.shape[0], tile)
     shared = (segments, cu_seqlens, q.shape[0], *_strides(q, k, v), *_scales(q))
-    shape = _shape(q, k, tile)
+    shape = _shape(q, k)
     _query_gradient_kernel[(tiles * q.shape[1],)](
-        q, k, v, out, d_out, lse, delta, dq, *shared, **shape
+        q, k, v, out, d_out, lse, delta, dq, *shared, **shape, BLOCK_M=tile, BLOCK_N=step
     )
     _key_gradients_kernel[(tiles * k.shape[1],)](
-        q, k, v, d_out, lse, delta, dk, dv, *shared, **shape
+        q, k, v, d_out, lse, delta, dk, dv, *shared, **shape, BLOCK_M=step, BLOCK_N=tile
     )
     return dq, dk, dv
 
@@ -214,11 +224,6 @@ def _scales(q: Tensor) -> tuple[float, float]:
     return scale * math.log2(math.e), scale
 
 
-def _shape(q: Tensor, k: Tensor, tile: int) -> dict[str, int]:
-    heads, dim = q.shape[1:]
-    # Wide heads' sums would not fit into the registers of four warps.
-    warps = 4 if dim <= 64 else 8
-    return dict(
-        H=heads, GROUP=heads // k.shape[1], D=dim, BLOCK_M=tile, BLOCK_N=tile,
-        num_warps=warps, num_stages=2,
-    )  # fmt: skip
+def _shape(q: Tensor, k: Tensor) -> dict[str, int]:
+    _, heads, dim = q.shape
+    return dict(H=heads, GROUP=heads // k.shape[1], D=dim, num_warps=4, num_stages=2)
