@@ -105,7 +105,7 @@ def poisoned():
 @pytest.mark.parametrize(
     "heads, kv, dim, lengths",
     [
-        (3, 1, 16, [5, 0, 1, 40, 3, 0, 0, 9, 1]),  # one longer than two tiles, and M not a multiple
+        (3, 1, 16, [5, 0, 1, 68, 3, 0, 0, 9, 1]),  # one longer than two tiles, a ragged end
         (2, 2, 32, [16, 15, 1, 0]),  # segments end where tiles do
         (4, 2, 16, [33]),
     ],

@@ -167,8 +167,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """q: (M, h, d), k and v: (M, kv, d), d a power of two >= 16; segments: (M,), ascending.
 
-    tile, step: as TILE and STEP, powers of two >= 16. Returns the output, (M, h, d), and the scores'
-    log-sum-exp in base 2, (M, h) float32.
+    tile, step: as TILE and STEP, powers of two >= 16. Returns the output, (M, h, d), and the
+    logarithm of each row's sum in base 2, (M, h) float32.
     """
     q, k, v = (_with_dense_channels(x) for x in (q, k, v))
     rows, heads, _ = q.shape
