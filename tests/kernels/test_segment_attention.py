@@ -1,7 +1,9 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
-from molcli.kernels.rows import routed_rows
+from molcli.kernels.rows import longest_segment, pad_segments, routed_rows, unpad_segments
 from molcli.kernels.segment_attention import segment_attention, segment_attention_reference
 from molcli.kernels.segment_attention.reference import PADDED
 
@@ -50,20 +52,122 @@ def test_reference_equals_a_full_mask_with_gradients(ends):
         torch.testing.assert_close(a, b)
 
 
+def joint(lengths, heads, kv, dim, dtype, device="cpu"):
+    """Slices of one projection of segments of these lengths, a gradient, and where segments are."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor(lengths, dtype=torch.int64)
+    cu = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    segments = torch.arange(len(lengths)).repeat_interleave(lengths)
+    shape = (int(cu[-1]), heads + 2 * kv, dim)
+    projected = torch.randn(shape, generator=generator).to(device, dtype)
+    weight = torch.randn(shape, generator=generator)[:, :heads].to(device, dtype)
+    return projected.split([heads, kv, kv], 1), weight, segments.to(device), cu.to(device)
+
+
+def padded(q, k, v, cu):
+    """Scores in full of segments that are padded to one length."""
+    rows, group, length = len(q), q.shape[1] // k.shape[1], longest_segment(cu)
+    q, k, v = (pad_segments(x, cu, length) for x in (q, k, v))
+    k, v = (x.repeat_interleave(group, 2) for x in (k, v))
+    scores = torch.einsum("sihd,sjhd->shij", q, k) * q.shape[-1] ** -0.5
+    seen = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    return unpad_segments(torch.einsum("shij,sjhd->sihd", weights, v), cu, rows)
+
+
+def with_gradients(function, tensors, weight):
+    tensors = [x.detach().requires_grad_() for x in tensors]
+    out = function(*tensors)
+    return [out, *torch.autograd.grad(out, tensors, weight.to(out.dtype))]
+
+
+def check(found, eager, truth):
+    """At most twice as far off as elementary operations in the same dtype; two last bits of
+    float32, whose error depends on the order of sums, are free."""
+    for name, a, e, b in zip(["out", "dq", "dk", "dv"], found, eager, truth, strict=True):
+        error, allowed = (((x.double() - b).norm() / b.norm()).item() for x in (a, e))
+        print(f"segment attention, {name}: {error:.2e} (eager {allowed:.2e})")
+        assert a.shape == b.shape and a.dtype == e.dtype
+        assert error <= 2 * allowed + 2.5e-7
+
+
+@pytest.fixture
+def poisoned():
+    """What a kernel leaves out of its outputs is NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("triton_device", ["cpu"], indirect=True, ids=["interpreted"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "heads, kv, dim, lengths",
+    [
+        (3, 1, 16, [5, 0, 1, 68, 3, 0, 0, 9, 1]),  # one longer than two tiles, a ragged end
+        (2, 2, 32, [16, 15, 1, 0]),  # segments end where tiles do
+        (4, 2, 16, [33]),
+    ],
+)
+def test_packed_kernels_equal_a_full_mask(triton_device, poisoned, heads, kv, dim, lengths, dtype):
+    """Tiles of 32 rows for own, steps of 16."""
+    from molcli.kernels.segment_attention.triton_kernels import backward, forward
+
+    tensors, weight, segments, cu = joint(lengths, heads, kv, dim, dtype)
+    out, lse = forward(*tensors, segments, cu, tile=32, step=16)
+    found = [out, *backward(*tensors, out, lse, segments, cu, weight, tile=32, step=16)]
+    eager, truth = (
+        with_gradients(lambda *x: naive(*x, segments), inputs, weight)
+        for inputs in (tensors, [x.double() for x in tensors])
+    )
+    check(found, eager, truth)
+
+
+@pytest.mark.parametrize("triton_device", ["cpu"], indirect=True, ids=["interpreted"])
+def test_packed_operator_keeps_its_contracts(triton_device):
+    """Schema, shapes unknown to the compiler, gradients through it; and no rows at all."""
+    tensors, _, segments, cu = joint([3, 1], 2, 1, 16, torch.float16)
+    inputs = [x.detach().requires_grad_() for x in tensors]
+    torch.library.opcheck(torch.ops.molcli.packed_attention.default, (*inputs, segments, cu))
+    tensors, weight, segments, cu = joint([0, 0], 3, 1, 16, torch.float16)
+    out, lse = torch.ops.molcli.packed_attention(*tensors, segments, cu)
+    grads = torch.ops.molcli.packed_attention_backward(*tensors, out, lse, segments, cu, weight)
+    assert [x.shape for x in (out, *grads)] == [x.shape for x in (weight, *tensors)]
+
+
+def test_short_segments_take_the_packed_kernels(triton_device):
+    half = torch.bfloat16 if triton_device == "cuda" else torch.float16
+    tensors, rows = case(triton_device, half, heads=3, kv=1, n=60)
+    weight = torch.randn_like(tensors[0])
+    found = with_gradients(lambda *x: segment_attention(*x, rows), tensors, weight)
+    assert "packed_attention" in found[0].grad_fn.name()
+    eager, truth = (
+        with_gradients(lambda *x: naive(*x, rows.segments), inputs, weight)
+        for inputs in (tensors, [x.double() for x in tensors])
+    )
+    check(found, eager, truth)
+
+
 @pytest.mark.gpu
-def test_gpu_path_is_as_exact_as_eager_bf16():
-    tensors, rows = case("cuda", torch.bfloat16, dim=64, n=900)
-    exact = [x.detach().double().requires_grad_() for x in tensors]
-    weight = torch.randn_like(exact[0])
+@pytest.mark.parametrize("longest", [512, 2048], ids=["packed", "flash"])
+@pytest.mark.parametrize("dim", [32, 64, 128])
+def test_gpu_path_is_as_exact_as_eager_bf16(longest, dim):
+    """3,568 segments of up to 73 rows, as routing makes of 65,536 tokens, two blocks for each."""
+    lengths = torch.randint(0, 74, (3568,), generator=torch.Generator().manual_seed(0))
+    tensors, weight, segments, cu = joint(lengths.tolist(), 3, 1, dim, torch.bfloat16, "cuda")
+    _, rows = case("cuda")
+    rows = replace(rows, segments=segments, cu_seqlens=cu, max_seqlen=longest)
 
-    def run(function, inputs):
-        out = function(*inputs)
-        return [out, *torch.autograd.grad((out.double() * weight).sum(), inputs)]
+    def fast(*x):
+        return segment_attention(*x, rows)
 
-    expected = run(lambda *x: naive(*x, rows.segments), exact)
-    eager = run(lambda *x: naive(*x, rows.segments), tensors)
-    fast = run(lambda *x: segment_attention(*x, rows), tensors)
-    for a, e, b in zip(fast, eager, expected, strict=True):
-        error, allowed = ((x.double() - b).norm() / b.norm() for x in (a, e))
-        assert error <= 2 * allowed
-        print(f"segment attention: {error:.5f} (eager bf16 {allowed:.5f})")
+    found = with_gradients(fast, tensors, weight)
+    assert ("packed_attention" in found[0].grad_fn.name()) == (longest == 512)
+    eager, truth = (
+        with_gradients(lambda *x: padded(*x, cu), inputs, weight)
+        for inputs in (tensors, [x.double() for x in tensors])
+    )
+    check(found, eager, truth)
+    if longest == 512:
+        again = with_gradients(fast, tensors, weight)
+        assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))

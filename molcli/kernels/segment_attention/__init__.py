@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from molcli.kernels import backend
 from molcli.kernels.rows import Rows
+from molcli.kernels.segment_attention.packed import LONGEST, WIDTHS, packed_attention
 from molcli.kernels.segment_attention.reference import segment_attention_reference
 
 __all__ = ["segment_attention", "segment_attention_reference"]
@@ -24,10 +26,14 @@ _CAUSAL: dict[str, Any] = (
 def segment_attention(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
     """q: (M, h, d), k and v: (M, kv, d), scaled by d^-1/2 -> (M, h, d).
 
-    On CUDA in half precision SDPA where segments are equally long, else one variable-length
-    FlashAttention call; elsewhere SDPA on padded segments.
+    On CUDA in half precision SDPA where segments are equally long, a Triton kernel where they are
+    short, else one variable-length FlashAttention call; elsewhere SDPA on padded segments.
     """
-    if not (q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)):
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    short = rows.max_seqlen <= LONGEST and q.shape[2] in WIDTHS
+    if half and short and not rows.even and backend.on_triton(q):
+        return packed_attention(q, k, v, rows)
+    if not (q.is_cuda and half):
         return segment_attention_reference(q, k, v, rows.cu_seqlens)
     group = q.shape[1] // k.shape[1]
     if group > 1:
