@@ -8,10 +8,11 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-# Output tiles of 128 x 128 that keep the 132 multiprocessors of an H100 busy. A weight gradient
-# has few, each a sum over all rows of its block: 0.3 ms at 131,072 rows, whatever its size.
-_TILES = 512
+# A weight gradient has few output tiles, each a sum over all rows of its block: 0.3 ms at 131,072
+# rows on an H100, whatever its size. Fewer than its multiprocessors leave some of them idle.
 _TILE = 128
+_BUSY = 132
+_WANTED = 512
 _FEWEST_ROWS = 256  # in a part of a block; shorter sums cost more than they save
 _MOST_GROUPS = 1024  # of one call
 
@@ -49,7 +50,9 @@ def parts_of_blocks(weight: torch.Size, num_rows: int) -> int:
     """In how many parts to sum the gradient of a weight (B, out, in)."""
     blocks, wide, deep = weight
     tiles = blocks * -(-wide // _TILE) * -(-deep // _TILE)
-    parts = min(-(-_TILES // tiles), _MOST_GROUPS // blocks)
+    if tiles >= _BUSY:
+        return 1
+    parts = min(-(-_WANTED // tiles), _MOST_GROUPS // blocks)
     while parts > 1 and num_rows < blocks * parts * _FEWEST_ROWS:
         parts //= 2
     return max(1, parts)

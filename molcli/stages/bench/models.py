@@ -22,7 +22,7 @@ SKEW = 0.5
 # Untrained residuals all point much the same way, so that untrained routers leave blocks empty.
 # Biases that even this out are found on so many tokens, in rounds over the layers: what a layer
 # sees depends on the routing before it.
-_EVENING_TOKENS, _ROUNDS = 2048, 3
+_EVENING_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -131,10 +131,19 @@ def routed(model: MoLForCausalLM, kind: str) -> Iterator[None]:
 
 @torch.no_grad()
 def _even_out(model: MoLForCausalLM, routers: list[Router]) -> None:
+    """In one pass: each router reads what the layers before it make of their new biases."""
+
+    def even(router: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+        assert isinstance(router, Router)
+        logits = router.forward(*args).logits
+        router.correction_bias.copy_(evening_bias(logits, router.top_k))
+
     ids = torch.randint(model.config.vocab_size, (1, _EVENING_TOKENS), device=model.device)
-    for _ in range(_ROUNDS):
-        for router, routing in zip(routers, model.model(ids, use_cache=False).routing, strict=True):
-            router.correction_bias.copy_(evening_bias(routing.logits, router.top_k))
+    hooks = [router.register_forward_pre_hook(even) for router in routers]
+    with torch.compiler.set_stance("force_eager"):  # compiled layers do not look for hooks
+        model.model(ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
 
 
 def evening_bias(logits: Tensor, top_k: int) -> Tensor:
