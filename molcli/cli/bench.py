@@ -12,6 +12,8 @@ from molcli.cli.parents import open_dense
 from molcli.errors import MolError
 
 if TYPE_CHECKING:  # torch comes with it
+    from collections.abc import Callable
+
     from molcli.stages.bench import Report
 
 OptionalCheckpoint = Annotated[
@@ -46,9 +48,12 @@ def bench(
 
     from molcli.cli.bench_table import bench_tables
 
-    report = run_bench(checkpoint, parent, only, recipe, overrides, seed, compiled)
-    if json_file is not None:
-        json_file.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
+    def save(report: "Report") -> None:
+        if json_file is not None:
+            text = json.dumps(report.to_json(), indent=2) + "\n"
+            json_file.write_text(text, encoding="utf-8")
+
+    report = run_bench(checkpoint, parent, only, recipe, overrides, seed, compiled, save)
     console = Console()
     for part in bench_tables(report):
         console.print(part)
@@ -62,8 +67,9 @@ def run_bench(
     overrides: list[str] | None,
     seed: int,
     compiled: bool,
+    save: "Callable[[Report], None]" = lambda _: None,
 ) -> "Report":
-    """All that was asked for, under a bar."""
+    """All that was asked for, under a bar. save: takes the report after each of its rows."""
     if (checkpoint is None) == (recipe is None):
         raise MolError(
             "there is nothing to time"
@@ -89,4 +95,4 @@ def run_bench(
     dense = None if parent is None else open_dense(parent).config
     contest = open_contest(config, checkpoint, dense, default_device())
     with bar("timing") as progress:
-        return bench(contest, sections, seed=seed, compiled=compiled, progress=progress)
+        return bench(contest, sections, seed=seed, compiled=compiled, progress=progress, save=save)

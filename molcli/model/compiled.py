@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from molcli.model.modeling_mol import MoLForCausalLM
+    from transformers import PreTrainedModel
 
 # Fusing a norm's backward pass with the gradient of its weight, torch 2.10 to 2.13 give a wrong
 # shape, or wrong numbers without a word, where there are many rows (pytorch #178080, #193061).
@@ -16,7 +16,7 @@ _OPTIONS = {"triton.mix_order_reduction": False}
 _GRAPHS = 64
 
 
-def compile_layers(model: "MoLForCausalLM") -> None:
+def compile_layers(model: "PreTrainedModel") -> None:
     """Compiles the layers, not the model: one graph serves all layers of a kind, and nothing in it
     depends on the batch but the number of documents, which becomes symbolic in the second batch.
     """

@@ -3,7 +3,58 @@
 import pytest
 import torch
 
+from molcli.kernels import backend
+from molcli.kernels.segment_attention import segment_attention_reference
 from molcli.model.compiled import compile_layers
+
+
+def test_the_choice_of_kernels_is_no_cut_in_a_graph():
+    @torch.compile(backend="eager", fullgraph=True)
+    def chosen(x):
+        return x + backend.on_triton(x)
+
+    assert torch.equal(chosen(torch.zeros(2)), torch.zeros(2))
+
+
+@pytest.mark.parametrize("kind", ["softmax", "dense"])
+def test_layers_of_ragged_documents_are_whole_graphs(make_model, monkeypatch, kind):
+    """As on a GPU, but that the kernel inside the operator is stood in for."""
+    kernels = pytest.importorskip("molcli.kernels.segment_attention.triton_kernels")
+
+    def stand_in(q, k, v, segments, cu_seqlens):
+        return segment_attention_reference(q, k, v, cu_seqlens), q.new_zeros(q.shape[:2]).float()
+
+    monkeypatch.setattr(kernels, "forward", stand_in)
+    monkeypatch.setattr(backend, "on_triton", lambda x: x.dtype in backend.DTYPES)
+    # One routed block: grouped products of several would go block by block on a CPU.
+    blocks = dict(num_blocks=2, num_shared_blocks=1, num_blocks_per_tok=1)
+    if kind == "dense":
+        blocks = {}
+    widths = dict(head_dim=16, d_thin=32)
+    model = make_model(layer_kinds=[kind] * 3, dtype=torch.float16, **blocks, **widths).eval()
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        (
+            torch.randint(model.config.vocab_size, (2, 24), generator=generator),
+            torch.randint(count, (2, 24), generator=generator).sort(dim=1).values,
+        )
+        for count in (3, 5, 4)
+    ]
+
+    def run():
+        with torch.no_grad():
+            return [
+                model.model(ids, document_ids=documents, use_cache=False).last_hidden_state
+                for ids, documents in batches
+            ]
+
+    eager = run()
+    counter = torch._dynamo.testing.CompileCounter()
+    for layer in model.model.layers:
+        layer.compile(backend=counter, fullgraph=True)
+    for found, right in zip(run(), eager, strict=True):
+        torch.testing.assert_close(found, right)
+    assert counter.frame_count <= 2
 
 
 @pytest.mark.gpu

@@ -72,9 +72,9 @@ def test_skewed_routing_is_skewed_and_leaves_no_trace(config):
     model = MoLForCausalLM(config).eval()
     ids = torch.randint(120, (1, 256))
     before = model(ids).logits
-    with routed(model, "even"):
+    with routed(model, "even", ids):
         even = load(model, ids)
-    with routed(model, "skewed"):
+    with routed(model, "skewed", ids):
         skewed = load(model, ids)
     assert 1.5 > even[0] >= 1 >= even[1] > 0.5
     assert skewed[0] > even[0] and even[1] > skewed[1]

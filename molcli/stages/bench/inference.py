@@ -1,6 +1,7 @@
 """Prefill and decoding, through `model(...)` and `model.generate(...)`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,37 +23,28 @@ def prompts(contest: Contest, batch: int, length: int) -> Tensor:
 def prefill(contest: Contest, sizes: Sizes, compiled: bool) -> Iterator[Row]:
     """Tokens a second to the logits of the last token, without a cache."""
 
-    def timed(model: Any) -> dict[int, float | None]:
-        found: dict[int, float | None] = {}
-        for length in sizes.prefill:
-            ids = prompts(contest, 1, length)
+    def rate(model: Any, length: int, kind: str) -> float:
+        ids = prompts(contest, 1, length)
+        with routed(model, kind, ids):
+            work = lambda: model(ids, use_cache=False, logits_to_keep=1)  # noqa: E731
+            return length / seconds(work, contest.device, sizes.repeats)
 
-            def rate(ids: Tensor = ids, length: int = length) -> float:
-                work = lambda: model(ids, use_cache=False, logits_to_keep=1)  # noqa: E731
-                return length / seconds(work, contest.device, sizes.repeats)
-
-            found[length] = fitting(rate, contest.device)
-        return found
+    def timed(model: Any, length: int, kind: str = "") -> float | None:
+        return fitting(partial(rate, model, length, kind), contest.device)
 
     peer = contest.peer(contest.dtype)
     if compiled:
         for layer in peer.model.layers:  # as ours: one kind of layer is compiled once
             layer.compile()
-    dense = timed(peer)
+    dense = {length: timed(peer, length) for length in sizes.prefill}
     del peer
     model = contest.mol(contest.dtype)
     if compiled:
         model.compile()
-    for kind in contest.routings:
-        with routed(model, kind):
-            mol = timed(model)
-        for length in sizes.prefill:
-            yield Row(
-                f"prefill, {length:,} tokens, {kind}",
-                "tokens/s",
-                mol[length],
-                dense[length],
-            )
+    for length in sizes.prefill:
+        for kind in contest.routings:
+            work = f"prefill, {length:,} tokens, {kind}"
+            yield Row(work, "tokens/s", timed(model, length, kind), dense[length])
 
 
 @torch.no_grad()
@@ -60,25 +52,25 @@ def decode(contest: Contest, sizes: Sizes) -> Iterator[Row]:
     """Milliseconds for the next token of every sequence, by `generate` with a static cache: the
     time for many new tokens less that for one."""
 
-    def timed(model: Any) -> list[float | None]:
-        return [
-            fitting(_step_time(contest, sizes, model, prompts(contest, *shape)), contest.device)
-            for shape in sizes.decode
-        ]
+    def timed(model: Any, shape: tuple[int, int], kind: str = "") -> float | None:
+        return fitting(partial(_step_time, contest, sizes, model, shape, kind), contest.device)
 
     peer = contest.peer(contest.dtype)
-    dense = timed(peer)
+    dense = {shape: timed(peer, shape) for shape in sizes.decode}
     del peer
     model = contest.mol(contest.dtype)
-    for kind in contest.routings:
-        with routed(model, kind):
-            mol = timed(model)
-        for (batch, context), ours, theirs in zip(sizes.decode, mol, dense, strict=True):
+    for batch, context in sizes.decode:
+        for kind in contest.routings:
             work = f"decode, {batch} at {context:,} tokens, {kind}"
-            yield Row(work, "ms a token", ours, theirs)
+            shape = batch, context
+            yield Row(work, "ms a token", timed(model, shape, kind), dense[shape])
 
 
-def _step_time(contest: Contest, sizes: Sizes, model: Any, ids: Tensor) -> Callable[[], float]:
+def _step_time(
+    contest: Contest, sizes: Sizes, model: Any, shape: tuple[int, int], kind: str
+) -> float:
+    ids = prompts(contest, *shape)
+
     def generated(count: int) -> float:
         def run() -> Any:
             return model.generate(
@@ -93,8 +85,6 @@ def _step_time(contest: Contest, sizes: Sizes, model: Any, ids: Tensor) -> Calla
 
         return seconds(run, contest.device, sizes.repeats, warm_up=3)
 
-    def step() -> float:
+    with routed(model, kind, ids):
         many = generated(1 + sizes.new_tokens)
         return (many - generated(1)) / sizes.new_tokens * 1e3
-
-    return step

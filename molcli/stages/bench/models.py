@@ -19,10 +19,6 @@ from molcli.model.router import Router
 # Logits of an untrained router are normal with a spread of 0.02 sqrt(d_model), about 1; biases from
 # -SKEW to SKEW make the first block the busiest and the last one the least busy.
 SKEW = 0.5
-# Untrained residuals all point much the same way, so that untrained routers leave blocks empty.
-# Biases that even this out are found on so many tokens, in rounds over the layers: what a layer
-# sees depends on the routing before it.
-_EVENING_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -111,13 +107,17 @@ def _random(make: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 @contextmanager
-def routed(model: MoLForCausalLM, kind: str) -> Iterator[None]:
-    """kind: "even" sets the routers' correction biases so that blocks see about as many tokens
-    each, "skewed" adds a ramp to that; others leave them alone."""
+def routed(model: Any, kind: str, ids: Tensor) -> Iterator[None]:
+    """kind: "even" sets the routers' correction biases so that blocks see about as many of these
+    tokens each, "skewed" adds a ramp to that; others leave them alone, as does a dense model.
+
+    Untrained residuals of a sequence all point much the same way, so that untrained routers leave
+    blocks empty, in every sequence others: biases for one do not even out the next.
+    """
     routers = [m for m in model.modules() if isinstance(m, Router)]
     saved = [router.correction_bias.clone() for router in routers]
     if routers and kind in ("even", "skewed"):
-        _even_out(model, routers)
+        _even_out(model, routers, ids)
     if kind == "skewed":
         for router in routers:
             ramp = torch.linspace(SKEW, -SKEW, len(router.correction_bias))
@@ -130,7 +130,7 @@ def routed(model: MoLForCausalLM, kind: str) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _even_out(model: MoLForCausalLM, routers: list[Router]) -> None:
+def _even_out(model: MoLForCausalLM, routers: list[Router], ids: Tensor) -> None:
     """In one pass: each router reads what the layers before it make of their new biases."""
 
     def even(router: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -138,7 +138,6 @@ def _even_out(model: MoLForCausalLM, routers: list[Router]) -> None:
         logits = router.forward(*args).logits
         router.correction_bias.copy_(evening_bias(logits, router.top_k))
 
-    ids = torch.randint(model.config.vocab_size, (1, _EVENING_TOKENS), device=model.device)
     hooks = [router.register_forward_pre_hook(even) for router in routers]
     with torch.compiler.set_stance("force_eager"):  # compiled layers do not look for hooks
         model.model(ids, use_cache=False)

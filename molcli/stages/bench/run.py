@@ -22,9 +22,11 @@ def bench(
     seed: int = 0,
     compiled: bool = True,
     progress: Progress = silent,
+    save: Callable[[Report], None] = lambda _: None,
 ) -> Report:
     """sections: of SECTIONS. compiled: whether models are compiled where users would: for prefill
-    and training on a GPU. What is timed is what users call.
+    and training on a GPU. save: takes what is there after every row: timing takes minutes, and
+    whoever stops it keeps those. What is timed is what users call.
     """
     device = contest.device
     sizes, compiled = sizes_for(device), compiled and device.type == "cuda"
@@ -35,25 +37,26 @@ def bench(
         "grouped": lambda: grouped(contest, sizes),
         "gdn": lambda: deltanet(contest, sizes),
     }
-    wanted = [name for name in SECTIONS if name in sections]
-    rows: list[Row] = []
-    for done, name in enumerate(wanted):
-        progress(done, len(wanted))
-        torch.manual_seed(seed)
-        rows.extend(works[name]())
-        release(device)
     torch.manual_seed(seed)
-    loads = _loads(contest, sizes.prefill[0])
-    progress(len(wanted), len(wanted))
-    count = count_parameters(contest.config)
-    dense = contest.dense
-    return Report(
+    count, dense = count_parameters(contest.config), contest.dense
+    report = Report(
         model=f"{count.total / 1e6:,.1f}M parameters, {count.active / 1e6:,.1f}M active",
         dense=f"{dense.model_type}, {dense.num_hidden_layers} layers of width {dense.hidden_size}",
-        rows=rows,
-        loads=loads,
+        rows=[],
+        loads=_loads(contest, sizes.prefill[0]),
         machine=machine(device, seed),
     )
+    wanted = [name for name in SECTIONS if name in sections]
+    for done, name in enumerate(wanted):
+        progress(done, len(wanted), name)
+        release(device)
+        torch.manual_seed(seed)
+        for row in works[name]():
+            report.rows.append(row)
+            save(report)
+            progress(done, len(wanted), row.work)
+    progress(len(wanted), len(wanted))
+    return report
 
 
 def _loads(contest: Contest, length: int) -> dict[str, tuple[float, float]]:
@@ -61,6 +64,6 @@ def _loads(contest: Contest, length: int) -> dict[str, tuple[float, float]]:
     ids = prompts(contest, 1, length)
     found = {}
     for kind in contest.routings:
-        with routed(model, kind):
+        with routed(model, kind, ids):
             found[kind] = load(model, ids)
     return found

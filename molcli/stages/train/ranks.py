@@ -23,6 +23,9 @@ from molcli.stages.train.balance import RouterLoads
 from molcli.stages.train.objective import Student
 
 
+_THREADS = 4  # beside a GPU
+
+
 def open_ranks(config: TrainConfig, out: Path) -> Accelerator:
     """The processes that torchrun started, or this one alone.
 
@@ -35,6 +38,10 @@ def open_ranks(config: TrainConfig, out: Path) -> Accelerator:
             allowed="one process for each GPU",
             hint=f"--nproc-per-node={torch.cuda.device_count()}",
         )
+    if not cpu:
+        # What the CPU does between two steps is small, and waking its threads for it takes longer,
+        # in a container with fewer cores than they are a tenth of a second. torchrun starts with 1.
+        torch.set_num_threads(min(_THREADS, torch.get_num_threads()))
     # Checkpoints are written in the background, through gloo.
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     groups = [InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo")] if several and not cpu else None
