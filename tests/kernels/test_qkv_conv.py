@@ -39,9 +39,10 @@ def gradients(function, tensors):
     return list(outputs), list(torch.autograd.grad(loss, tensors))
 
 
+@pytest.mark.parametrize("triton_device", ["cpu"], indirect=True, ids=["interpreted"])
 @pytest.mark.parametrize("dim", [24])
 @pytest.mark.parametrize("with_state", [False, True])
-def test_interpreted_kernel_equals_the_reference(dim, with_state):
+def test_interpreted_kernel_equals_the_reference(triton_device, dim, with_state):
     pytest.importorskip("triton")
     from molcli.kernels.qkv_conv.triton_kernels import forward
 
@@ -52,8 +53,9 @@ def test_interpreted_kernel_equals_the_reference(dim, with_state):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("triton_device", ["cpu"], indirect=True, ids=["interpreted"])
 @pytest.mark.parametrize("dim", [24])
-def test_interpreted_gradients_equal_autograd(dim):
+def test_interpreted_gradients_equal_autograd(triton_device, dim):
     pytest.importorskip("triton")
     from molcli.kernels.qkv_conv.triton_kernels import backward
 

@@ -22,7 +22,6 @@ from molcli.model.checkpoint import default_device
 from molcli.stages.train.balance import RouterLoads
 from molcli.stages.train.objective import Student
 
-
 _THREADS = 4  # beside a GPU
 
 
