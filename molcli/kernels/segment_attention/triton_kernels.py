@@ -17,6 +17,8 @@ from torch import Tensor
 # Rows that a program takes, the least that Hopper's matrix units do at once, and rows that it walks
 # over at a time: 64 would need twice the registers, hence leave a processor half the programs.
 TILE, STEP = 64, 32
+# Any number of heads has the same binary: parent and blocks differ in it.
+_HEADS = ["H", "GROUP"]
 LOWEST = tl.constexpr(-1e30)  # below every score, yet finite: its difference from itself is zero
 
 
@@ -34,11 +36,11 @@ def _starts(segments, cu_seqlens, first, m, count):
     return tl.where(m < count, start, 0).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_HEADS)
 def _forward_kernel(
     q, k, v, out, lse, segments, cu_seqlens, num_rows,
     q_row, q_head, k_row, k_head, v_row, v_head, scale,
-    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    H, GROUP, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """scale: of the scores in base 2. lse: (M, H), the logarithm of each row's sum in base 2."""
@@ -72,11 +74,11 @@ def _forward_kernel(
     tl.store(lse + (first + m) * H + head, peak + tl.log2(mass), mask=m < count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_HEADS)
 def _query_gradient_kernel(
     q, k, v, out, d_out, lse, delta, dq, segments, cu_seqlens, num_rows,
     q_row, q_head, k_row, k_head, v_row, v_head, scale, natural,
-    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    H, GROUP, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """natural: the scores' scale in base e. Writes delta, too, (M, H): each row's product of the
@@ -110,11 +112,11 @@ def _query_gradient_kernel(
     tl.store(own, (acc * natural).to(dq.dtype.element_ty), mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_HEADS)
 def _key_gradients_kernel(
     q, k, v, d_out, lse, delta, dk, dv, segments, cu_seqlens, num_rows,
     q_row, q_head, k_row, k_head, v_row, v_head, scale, natural,
-    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    H, GROUP, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A program sums over all heads that share its key-value head. Scores are keys × queries."""
