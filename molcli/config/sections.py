@@ -86,9 +86,10 @@ class CalibrateConfig:
     """Text that the conversion looks at.
 
     data: a source or a mapping from sources to weights; null samples text from the parent itself.
-    tokens: calibration tokens. heldout_tokens: further tokens, never fitted, for the receipt.
+    tokens: calibration tokens, the first of the data. heldout_tokens: further ones, never fitted,
+        for the receipt.
     context_length: tokens in a calibration sequence.
-    seed: draws the documents, the sampled text and the clusters.
+    seed: draws what of the data is held out, the sampled text and the clusters.
     """
 
     data: Data | None = None
