@@ -17,6 +17,7 @@ from molcli.errors import MolError
 from molcli.io.calibration import split_text, text_hash
 from molcli.io.folder import output_folder
 from molcli.io.parent import Parent
+from molcli.io.unfinished import Unfinished
 from molcli.maths.moments import second_moment, unit_rms
 from molcli.model.checkpoint import default_device
 from molcli.model.chunks import chunk_text
@@ -29,12 +30,15 @@ from molcli.progress import Progress, silent
 def calibrate(
     parent: Parent, config: CalibrateConfig, out: Path, progress: Progress = silent
 ) -> None:
-    """Fits nothing, only observes. The parent is read one layer at a time.
+    """Fits nothing, only observes. The parent is read one layer at a time. A call goes on from the
+    layers that an earlier one for the same folder, parent and text had saved when it was killed.
 
     Raises MolError if there is no text, too little for one row to fit on and one held out, nothing
     to predict in the latter, or if the parent overflows on it.
     """
     fit, heldout = split_text(config, parent.tokenizer(), parent.config.vocab_size)
+    identity = f"{parent.fingerprint()} {text_hash(fit, heldout)}"
+    unfinished = Unfinished(out, identity)
     model = MoLConfig(**parent.mol_config_kwargs())
     device = default_device()
     embedding = parent.embedding()
@@ -44,8 +48,12 @@ def calibrate(
     # One tensor: many of medium size would leave the heap full of holes for what comes next.
     shape = 2, model.hidden_size, model.hidden_size
     of_layers = torch.empty(model.num_hidden_layers, *shape, dtype=torch.float64)
-    moments: dict[str, torch.Tensor] = {}
-    for i in range(model.num_hidden_layers):
+    done, saved = unfinished.load() or (0, {})
+    if saved:
+        x.copy_(saved["x"])
+        of_layers[:done] = saved["moments"]
+    del saved
+    for i in range(done, model.num_hidden_layers):
         layer = dense_layer(parent, model, i, device)
         both = torch.zeros(shape, dtype=torch.float64, device=device)
         sums = dict(zip(("attention", "mlp"), both, strict=True))
@@ -56,15 +64,14 @@ def calibrate(
             middle = before + block.mix(before, rows, context.rotary, context.stream, None)
             sums["mlp"] += second_moment(unit_rms(middle))
             x[chunk.tokens] = middle + block.feed(middle, rows)
-        kept = of_layers[i].copy_(both.div_(fit.tokens))
-        for (name, total), own in zip(sums.items(), kept, strict=True):
-            if not total.isfinite().all():
-                raise MolError(
-                    f"the parent's activations at layer {i} are not finite",
-                    allowed="a parent that computes numbers on this text",
-                    hint="download its weights again",
-                )
-            moments[f"layers.{i}.{name}"] = own
+        of_layers[i] = both.div_(fit.tokens)
+        if not both.isfinite().all():
+            raise MolError(
+                f"the parent's activations at layer {i} are not finite",
+                allowed="a parent that computes numbers on this text",
+                hint="download its weights again",
+            )
+        unfinished.save(i + 1, {"x": x, "moments": of_layers[: i + 1]})
         progress(i + 1, model.num_hidden_layers)
     with output_folder(out) as staging:
         tokens = {
@@ -73,6 +80,11 @@ def calibrate(
             for field in ("input_ids", "document_ids", "lengths")
         }
         save_file(tokens, staging / "tokens.safetensors")
+        moments = {
+            f"layers.{i}.{name}": own
+            for i, both in enumerate(of_layers)
+            for name, own in zip(("attention", "mlp"), both, strict=True)
+        }
         save_file(moments, staging / "moments.safetensors")
         about = {
             "parent": parent.fingerprint(),
@@ -82,3 +94,4 @@ def calibrate(
             "config": asdict(config),
         }
         (staging / "calibration.json").write_text(json.dumps(about, indent=2) + "\n")
+    unfinished.clear()

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from molcli.config.sections import CalibrateConfig
 from molcli.errors import MolError
+from molcli.io import unfinished
 from molcli.io.parent import open_parent
 from molcli.stages.calibrate import calibrate
 
@@ -181,3 +182,63 @@ def test_a_taken_output_stays_as_it_is(
     with pytest.raises(MolError, match="is not empty"):
         calibrate(open_parent(tiny_parent("llama")), replace(CONFIG, data=text(200)), out)
     assert [path.name for path in out.iterdir()] == ["mine"]
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def saves_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unfinished, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(unfinished, "_SHARE", 0)
+
+
+@pytest.mark.usefixtures("saves_every_layer")
+def test_a_killed_run_is_gone_on_with(
+    tmp_path: Path, tiny_parent: Callable[..., Path], text: Callable[..., str]
+) -> None:
+    parent, config = open_parent(tiny_parent("llama")), replace(CONFIG, data=text(200))
+    layers: list[int] = []
+
+    def stop_at(last: int) -> Callable[..., None]:
+        def progress(done: int, *_: Any) -> None:
+            layers.append(done)
+            if done == last:
+                raise Killed
+
+        return progress
+
+    calibrate(parent, config, tmp_path / "whole")
+    with pytest.raises(Killed):
+        calibrate(parent, config, tmp_path / "out", stop_at(1))
+    assert not (tmp_path / "out").exists()
+    calibrate(parent, config, tmp_path / "out", stop_at(-1))
+    assert layers == list(range(1, parent.config.num_hidden_layers + 1))
+    for name in ("tokens", "moments"):
+        whole, out = ((tmp_path / f / f"{name}.safetensors").read_bytes() for f in ("whole", "out"))
+        assert whole == out
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
+
+
+@pytest.mark.usefixtures("saves_every_layer")
+@pytest.mark.parametrize("damage", ["other text", "cut off"])
+def test_what_does_not_fit_is_begun_anew(
+    damage: str, tmp_path: Path, tiny_parent: Callable[..., Path], text: Callable[..., str]
+) -> None:
+    parent, config = open_parent(tiny_parent("llama")), replace(CONFIG, data=text(200))
+    out, left = tmp_path / "out", tmp_path / ".out.unfinished"
+
+    def kill(*_: Any) -> None:
+        raise Killed
+
+    with pytest.raises(Killed):
+        calibrate(parent, config, out, kill)
+    if damage == "cut off":
+        left.write_bytes(left.read_bytes()[:100])
+    else:
+        config = replace(config, tokens=80)
+    layers: list[int] = []
+    calibrate(parent, config, out, lambda done, *_: layers.append(done))
+    assert layers[0] == 1
+    assert not left.exists()
