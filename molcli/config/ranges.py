@@ -35,11 +35,27 @@ def _upcycle(c: UpcycleConfig) -> None:
     for key in ("d_thin", "d_ff_thin", "num_heads_thin"):
         if (value := getattr(c, key)) is not None:
             _at_least(f"upcycle.{key}", value, 1)
-    if c.layers != "all":
+    if not isinstance(c.layers, str):
         _indices("upcycle.layers", c.layers)
+    _between("upcycle.layers_budget", c.layers_budget, 0, 1)
+    if c.layers == "auto" and c.method != "fitted":
+        raise MolError(
+            f"`upcycle.layers` is auto, `upcycle.method` {c.method}: auto compares fits",
+            allowed="all or a list of layers, where nothing is fitted",
+            hint="upcycle.layers=all",
+        )
     if not isinstance(c.gated_deltanet, str):
         _indices("upcycle.gated_deltanet", c.gated_deltanet)
-        if c.layers != "all" and (dense := sorted(set(c.gated_deltanet) - set(c.layers))):
+        if c.layers == "auto":
+            raise MolError(
+                f"`upcycle.gated_deltanet` is {c.gated_deltanet}, `upcycle.layers` auto, which may "
+                "keep these dense",
+                allowed="all, none, every:N or auto, among the layers that upcycle.layers takes",
+                hint="upcycle.gated_deltanet=auto",
+            )
+        if not isinstance(c.layers, str) and (
+            dense := sorted(set(c.gated_deltanet) - set(c.layers))
+        ):
             raise MolError(
                 f"`upcycle.gated_deltanet` names {dense}, which `upcycle.layers` keeps dense",
                 allowed=f"layers of {c.layers}",

@@ -29,7 +29,10 @@ class UpcycleConfig:
     d_ff_thin: FFN neurons of a thin block; null leaves them to the preset.
     num_heads_thin: query heads of a thin block, at most the parent's; null leaves them to the
         preset.
-    layers: which parent layers become Mixture of Layers, "all" or a list of indices.
+    layers: which parent layers become Mixture of Layers: "all", a list of indices, or "auto": those
+        that cost least. The cost of a layer is KL(parent || model) with that layer alone converted,
+        its attention softmax, on calibration text kept from its fit.
+    layers_budget: share of the parent's layers that "auto" takes.
     gated_deltanet: layers whose routed blocks use Gated DeltaNet instead of softmax attention:
         "all", "none", "every:N" (of N neighbouring ones the last), a list of layers, or "auto":
         those that cost least. The cost of a layer is what it adds to KL(parent || model) with that
@@ -52,7 +55,8 @@ class UpcycleConfig:
     d_thin: int | None = None
     d_ff_thin: int | None = None
     num_heads_thin: int | None = None
-    layers: Literal["all"] | list[int] = "all"
+    layers: Literal["all", "auto"] | list[int] = "all"
+    layers_budget: float = 0.5
     gated_deltanet: LayerChoice = "none"
     gated_deltanet_budget: float = 0.5
     ridge: float = 1e-2

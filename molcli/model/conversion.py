@@ -18,7 +18,8 @@ def converted_config(dense: dict[str, Any], options: UpcycleConfig) -> MoLConfig
     """The converted model's configuration, nulls resolved.
 
     dense: arguments of the MoLConfig of the parent. Layers that `gated_deltanet: auto` will decide
-    count as softmax. Raises MolError where the options do not fit the parent.
+    count as softmax; those that `layers: auto` will, as the middle ones. Raises MolError where the
+    options do not fit the parent.
     """
     layers = dense["num_hidden_layers"]
     routed = options.num_blocks - options.num_shared_blocks
@@ -26,7 +27,9 @@ def converted_config(dense: dict[str, Any], options: UpcycleConfig) -> MoLConfig
     shape = dense_shape(dense)
     thin = _thin_shape(options, shape, options.num_shared_blocks + top_k)
     converted = set(range(layers))
-    if not isinstance(options.layers, str):
+    if options.layers == "auto":
+        converted = set(middle_layers(layers, options.layers_budget))
+    elif not isinstance(options.layers, str):
         converted = set(options.layers)
         refuse_beyond("upcycle.layers", options.layers, layers)
     if not isinstance(options.gated_deltanet, str):
@@ -43,6 +46,13 @@ def converted_config(dense: dict[str, Any], options: UpcycleConfig) -> MoLConfig
         "thin_num_key_value_heads": thin_kv_heads(thin.heads, shape.heads, shape.kv_heads),
     }
     return MoLConfig(**(dense | changed))
+
+
+def middle_layers(count: int, share: float) -> range:
+    """round(share * count) neighbouring layers: in SmolLM2-135M those that cost least, too."""
+    few = round(share * count)
+    first = (count - few + 1) // 2
+    return range(first, first + few)
 
 
 def dense_shape(dense: dict[str, Any]) -> DenseShape:

@@ -6,7 +6,8 @@
         --train-data train.jsonl --learning-rate svd=1e-3/1e-4 --learning-rate random=1e-3/1e-3,3e-3
 
 Without --case, the cases are: `fitted`, the recipe's shape in all layers; `75%`, a shape of so many
-active parameters; `upper-half` and `every-other` of the layers; and what `fitted` has to beat:
+active parameters; `upper-half`, `every-other`, `middle` and `auto`,
+half of the layers, the last of these by what each costs alone; and what `fitted` has to beat:
 `pca`, `svd`, `random`, `skipped` and `depth_pruned` (tests/bench/pruned.py).
 
 One JSON line per conversion and per training, a markdown table at the end: means over seeds, and
@@ -29,6 +30,7 @@ from lines import Lines
 from molcli.cli.plan import parse_count
 from molcli.config.sections import Recipe
 from molcli.io.parent import open_parent
+from molcli.model.conversion import middle_layers
 
 BASELINES = "pca", "svd", "random", "skipped", "depth_pruned"
 
@@ -40,6 +42,10 @@ def default_cases(layers: int) -> list[Case]:
         "75%:preset=quality,d_thin=null,d_ff_thin=null,num_heads_thin=null",
         f"upper-half:layers={list(range(layers // 2, layers))}",
         f"every-other:layers={list(range(1, layers, 2))}",
+        # Converted alone, the first layers and the last ones of SmolLM2-135M cost up to 20 times as
+        # much as those between: half of the layers are its layers 8 to 22.
+        f"middle:layers={list(middle_layers(layers, 0.5))}",
+        "auto:layers=auto",
         *(f"{method}:method={method}" for method in BASELINES),
     ]
     return [Case.parse(text) for text in texts]

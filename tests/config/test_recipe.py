@@ -101,8 +101,8 @@ DATA = "text or a mapping to numbers such as {a.jsonl: 0.7, b.txt: 0.3} or null"
         ("upcycle.num_blocks='9'", "an integer"),
         ("upcycle.num_blocks=", "an integer"),
         ("upcycle.d_thin=wide", "an integer or null"),
-        ("upcycle.layers=[0, true]", "all or a list of integers such as [0, 2]"),
-        ("upcycle.layers=3", "all or a list of integers such as [0, 2]"),
+        ("upcycle.layers=[0, true]", "all, auto or a list of integers such as [0, 2]"),
+        ("upcycle.layers=3", "all, auto or a list of integers such as [0, 2]"),
         ("train.data={a.txt: much}", DATA),
         ("calibrate.data=7", DATA),
         ("train.learning_rate=true", "a finite number"),
@@ -163,9 +163,17 @@ def test_gated_deltanet_may_not_name_a_dense_layer() -> None:
     assert "[3]" in error.found
 
 
+def test_gated_deltanet_may_not_name_a_layer_that_auto_may_keep_dense() -> None:
+    error = refusal("upcycle.layers=auto", "upcycle.gated_deltanet=[2, 3]")
+    assert "may keep these dense" in error.found
+    assert error.hint is not None
+    load_recipe(None, ["upcycle.layers=auto", error.hint])
+
+
 @pytest.mark.parametrize("method", ["random", "svd", "pca"])
-def test_auto_needs_fits_to_compare(method: str) -> None:
-    error = refusal(f"upcycle.method={method}", "upcycle.gated_deltanet=auto")
+@pytest.mark.parametrize("key", ["layers", "gated_deltanet"])
+def test_auto_needs_fits_to_compare(key: str, method: str) -> None:
+    error = refusal(f"upcycle.method={method}", f"upcycle.{key}=auto")
     assert "auto compares fits" in error.found
     settings = [f"upcycle.method={method}", error.hint]
     assert load_recipe(None, settings).upcycle.method == method
@@ -282,7 +290,7 @@ texts = st.text(st.characters(codec="utf-8"), max_size=20) | st.sampled_from(
     ]
 )
 positive = st.floats(min_value=1e-12, max_value=1e12)
-layers = st.just("all") | st.lists(st.integers(0, 99), unique=True, max_size=4)
+layers = st.sampled_from(["all", "auto"]) | st.lists(st.integers(0, 99), unique=True, max_size=4)
 
 
 @st.composite

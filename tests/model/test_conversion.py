@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from molcli.config.layer_choice import cheapest
 from molcli.config.recipe import load_recipe
 from molcli.config.sections import UpcycleConfig
 from molcli.errors import MolError
@@ -106,3 +107,15 @@ def test_an_unknown_preset_is_refused() -> None:
     with pytest.raises(MolError) as caught:
         load_recipe(None, ["upcycle.preset=qualty"])
     assert caught.value.hint == "upcycle.preset=quality"
+
+
+@pytest.mark.parametrize("count, budget", [(30, 0.5), (1, 0.5), (1, 1.0), (4, 0.0), (5, 0.7)])
+def test_before_auto_measures_it_counts_as_many_layers(count: int, budget: float) -> None:
+    """Neighbours, with as many layers above them as below, or one fewer."""
+    dense = PARENTS["SmolLM2-135M"] | {"num_hidden_layers": count}
+    kinds = converted_config(dense, UpcycleConfig(layers="auto", layers_budget=budget)).layer_kinds
+    taken = [i for i, kind in enumerate(kinds) if kind != "dense"]
+    assert len(taken) == len(cheapest(dict.fromkeys(range(count), 0.0), budget))
+    if taken:
+        assert taken == list(range(taken[0], taken[-1] + 1))
+        assert taken[0] - (count - 1 - taken[-1]) in (0, 1)

@@ -15,9 +15,9 @@ from molcli.model.flops import count_flops
 
 @dataclass(frozen=True)
 class Measured:
-    """layers: a row per layer (`figures.advance`, and `deltanet_costs` under auto). heldout:
-    `Ending.figures` of the student. baselines: `Comparison.figures`. None where that was not
-    measured."""
+    """layers: a row per layer (`figures.advance`, and `layer_costs` and `deltanet_costs` under
+    auto). heldout: `Ending.figures` of the student. baselines: `Comparison.figures`. None where
+    that was not measured."""
 
     layers: list[dict[str, Any]]
     heldout: dict[str, float] | None = None

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from molcli.stages.upcycle.figures import advance
 from molcli.stages.upcycle.layer import copy_layer, fit_layer
 from molcli.stages.upcycle.page import receipt_page
 from molcli.stages.upcycle.receipt import Measured, receipt
-from molcli.stages.upcycle.selection import deltanet_costs
+from molcli.stages.upcycle.selection import deltanet_costs, layer_costs
 from molcli.stages.upcycle.shape import is_copy, mol_config, needs_text, parts
 from molcli.stages.upcycle.without_text import add_layer, convert_without_text
 
@@ -66,6 +67,14 @@ def upcycle(
     start = time.monotonic()
     with output_folder(out, need_bytes=size) as staging:
         writer = ShardedWriter(staging, max_shard_bytes=max(SHARD_BYTES, size // SHARDS))
+        asked, alone = recipe, dict[int, float]()
+        choose = recipe.upcycle.layers == "auto" and needs_text(config, recipe.upcycle)
+        if choose and text is not None:
+            alone = layer_costs(parent, config, text, recipe, progress)
+            layers = sorted(cheapest(alone, recipe.upcycle.layers_budget))
+            recipe = replace(recipe, upcycle=replace(recipe.upcycle, layers=layers))
+            config = mol_config(parent, recipe.upcycle)
+            config.dtype = parent.embedding().dtype
         costs: dict[int, float] = {}
         auto = recipe.upcycle.gated_deltanet == "auto" and config.num_routed_blocks > 0
         if auto and text is not None:
@@ -85,10 +94,12 @@ def upcycle(
         writer.close()
         for i, cost in costs.items():
             measured.layers[i]["gated_deltanet_kl"] = cost
+        for i, cost in alone.items():
+            measured.layers[i]["alone_kl"] = cost
         config.architectures = ["MoLForCausalLM"]
         config.save_pretrained(staging)
         parent.copy_tokenizer(staging)
-        save_recipe(recipe, staging / RECIPE_FILE)
+        save_recipe(asked, staging / RECIPE_FILE)
         samples = None
         if text is not None and recipe.upcycle.receipt == "full":
             samples = continuations(staging, parent, text.heldout)

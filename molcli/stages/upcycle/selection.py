@@ -1,6 +1,7 @@
-"""`gated_deltanet: auto`: what Gated DeltaNet costs in each layer."""
+"""`layers: auto` and `gated_deltanet: auto`: what it costs to convert each layer alone."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -22,12 +23,36 @@ from molcli.stages.upcycle.shape import parts
 KINDS = ("softmax", "gated_deltanet")
 
 
-@torch.no_grad()
+def layer_costs(
+    parent: Parent, config: MoLConfig, text: Calibration, recipe: Recipe, progress: Progress
+) -> dict[int, float]:
+    """KL(parent || parent with one layer converted), nats a token: of every layer of the parent,
+    with softmax attention."""
+    config = copy.deepcopy(config)
+    config.layer_kinds = ["softmax"] * config.num_hidden_layers
+    (costs,) = _costs_alone(parent, config, text, recipe, ["softmax"], progress)
+    return costs
+
+
 def deltanet_costs(
     parent: Parent, config: MoLConfig, text: Calibration, recipe: Recipe, progress: Progress
 ) -> dict[int, float]:
     """KL(parent || parent with one layer converted), nats a token: by layer, how much more of it
-    there is with Gated DeltaNet than with softmax.
+    there is with Gated DeltaNet than with softmax."""
+    softmax, deltanet = _costs_alone(parent, config, text, recipe, KINDS, progress)
+    return {i: deltanet[i] - softmax[i] for i in softmax}
+
+
+@torch.no_grad()
+def _costs_alone(
+    parent: Parent,
+    config: MoLConfig,
+    text: Calibration,
+    recipe: Recipe,
+    mixers: Sequence[str],
+    progress: Progress,
+) -> list[dict[int, float]]:
+    """KL(parent || parent with one layer converted), by mixer, then by layer that is not dense.
 
     Measured on text that the layers are not fitted to: the last of the rows to fit on.
     """
@@ -36,7 +61,7 @@ def deltanet_costs(
     fit, kept = split_rows(text.fit)
     embedding = parent.embedding()
     streams = open_streams(fit, config, embedding, device)
-    kinds = {kind: Sensitivity(kept, config, embedding, device) for kind in KINDS}
+    kinds = {kind: Sensitivity(kept, config, embedding, device) for kind in mixers}
     for i in range(config.num_hidden_layers):
         dense = dense_layer(parent, config, i, device)
         past = streams
@@ -63,5 +88,4 @@ def deltanet_costs(
         del past
         progress(i + 1, config.num_hidden_layers, "measuring each layer alone")
     ending = open_ending(parent, device)
-    softmax, deltanet = (kinds[kind].figures(ending) for kind in KINDS)
-    return {i: deltanet[i] - softmax[i] for i in converted}
+    return [kinds[kind].figures(ending) for kind in mixers]

@@ -155,6 +155,29 @@ def test_auto_takes_the_layers_that_cost_least(
     assert max(costs[i] for i in taken) < min(costs[i] for i in costs.keys() - taken)
 
 
+def test_auto_converts_the_layers_that_cost_least(
+    tiny_parent: Callable[..., Path], convert: Callable[..., Any]
+) -> None:
+    """As if they had been named: measuring left no trace. every:N counts among them."""
+    folder = tiny_parent("llama", num_hidden_layers=4)
+    auto = convert(folder, layers="auto", gated_deltanet="every:2", d_thin=32)
+    rows = auto.receipt["layers"]
+    costs = {row["layer"]: row["alone_kl"] for row in rows}
+    taken = sorted(row["layer"] for row in rows if row["kind"] != "dense")
+    assert taken == sorted(sorted(costs, key=costs.__getitem__)[:2])
+    assert [rows[i]["kind"] for i in taken] == ["softmax", "gated_deltanet"]
+    named = convert(folder, layers=taken, gated_deltanet="every:2", d_thin=32)
+    assert auto.weights == named.weights
+    assert auto.model().config.layer_kinds == named.model().config.layer_kinds
+
+
+def test_auto_may_convert_nothing(
+    tiny_parent: Callable[..., Path], convert: Callable[..., Any]
+) -> None:
+    auto = convert(tiny_parent("llama"), layers="auto", layers_budget=0.0)
+    assert set(auto.model().config.layer_kinds) == {"dense"}
+
+
 def families(routed: int, top_k: int) -> list[int]:
     """The family of each routed block: neighbours, the first ones larger by the remainder."""
     sizes = [routed // top_k + (i < routed % top_k) for i in range(top_k)]
