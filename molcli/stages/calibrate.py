@@ -37,8 +37,8 @@ def calibrate(
     to predict in the latter, or if the parent overflows on it.
     """
     fit, heldout = split_text(config, parent.tokenizer(), parent.config.vocab_size)
-    identity = f"{parent.fingerprint()} {text_hash(fit, heldout)}"
-    unfinished = Unfinished(out, identity)
+    of_parent, of_text = parent.fingerprint(), text_hash(fit, heldout)
+    unfinished = Unfinished(out, f"{of_parent} {of_text}")
     model = MoLConfig(**parent.mol_config_kwargs())
     device = default_device()
     embedding = parent.embedding()
@@ -87,8 +87,8 @@ def calibrate(
         }
         save_file(moments, staging / "moments.safetensors")
         about = {
-            "parent": parent.fingerprint(),
-            "data": text_hash(fit, heldout),
+            "parent": of_parent,
+            "data": of_text,
             "tokens": fit.tokens,
             "heldout_tokens": heldout.tokens,
             "config": asdict(config),

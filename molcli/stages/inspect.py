@@ -80,14 +80,7 @@ def inspect_routing(
     done = 0
     for batch in rows.batches(config.batch_size, device):
         with torch.no_grad():
-            out = model.model(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                position_ids=batch.position_ids,
-                document_ids=batch.document_ids,
-                num_documents=batch.num_documents,
-                use_cache=False,
-            )
+            out = model.model(**batch.inputs(), use_cache=False)
         documents = flat_documents(batch)
         for layer, routing in zip(mol_layers, out.routing, strict=True):
             new = count_routing(
