@@ -11,10 +11,8 @@ from molcli.kernels.block_rows import every_block
 from molcli.model.cache import AttentionState, MoLCache, RecurrentState, State, cache_layers
 from molcli.model.configuration_mol import BlockSpec, MoLConfig
 from molcli.model.gated_deltanet import CONV_WIDTH
+from molcli.model.rotary import reads_positions_back
 from molcli.model.tokens import TokenStream
-
-# These read the largest position back from the device, which a graph cannot.
-_ROPE_BY_LENGTH = ("dynamic", "longrope")
 
 
 class Clock:
@@ -153,10 +151,9 @@ class StaticStore:
             count: every_block(batch_size, count, device)
             for count in {1, config.num_shared_blocks} - {0}
         }
-        rope: dict[str, Any] = config.rope_parameters
         # Without Triton, the references wait for the device.
         served = backend.on_triton(clock.counts.new_empty(0, dtype=dtype))
-        self.capturable = served and rope["rope_type"] not in _ROPE_BY_LENGTH
+        self.capturable = served and not reads_positions_back(config)
         self.warm = False
         self.graph: Any = None
 

@@ -1,6 +1,7 @@
 """Tokens a second of distillation, parent included: SmolLM2-135M's shape, random weights.
 
-    python tests/bench/distillation.py [--compile on] [--micro-batch 64] [--layer-kind softmax]
+    python tests/bench/distillation.py [--compile on] [--graph on] [--micro-batch 64] \
+        [--layer-kind softmax]
 
 Prints one JSON line. MFU counts the matrix products of active parameters: 6 a token for the model
 (2 of them forward), 2 for the parent and for both heads, attention scores left out, against the
@@ -26,6 +27,7 @@ from molcli.model import MoLForCausalLM
 from molcli.model.compiled import compile_layers
 from molcli.model.configuration_mol import MoLConfig
 from molcli.stages.train.balance import RouterLoads
+from molcli.stages.train.gradient_graph import GradientGraph
 from molcli.stages.train.objective import Objective, Student, Weights
 from molcli.stages.train.optimizer import make_optimizer
 
@@ -57,6 +59,7 @@ def config(layer_kind: str) -> MoLConfig:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--compile", choices=["on", "off"], default="on")
+    parser.add_argument("--graph", choices=["on", "off"], default="on")
     parser.add_argument("--micro-batch", type=int, default=64)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
@@ -78,7 +81,8 @@ def main() -> None:
     loads = RouterLoads(model)
     student = Student(model, dtype, loads)
     weights = Weights(ce=0.0, kl=1.0, compiled=compiled)
-    objective = Objective(student, parent, weights, balance_weight=0.0)
+    graph = GradientGraph(model) if args.graph == "on" else None
+    objective = Objective(student, parent, weights, balance_weight=0.0, graph=graph)
     lengths = torch.randint(20, 400, (args.batch * args.length // 100,)).tolist()
     documents = [torch.randint(49_152, (n,), dtype=torch.int32) for n in lengths]
     rows = pack(documents, args.length, seed=0)
@@ -92,7 +96,7 @@ def main() -> None:
         optimizer.zero_grad()
 
     start = time.perf_counter()
-    for _ in range(3):
+    for _ in range(4):
         step()
     if device.type == "cuda":
         torch.cuda.synchronize()

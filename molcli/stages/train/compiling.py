@@ -1,8 +1,11 @@
-"""Whether a run's layers and loss are compiled."""
+"""Whether a run's layers and loss are compiled, and its micro-batches recorded."""
 
 import torch
+from accelerate import Accelerator
 
 from molcli.config.sections import TrainConfig
+from molcli.model import MoLConfig
+from molcli.model.rotary import reads_positions_back
 
 # Tokens that pay for the minute of compiling.
 COMPILED_FROM = 5_000_000
@@ -15,3 +18,13 @@ def worth_compiling(config: TrainConfig, tokens: int, device: torch.device) -> b
     # Every other number of blocks would be compiled anew.
     same_top_k = config.start_top_k is None
     return device.type == "cuda" and tokens >= COMPILED_FROM and same_top_k
+
+
+def worth_recording(config: TrainConfig, model: MoLConfig, accelerator: Accelerator) -> bool:
+    """Whether compiled micro-batches are repeated from a CUDA graph (`GradientGraph`): not where
+    processes wait for one another, where the disk or the largest position has a say, or where
+    layers run twice, or change.
+    """
+    alone = accelerator.device.type == "cuda" and accelerator.num_processes == 1
+    told = config.logits is not None or reads_positions_back(model)
+    return alone and not (told or config.gradient_checkpointing or config.start_top_k is not None)

@@ -19,7 +19,8 @@ from molcli.progress import Progress, silent
 from molcli.stages.train.align import Alignment, check_alignable
 from molcli.stages.train.balance import set_top_k
 from molcli.stages.train.checks import check_stages, check_top_k
-from molcli.stages.train.compiling import worth_compiling
+from molcli.stages.train.compiling import worth_compiling, worth_recording
+from molcli.stages.train.gradient_graph import GradientGraph
 from molcli.stages.train.identity import DATA, refuse_another_run, run_identity
 from molcli.stages.train.log import TrainLog
 from molcli.stages.train.objective import Objective, Student, Weights
@@ -140,7 +141,8 @@ def train(
         if here is not None:
             refuse_another_run(here, identity)
         learned = teacher if stage.settings.logits is None else cache
-        objective = _objective(stage, student, learned, compiled=compiled)
+        graphs = compiled and worth_recording(stage.settings, model.config, accelerator)
+        objective = _objective(stage, student, learned, compiled=compiled, graphs=graphs)
         if accelerator.is_main_process:
             out.mkdir(parents=True, exist_ok=True)
         run_stage(run, stage, objective, rows, identity)
@@ -157,7 +159,12 @@ def train(
 
 
 def _objective(
-    stage: Stage, student: Student, parent: MoLForCausalLM | LogitCache | None, *, compiled: bool
+    stage: Stage,
+    student: Student,
+    parent: MoLForCausalLM | LogitCache | None,
+    *,
+    compiled: bool,
+    graphs: bool,
 ) -> Objective | Alignment:
     config = stage.settings
     balance_weight = config.balance_weight if config.balance == "loss" else 0.0
@@ -170,7 +177,9 @@ def _objective(
         temperature=config.temperature,
         compiled=compiled,
     )
-    return Objective(student, parent if stage.kind == "distill" else None, weights, balance_weight)
+    taught = parent if stage.kind == "distill" else None
+    graph = GradientGraph(student.model) if graphs else None
+    return Objective(student, taught, weights, balance_weight, graph)
 
 
 def _optimizer(model: MoLForCausalLM, stage: Stage) -> torch.optim.Optimizer:

@@ -1,6 +1,7 @@
 """The loss of a batch, and its gradient."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -13,6 +14,7 @@ from molcli.maths.losses import Head, TrainingLoss, training_loss
 from molcli.maths.top_k import TopK
 from molcli.model import MoLForCausalLM
 from molcli.stages.train.balance import RouterLoads
+from molcli.stages.train.gradient_graph import GradientGraph
 
 
 @dataclass(frozen=True)
@@ -73,13 +75,15 @@ class Objective:
     """What is minimised.
 
     parent: the dense model whose predictions are learned, in evaluation mode; its predictions for
-    the rows, from the disk; or None.
+    the rows, from the disk; or None. graph: repeats micro-batches, in one process and without
+    predictions from the disk; or None.
     """
 
     student: Student
     parent: MoLForCausalLM | LogitCache | None
     weights: Weights
     balance_weight: float
+    graph: GradientGraph | None = None
 
     @property
     def measures(self) -> tuple[str, ...]:
@@ -94,23 +98,37 @@ class Objective:
         Returns (4,) this rank's part of the mean loss, cross-entropy, KL and balance. The first
         three are means over the batch's predicted tokens, the balance over its micro-batches.
         """
-        ranks, packed = accelerator.num_processes, rows.rows(index)
+        packed = rows.rows(index)
         # Every rank holds all rows, so none has to ask the others for their counts.
-        count = packed.predicted
+        device = accelerator.device
+        count = torch.full((), packed.predicted, dtype=torch.float32, device=device)
         mine = share(len(index), micro_batch_size, accelerator)
-        parts = torch.zeros(4, device=accelerator.device)
+        parts = torch.zeros(4, device=device)
         for part in mine:
-            batch = packed.batch(part, accelerator.device)
-            parent = self._predictions(batch, index[part])
-            losses, balance = self.student(batch, parent, self.weights)
-            balance = balance / (len(mine) * ranks)
-            loss = losses.loss / count + self.balance_weight * balance
-            # FSDP averages over ranks; this is a sum. It does so for every micro-batch: gradients
-            # that waited for the last one would be whole ones, on every rank.
-            accelerator.backward(loss * ranks)
-            means = (losses.cross_entropy / count, losses.kl / count)
-            parts += torch.stack([loss, *means, balance]).detach()
+            both = partial(self._add_gradient, index[part], len(mine), accelerator)
+            batch = packed.batch(part, device)
+            parts += both(batch, count) if self.graph is None else self.graph(both, batch, count)
         return parts
+
+    def _add_gradient(
+        self,
+        index: Tensor,
+        micro_batches: int,
+        accelerator: Accelerator,
+        batch: Batch,
+        count: Tensor,
+    ) -> Tensor:
+        """One micro-batch, the rows `index`, of a batch with `count` (0-d) predicted tokens.
+        Returns what `backward` does, of this part."""
+        ranks = accelerator.num_processes
+        losses, balance = self.student(batch, self._predictions(batch, index), self.weights)
+        balance = balance / (micro_batches * ranks)
+        loss = losses.loss / count + self.balance_weight * balance
+        # FSDP averages over ranks; this is a sum. It does so for every micro-batch: gradients
+        # that waited for the last one would be whole ones, on every rank.
+        accelerator.backward(loss * ranks)
+        means = (losses.cross_entropy / count, losses.kl / count)
+        return torch.stack([loss, *means, balance]).detach()
 
     @torch.no_grad()
     def is_finite(

@@ -1,0 +1,176 @@
+"""Micro-batches from a CUDA graph: which are played back, and that they say what the model says."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from molcli.config.sections import TrainConfig
+from molcli.io.packing import Batch, TokenRows, pack
+from molcli.model import MoLConfig, MoLForCausalLM
+from molcli.model.compiled import compile_layers
+from molcli.stages.train import gradient_graph
+from molcli.stages.train.balance import RouterLoads
+from molcli.stages.train.compiling import worth_recording
+from molcli.stages.train.gradient_graph import GradientGraph
+from molcli.stages.train.objective import Objective, Student, Weights
+
+
+def batch(rows: int, documents: int, *, padded: bool = False) -> Batch:
+    ids = torch.zeros(rows, 8, dtype=torch.int64)
+    return Batch(ids, ids, ids, ids, documents, torch.ones_like(ids) if padded else None)
+
+
+def played(
+    monkeypatch: pytest.MonkeyPatch, *batches: Batch, waits: bool = False
+) -> list[tuple[str, int]]:
+    """What became of each micro-batch, and for how many documents it had room. waits: of a model
+    that does so for the device."""
+    model = torch.nn.Linear(1, 1)
+    graph = GradientGraph(model)
+
+    def both(given: Batch, count: Tensor) -> Any:
+        return "run", given.num_documents
+
+    def record(_: object, given: Batch, count: Tensor) -> Any:
+        class Playback(SimpleNamespace):
+            def __call__(self, given: Batch, count: Tensor) -> tuple[str, int]:
+                return "played", given.num_documents
+
+        return Playback(batch=given)
+
+    monkeypatch.setattr(graph, "_record", record)
+    monkeypatch.setattr(gradient_graph, "_watched", lambda run: (run(), waits))
+    return [graph(both, given, torch.ones(())) for given in batches]  # type: ignore[misc]
+
+
+def test_the_third_micro_batch_of_a_shape_is_played_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = played(monkeypatch, batch(4, 40), batch(4, 30), batch(4, 50), batch(3, 30), batch(4, 9))
+    assert found == [("run", 64), ("run", 64), ("played", 64), ("run", 64), ("played", 64)]
+
+
+def test_more_documents_than_there_is_room_for_are_recorded_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = played(monkeypatch, *[batch(4, n) for n in (4, 4, 4, 30, 30, 30, 64, 65, 65, 65)])
+    assert found[:3] == [("run", 4), ("run", 4), ("played", 4)]  # rows of one document each
+    assert found[3:7] == [("run", 64), ("run", 64), ("played", 64), ("played", 64)]
+    assert found[7:] == [("run", 128), ("run", 128), ("played", 128)]
+
+
+def test_what_is_left_of_a_batch_is_not_taken_for_its_shape(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = played(monkeypatch, *[batch(4, 40), batch(2, 20)] * 3)
+    assert [kind for kind, _ in found] == ["run", "run", "run", "run", "played", "run"]
+
+
+def test_padded_rows_run_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    padded = batch(4, 40, padded=True)
+    found = played(monkeypatch, batch(4, 40), batch(4, 40), padded, batch(4, 40))
+    assert [kind for kind, _ in found] == ["run", "run", "run", "played"]
+
+
+def test_a_model_that_waits_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = played(monkeypatch, *[batch(4, 40)] * 4, waits=True)
+    assert [kind for kind, _ in found] == ["run"] * 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "processes", "settings", "worth"),
+    [
+        ("cuda", 1, {}, True),
+        ("cpu", 1, {}, False),
+        ("cuda", 2, {}, False),
+        ("cuda", 1, {"logits": "folder"}, False),
+        ("cuda", 1, {"gradient_checkpointing": True}, False),
+        ("cuda", 1, {"start_top_k": 4}, False),
+    ],
+)
+def test_what_changes_or_waits_is_not_recorded(
+    kind: str, processes: int, settings: dict[str, Any], worth: bool
+) -> None:
+    accelerator: Any = SimpleNamespace(device=torch.device(kind), num_processes=processes)
+    assert worth_recording(TrainConfig(**settings), MoLConfig(), accelerator) is worth
+
+
+def test_positions_that_the_host_asks_for_are_not_recorded() -> None:
+    accelerator: Any = SimpleNamespace(device=torch.device("cuda"), num_processes=1)
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    assert not worth_recording(TrainConfig(), MoLConfig(rope_parameters=rope), accelerator)
+
+
+def packed_rows(vocabulary: int) -> TokenRows:
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(5, 90, (400,), generator=generator).tolist()
+    documents = [
+        torch.randint(vocabulary, (length,), dtype=torch.int32, generator=generator)
+        for length in lengths
+    ]
+    return pack(documents, 64, seed=0)
+
+
+def small_model(kind: str, **blocks: int) -> MoLForCausalLM:
+    config = MoLConfig(
+        vocab_size=97,
+        hidden_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=64,
+        intermediate_size=256,
+        layer_kinds=[kind] * 3,
+        d_thin=64,
+        d_ff_thin=128,
+        initializer_range=0.1,
+        **blocks,
+    )
+    return MoLForCausalLM(config).cuda()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mixer", ["softmax", "gated_deltanet"])
+def test_a_graph_adds_the_gradients_that_the_model_adds(mixer: str) -> None:
+    """Over steps that change the weights, of two micro-batches each."""
+    torch.manual_seed(0)
+    accelerator = Accelerator()
+    model = small_model(mixer, num_blocks=7, num_shared_blocks=1, num_blocks_per_tok=2).train()
+    parent = small_model("dense").to(torch.bfloat16).eval().requires_grad_(False)
+    rows = packed_rows(model.config.vocab_size)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    compile_layers(model)
+    compile_layers(parent)
+
+    def run(*, low: bool, graph: bool) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Means and gradients of each of 5 steps, and how often each block was chosen."""
+        model.load_state_dict(start)
+        loads = RouterLoads(model)
+        student = Student(model, torch.bfloat16 if low else torch.float32, loads)
+        weights = Weights(ce=0.3, kl=0.7, compiled=True)
+        recorded = GradientGraph(model) if graph else None
+        objective = Objective(student, parent, weights, balance_weight=0.01, graph=recorded)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        means, gradients = [], []
+        for step in range(5):
+            index = torch.arange(16 * step, 16 * (step + 1)) % len(rows)
+            means.append(objective.backward(rows, index, 8, accelerator))
+            flat = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+            gradients.append(torch.cat(flat).clone())
+            optimizer.step()
+            loads.keep()
+            loads.clear()
+            optimizer.zero_grad()
+        assert recorded is None or recorded.recorded is not None
+        return means, gradients, loads.take_window(accelerator)
+
+    exact = run(low=False, graph=False)
+    eager, played_back = run(low=True, graph=False), run(low=True, graph=True)
+    assert int(played_back[2].sum()) == int(exact[2].sum())
+    for part in (0, 1):
+        for right, slow, fast in zip(exact[part], eager[part], played_back[part], strict=True):
+            errors = [float((x - right).norm() / right.norm()) for x in (slow, fast)]
+            print(f"{mixer}: error from a graph {errors[1]:.4f}, without {errors[0]:.4f}")
+            assert errors[1] < 2 * errors[0] + 1e-3
