@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from molcli.config.recipe import load_recipe
-from molcli.config.sections import EvaluateConfig, Recipe
+from molcli.config.sections import Data, EvaluateConfig, Recipe
 from molcli.io.calibration import Calibration, open_calibration
 from molcli.io.data import load_documents
 from molcli.io.parent import Parent
@@ -134,7 +134,7 @@ class Workshop:
         names = "ce", "parent_ce", "kl", "agreement", "tokens"
         return {"gap": found.ce - found.parent_ce} | {n: getattr(found, n) for n in names}
 
-    def train(self, checkpoint: Path, data: str, recipe: Recipe) -> tuple[Path, dict[str, Any]]:
+    def train(self, checkpoint: Path, data: Data, recipe: Recipe) -> tuple[Path, dict[str, Any]]:
         """The trained model, which the next training overwrites, and figures of the training."""
         out, tokens = self.folder / "trained", self._tokenised(data)
         shutil.rmtree(out, ignore_errors=True)
@@ -170,7 +170,12 @@ class Workshop:
                 if tokens <= 0:
                     break
 
-    def _tokenised(self, data: str) -> str:
+    def _tokenised(self, data: Data) -> Data:
+        if isinstance(data, str):
+            return self._token_folder(data)
+        return {self._token_folder(source): weight for source, weight in data.items()}
+
+    def _token_folder(self, data: str) -> str:
         tokenizer = self.parent.tokenizer()
         if Path(data).is_dir() or tokenizer is None:
             return data

@@ -61,7 +61,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", help="of all cases")
     parser.add_argument("--set", action="append", default=[], help="of all cases")
     parser.add_argument("--train-tokens", type=parse_count, default=0)
-    parser.add_argument("--train-data", help="else --data; a folder of tokens saves time")
+    parser.add_argument("--train-data", help="where a case has no train.data, else --data")
     parser.add_argument("--out", type=Path, help="a file for the lines")
     parser.add_argument("--work", type=Path, help="where the scratch folder is made")
 
@@ -130,7 +130,8 @@ def main(words: list[str] | None = None) -> None:
 
             def trained(recipe: Recipe, case: Case = case) -> dict[str, Any]:
                 checkpoint, found = workshop.convert(recipe, case.cut)
-                out, about = workshop.train(checkpoint, args.train_data or args.data, recipe)
+                data = recipe.train.data or args.train_data or args.data
+                out, about = workshop.train(checkpoint, data, recipe)
                 size = {name: found[name] for name in ("total", "active", "share")}
                 return size | about | workshop.figures(out, recipe.evaluate)
 

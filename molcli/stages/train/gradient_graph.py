@@ -44,10 +44,10 @@ class _Recorded:
     def _put_back(self) -> None:
         """The optimiser lets go of gradients after each step, and the graph knows their place."""
         lost = [(p, gradient) for p, gradient in self.gradients if p.grad is not gradient]
+        if unset := [gradient for p, gradient in lost if p.grad is None]:
+            torch._foreach_zero_(unset)
         for parameter, gradient in lost:
-            if parameter.grad is None:
-                gradient.zero_()
-            else:  # of a micro-batch before, of another shape
+            if parameter.grad is not None:  # of a micro-batch before, of another shape
                 gradient.copy_(parameter.grad)
             parameter.grad = gradient
 
