@@ -1,5 +1,7 @@
 """The Mixture of Layers language model, as transformers knows models."""
 
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,6 +120,8 @@ class MoLModel(MoLPreTrainedModel):
         self.norm = FinalNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = rotary_embedding(config)
         self.gradient_checkpointing = False
+        # How to call a layer: `ForwardGraphs` takes another way.
+        self.run_layer: Callable[..., tuple[Tensor, Routing | None]] = operator.call
         self.post_init()
 
     def forward(
@@ -168,7 +172,7 @@ class MoLModel(MoLPreTrainedModel):
         for i, layer in enumerate(self.layers):
             always = rows[1 if self.config.is_dense(i) else max(1, self.config.num_shared_blocks)]
             states = None if cache is None else cache.layers[i]
-            x, routing = layer(x, always, rotary, stream, states)
+            x, routing = self.run_layer(layer, x, always, rotary, stream, states)
             if routing is not None:
                 routings.append(routing)
         if cache is not None:
