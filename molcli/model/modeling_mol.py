@@ -1,7 +1,6 @@
 """The Mixture of Layers language model, as transformers knows models."""
 
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,8 +119,7 @@ class MoLModel(MoLPreTrainedModel):
         self.norm = FinalNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = rotary_embedding(config)
         self.gradient_checkpointing = False
-        # How to call a layer: `ForwardGraphs` takes another way.
-        self.run_layer: Callable[..., tuple[Tensor, Routing | None]] = operator.call
+        self.run_layer: Any = operator.call  # `ForwardGraphs` calls layers in another way
         self.post_init()
 
     def forward(
@@ -177,11 +175,9 @@ class MoLModel(MoLPreTrainedModel):
                 routings.append(routing)
         if cache is not None:
             cache.advance(stream)
-        wanted = (
-            self.config.output_router_logits
-            if output_router_logits is None
-            else output_router_logits
-        )
+        wanted = output_router_logits
+        if wanted is None:
+            wanted = self.config.output_router_logits
         return MoLModelOutput(
             last_hidden_state=stream.unflatten(self.norm(x)),
             past_key_values=cache,
