@@ -4,12 +4,17 @@ Up to some ten thousand tokens, a layer of thin blocks is computed faster than i
 launched one by one.
 """
 
+import operator
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from molcli.model.branch import Branch
+from molcli.model.side_by_side import SideBySide
 
 if TYPE_CHECKING:
     from molcli.model.modeling_mol import MoLForCausalLM
@@ -40,7 +45,7 @@ class ForwardGraphs:
     """
 
     def __init__(self, model: "MoLForCausalLM") -> None:
-        self.model = model
+        self.model, self.side_by_side = model, SideBySide()
         self.seen: Counter[tuple[int, ...]] = Counter()
         self.recorded: dict[tuple[int, ...], _Recorded] = {}
 
@@ -53,7 +58,7 @@ class ForwardGraphs:
         key = (*ids.shape, kwargs.get("logits_to_keep", 0), place)
         self.seen[key] += 1
         if self.seen[key] == 1:  # kernels are compiled now, not while recording
-            return self.model._call_impl(*args, **kwargs)
+            return self._forward(*args, **kwargs)
         if key not in self.recorded:
             if len(self.recorded) == _MAX_GRAPHS:
                 del self.recorded[next(iter(self.recorded))]
@@ -77,5 +82,14 @@ class ForwardGraphs:
         kwargs = {name: value for name, value in kwargs.items() if name != "input_ids"}
         graph, held = torch.cuda.CUDAGraph(), ids.clone()
         with torch.cuda.graph(graph):
-            output = self.model._call_impl(input_ids=held, **kwargs)
+            output = self._forward(input_ids=held, **kwargs)
         return _Recorded(graph, held, output)
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        """A call to record, or one that compiles what it will need."""
+        inner = self.model.model
+        inner.run_layer = partial(self.side_by_side, Branch(inner.device))
+        try:
+            return self.model._call_impl(*args, **kwargs)
+        finally:
+            inner.run_layer = operator.call

@@ -37,7 +37,7 @@ class ThinBlocks(nn.Module):
         stream: TokenStream,
         state: AttentionState | RecurrentState | None,
     ) -> Tensor:
-        """x: (n, d_model); gate: (M,) a weight per row or None -> (n, d_model), summed.
+        """x: (n, d_model); gate: (M,) a weight per row or None -> (M, d_model), for `rows.combine`.
 
         The gate is applied at the thin width, where it is cheapest: thin_out is linear.
         """
@@ -45,7 +45,7 @@ class ThinBlocks(nn.Module):
         delta = self.block(thin, rows, rotary, stream, state)
         if gate is not None:
             delta = delta * gate[:, None].to(delta.dtype)
-        return rows.combine(grouped_linear(delta, self.thin_out, rows))
+        return grouped_linear(delta, self.thin_out, rows)
 
 
 class DenseLayer(GradientCheckpointingLayer):
@@ -91,12 +91,39 @@ class MoLLayer(GradientCheckpointingLayer):
         """x: (n, d_model), rows: all tokens in every shared block."""
         out, routing = x, None
         if self.shared is not None:
-            out = out + self.shared(x, rows, None, rotary, stream, states and states.always)
-        if self.routed is not None and self.router is not None:
-            routing = self.router(x)
-            routed, gate = self.route(routing, stream)
-            out = out + self.routed(x, routed, gate, rotary, stream, states and states.routed)
+            out = self.with_shared(x, rows, rotary, stream, states)
+        if self.routed is not None:
+            found, routed, routing = self.routed_rows(x, rotary, stream, states)
+            out = out + routed.combine(found)
         return out, routing
+
+    def with_shared(
+        self,
+        x: Tensor,
+        rows: Rows,
+        rotary: tuple[Tensor, Tensor],
+        stream: TokenStream,
+        states: MoLCacheLayer | None,
+    ) -> Tensor:
+        """x + shared blocks, (n, d_model). Needs nothing of the routed blocks, nor they of it."""
+        assert self.shared is not None
+        found = self.shared(x, rows, None, rotary, stream, states and states.always)
+        return x + rows.combine(found)
+
+    def routed_rows(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        stream: TokenStream,
+        states: MoLCacheLayer | None,
+    ) -> tuple[Tensor, Rows, Routing]:
+        """What every routed block computes of its tokens, w / K times: (M, d_model), for these
+        rows to combine."""
+        assert self.routed is not None and self.router is not None
+        routing = self.router(x)
+        rows, gate = self.route(routing, stream)
+        found = self.routed(x, rows, gate, rotary, stream, states and states.routed)
+        return found, rows, routing
 
     def route(self, routing: Routing, stream: TokenStream) -> tuple[Rows, Tensor]:
         """The rows of the routed blocks, and w / K for each."""

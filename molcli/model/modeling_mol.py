@@ -1,5 +1,6 @@
 """The Mixture of Layers language model, as transformers knows models."""
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,6 +119,7 @@ class MoLModel(MoLPreTrainedModel):
         self.norm = FinalNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = rotary_embedding(config)
         self.gradient_checkpointing = False
+        self.run_layer: Any = operator.call  # `ForwardGraphs` calls layers in another way
         self.post_init()
 
     def forward(
@@ -168,16 +170,14 @@ class MoLModel(MoLPreTrainedModel):
         for i, layer in enumerate(self.layers):
             always = rows[1 if self.config.is_dense(i) else max(1, self.config.num_shared_blocks)]
             states = None if cache is None else cache.layers[i]
-            x, routing = layer(x, always, rotary, stream, states)
+            x, routing = self.run_layer(layer, x, always, rotary, stream, states)
             if routing is not None:
                 routings.append(routing)
         if cache is not None:
             cache.advance(stream)
-        wanted = (
-            self.config.output_router_logits
-            if output_router_logits is None
-            else output_router_logits
-        )
+        wanted = output_router_logits
+        if wanted is None:
+            wanted = self.config.output_router_logits
         return MoLModelOutput(
             last_hidden_state=stream.unflatten(self.norm(x)),
             past_key_values=cache,

@@ -29,8 +29,9 @@ class TokenStream:
     padded: bool
 
     def flatten(self, x: Tensor) -> Tensor:
-        """x: (batch_size, length, ...) -> (n, ...)."""
-        return x[self.sequence, self.time] if self.padded else x.flatten(0, 1)
+        """x: (batch_size, length, ...) -> (n, ...), never a view: compiled layers of any length
+        guard on what a view is of, and the first layer would have a graph of its own."""
+        return x[self.sequence, self.time] if self.padded else x.flatten(0, 1).clone()
 
     def unflatten(self, x: Tensor) -> Tensor:
         """x: (n, ...) -> (batch_size, length, ...), zeros where padding was."""

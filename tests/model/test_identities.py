@@ -96,7 +96,7 @@ def layer_inputs(model, embedded, mask=None):
 
 def dense_restricted(layer: MoLLayer, x, rows, rotary, stream):
     """The layer with every block on every token and a mask on its keys, one block at a time."""
-    out = x + layer.shared(x, rows, None, rotary, stream, None)
+    out = layer.with_shared(x, rows, rotary, stream, None)
     routing = layer.router(x)
     for block in range(routing.logits.shape[1]):
         chose = (routing.blocks == block).any(1)
@@ -111,7 +111,8 @@ def dense_restricted(layer: MoLLayer, x, rows, rotary, stream):
             routing.logits.shape[1],
             stream.length,
         )
-        part = layer.routed(x[kept], own, None, (rotary[0][kept], rotary[1][kept]), stream, None)
+        turns = rotary[0][kept], rotary[1][kept]
+        part = own.combine(layer.routed(x[kept], own, None, turns, stream, None))
         weight = (routing.weights * (routing.blocks == block)).sum(1)[kept] / layer.top_k
         out = out.index_add(0, kept, part * weight[:, None])
     return out
