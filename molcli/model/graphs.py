@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from molcli.model.branch import Branch
+from molcli.model.rotary import reads_positions_back
 from molcli.model.side_by_side import SideBySide
 
 if TYPE_CHECKING:
@@ -75,6 +76,9 @@ class ForwardGraphs:
         if not ids.is_cuda or ids.numel() > _MAX_TOKENS or torch.is_grad_enabled():
             return None
         if self.model.training or not isinstance(kwargs.get("logits_to_keep", 0), int):
+            return None
+        # Grouped products in other dtypes wait for the device, and so do such frequencies.
+        if self.model.dtype != torch.bfloat16 or reads_positions_back(self.model.config):
             return None
         return ids
 

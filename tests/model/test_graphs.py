@@ -33,7 +33,7 @@ def test_the_second_call_of_a_shape_is_recorded(make_model, ids, monkeypatch):
     plain = dict(use_cache=False)
     with torch.no_grad():
         found = recorded(
-            make_model().eval(),
+            make_model(dtype=torch.bfloat16).eval(),
             monkeypatch,
             ((ids,), plain),
             ((ids,), plain),
@@ -57,14 +57,32 @@ def test_the_second_call_of_a_shape_is_recorded(make_model, ids, monkeypatch):
 )
 def test_calls_that_ask_for_more_are_never_recorded(make_model, ids, monkeypatch, kwargs):
     with torch.no_grad():
-        assert recorded(make_model().eval(), monkeypatch, *[((ids,), kwargs)] * 3) == ["run"] * 3
+        model = make_model(dtype=torch.bfloat16).eval()
+        assert recorded(model, monkeypatch, *[((ids,), kwargs)] * 3) == ["run"] * 3
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(),  # fp32, whose grouped products wait for the device
+        dict(
+            dtype=torch.bfloat16,
+            rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0),
+        ),
+    ],
+)
+def test_models_that_wait_for_the_device_are_never_recorded(make_model, ids, monkeypatch, settings):
+    call = ((ids,), dict(use_cache=False))
+    with torch.no_grad():
+        assert recorded(make_model(**settings).eval(), monkeypatch, call, call) == ["run"] * 2
 
 
 def test_calls_with_gradients_or_in_training_are_never_recorded(make_model, ids, monkeypatch):
     call = ((ids,), dict(use_cache=False))
-    assert recorded(make_model().eval(), monkeypatch, call, call) == ["run"] * 2
+    model = make_model(dtype=torch.bfloat16)
+    assert recorded(model.eval(), monkeypatch, call, call) == ["run"] * 2
     with torch.no_grad():
-        assert recorded(make_model().train(), monkeypatch, call, call) == ["run"] * 2
+        assert recorded(model.train(), monkeypatch, call, call) == ["run"] * 2
 
 
 @pytest.mark.gpu
