@@ -2,11 +2,17 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
 from molcli.kernels.grouped_linear import grouped_linear_reference
-from molcli.kernels.grouped_linear.product import GroupedProduct, part_ends, parts_of_blocks
+from molcli.kernels.grouped_linear.product import (
+    GroupedProduct,
+    grouped_product,
+    part_ends,
+    parts_of_blocks,
+)
 
 
 @given(sizes=st.lists(st.integers(0, 50), min_size=1, max_size=6), parts=st.integers(1, 9))
@@ -55,3 +61,35 @@ def test_it_is_as_exact_as_eager_bf16(device, sizes):
         print(f"grouped linear, {rows} rows, {name}: {error:.5f} (eager bf16 {allowed:.5f})")
         assert error <= 2 * allowed
     assert not fast[2][1].any()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("wide", "deep"), [(6, 64), (64, 12), (2, 5), (16, 16)])
+def test_odd_widths_reach_the_library_even(monkeypatch, device, wide, deep):
+    """The library takes rows of a multiple of 16 bytes, in the backward pass, too."""
+    plain = F.grouped_mm
+
+    def strict(a, b, *, offs):
+        for x in (a, b):
+            steps = [step for step in x.stride() if step != 1]
+            assert all(step * x.element_size() % 16 == 0 for step in steps), x.stride()
+        return plain(a, b, offs=offs)
+
+    monkeypatch.setattr(F, "grouped_mm", strict)
+    generator = torch.Generator(device).manual_seed(0)
+    ends = torch.tensor([24, 24, 40], device=device).int()
+    x, w, g = (
+        torch.randn(*shape, generator=generator, device=device).bfloat16()
+        for shape in [(40, deep), (3, wide, deep), (40, wide)]
+    )
+    inputs = [x.requires_grad_(), w.requires_grad_()]
+    found = grouped_product(*inputs, ends)
+    right = grouped_linear_reference(*inputs, ends)
+    pairs = zip(
+        [found, *torch.autograd.grad(found, inputs, g)],
+        [right, *torch.autograd.grad(right, inputs, g)],
+        strict=True,
+    )
+    for a, b in pairs:
+        assert a.shape == b.shape
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from molcli.kernels.grouped_linear.product import GroupedProduct
+from molcli.kernels.grouped_linear.product import grouped_product
 from molcli.kernels.grouped_linear.reference import grouped_linear_reference
 from molcli.kernels.rows import Rows
 
@@ -28,7 +28,7 @@ def grouped_linear(x: Tensor, weight: Tensor, rows: Rows, bias: Tensor | None = 
     if weight.shape[0] == 1:
         out = F.linear(x, weight[0])
     elif x.is_cuda and x.dtype == torch.bfloat16:
-        out = GroupedProduct.apply(x, weight, rows.offsets)  # type: ignore[no-untyped-call]
+        out = grouped_product(x, weight, rows.offsets)
     else:
         out = grouped_linear_reference(x, weight, rows.offsets)
     return out if bias is None else out + rows.per_row(bias).to(out.dtype)

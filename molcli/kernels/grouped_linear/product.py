@@ -15,10 +15,25 @@ _BUSY = 132
 _WANTED = 512
 _FEWEST_ROWS = 256  # in a part of a block; shorter sums cost more than they save
 _MOST_GROUPS = 1024  # of one call
+_ALIGNED = 8  # grouped_mm reads rows of a multiple of 16 bytes
+
+
+def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """x: (M, in), weight: (B, out, in), ends: (B,) int32 of the blocks' rows -> (M, out), bf16.
+
+    Odd widths, such as those of a few heads' gates, are filled up with zeros: the output's too, for
+    its gradient is an input.
+    """
+    wide, deep = weight.shape[1:]
+    more, deeper = -wide % _ALIGNED, -deep % _ALIGNED
+    if more or deeper:
+        x, weight = F.pad(x, (0, deeper)), F.pad(weight, (0, deeper, 0, more))
+    out: Tensor = GroupedProduct.apply(x, weight, ends)  # type: ignore[no-untyped-call]
+    return out[:, :wide] if more else out
 
 
 class GroupedProduct(Function):
-    """x: (M, in), weight: (B, out, in), ends: (B,) int32 of the blocks' rows -> (M, out), bf16.
+    """As `grouped_product`, of even widths.
 
     A weight's gradient is summed by parts of its block's rows, side by side, then over the parts in
     float32: no atomics, hence the same bits in every run.
