@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from molcli import __version__
 from molcli.errors import MolError
-from molcli.io.cache import cache_folder
+from molcli.io.cache import cache_folder, turn_at
 from molcli.io.families import EMBEDDING, FAMILIES, FINAL_NORM, LM_HEAD
 from molcli.io.folder import output_folder
 from molcli.io.refusals import refuse_family
@@ -64,40 +64,48 @@ def convert_gguf(path: Path, folder: Path | None = None) -> Path:
     """Writes the model and tokenizer of a .gguf file as safetensors and returns their folder.
 
     folder: must not exist yet; None takes one in the user's cache, made once for each state of
-    the file. Weights become bfloat16 where that is exact for all of them, else float32. Raises
-    MolError for a damaged file, another family, or the package `gguf` missing.
+    the file, and by one process, for which others wait. Weights become bfloat16 where that is exact
+    for all of them, else float32. Raises MolError for a damaged file, another family, or the
+    package `gguf` missing.
     """
-    if folder is None:
-        folder = _cache_folder(path)
-        if folder.is_dir():
-            return folder
+    cached, folder = folder is None, folder or _cache_folder(path)
+    if cached and folder.is_dir():
+        return folder
     status = Console(file=sys.stderr).status(f"Reading {path.name} (once)")
     with status, contextlib.redirect_stderr(io.StringIO()):  # hides the bars of transformers
         reader = _open(path)
         config = _config(path, reader)
         names = {tensor.name: _name(path, tensor.name) for tensor in reader.tensors}
-        exact = all(_exact_in_bf16(_weights(tensor)) for tensor in reader.tensors)
-        config.dtype = torch.bfloat16 if exact else torch.float32
-        need_bytes = sum(int(tensor.n_elements) for tensor in reader.tensors) * (2 if exact else 4)
-        with output_folder(folder, need_bytes=need_bytes) as staging:
-            writer = ShardedWriter(staging)
-            for tensor in reader.tensors:
-                weights = _weights(tensor)
-                if config.model_type == "llama":
-                    weights = _split_halves(tensor.name, weights, config)
-                writer.add(names[tensor.name], weights.to(config.dtype))
-            writer.close()
-            config.save_pretrained(staging)
-            if reader.get_field("tokenizer.ggml.model") is not None:
-                with _read_already(reader):
-                    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-                for name in ("bos", "eos"):  # transformers 5.17 takes a Llama's BOS for both
-                    token = getattr(config, f"{name}_token_id")
-                    if token is not None:
-                        word = tokenizer.convert_ids_to_tokens(token)
-                        setattr(tokenizer, f"{name}_token", word)
-                tokenizer.save_pretrained(staging)
+        with turn_at(folder) if cached else contextlib.nullcontext():
+            if not (cached and folder.is_dir()):
+                _write(path, reader, config, names, folder)
     return folder
+
+
+def _write(
+    path: Path, reader: "GGUFReader", config: PreTrainedConfig, names: dict[str, str], folder: Path
+) -> None:
+    exact = all(_exact_in_bf16(_weights(tensor)) for tensor in reader.tensors)
+    config.dtype = torch.bfloat16 if exact else torch.float32
+    need_bytes = sum(int(tensor.n_elements) for tensor in reader.tensors) * (2 if exact else 4)
+    with output_folder(folder, need_bytes=need_bytes) as staging:
+        writer = ShardedWriter(staging)
+        for tensor in reader.tensors:
+            weights = _weights(tensor)
+            if config.model_type == "llama":
+                weights = _split_halves(tensor.name, weights, config)
+            writer.add(names[tensor.name], weights.to(config.dtype))
+        writer.close()
+        config.save_pretrained(staging)
+        if reader.get_field("tokenizer.ggml.model") is not None:
+            with _read_already(reader):
+                tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            for name in ("bos", "eos"):  # transformers 5.17 takes a Llama's BOS for both
+                token = getattr(config, f"{name}_token_id")
+                if token is not None:
+                    word = tokenizer.convert_ids_to_tokens(token)
+                    setattr(tokenizer, f"{name}_token", word)
+            tokenizer.save_pretrained(staging)
 
 
 def read_gguf_config(path: Path) -> PreTrainedConfig:

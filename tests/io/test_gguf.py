@@ -2,6 +2,7 @@
 
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from molcli.errors import MolError
-from molcli.io.gguf import _weights, convert_gguf
+from molcli.io.cache import turn_at
+from molcli.io.gguf import _cache_folder, _weights, convert_gguf
 from molcli.io.parent import open_parent, outline
 
 GGUF_MODULES = {
@@ -204,6 +206,17 @@ def test_conversion_is_cached_until_the_file_changes(
     assert convert_gguf(path) != first
     assert convert_gguf(path, tmp_path / "given") == tmp_path / "given"
     assert open_parent(tmp_path / "given").config.rms_norm_eps == pytest.approx(1e-5)
+
+
+def test_who_asks_while_another_converts_waits_for_it(tiny_parent, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", tiny_parent("qwen2", tokenizer=False))
+    folder = _cache_folder(path)
+    with ThreadPoolExecutor() as other, turn_at(folder):
+        waiting = other.submit(convert_gguf, path)
+        convert_gguf(path, folder)
+        stamp = (folder / "config.json").stat().st_mtime_ns
+    assert waiting.result() == folder
+    assert (folder / "config.json").stat().st_mtime_ns == stamp
 
 
 @pytest.mark.parametrize(
