@@ -32,9 +32,14 @@ class Calibration:
     def moment(self, layer: int) -> Tensor:
         """(d_model, d_model) float64, of the unit-rms residual that attention and FFN read,
         averaged over the two."""
-        with _readable(self.folder), safe_open(self.folder / "moments.safetensors", "pt") as file:
-            both = [file.get_tensor(f"layers.{layer}.{name}") for name in ("attention", "mlp")]
-        return (both[0] + both[1]) / 2
+        with _readable(self.folder):
+            both = load_file(moments_file(self.folder, layer))
+            return (both["attention"] + both["mlp"]) / 2
+
+
+def moments_file(folder: Path, layer: int) -> Path:
+    """A layer's second moments, `attention` and `mlp`, (d_model, d_model) float64 each."""
+    return folder / f"moments-{layer:05d}.safetensors"
 
 
 def open_calibration(folder: Path, parent: Parent | None) -> Calibration:
@@ -56,6 +61,11 @@ def open_calibration(folder: Path, parent: Parent | None) -> Calibration:
             allowed="a calibration of the same weights",
             hint=f"molcli calibrate {parent.name} NEW_FOLDER",
         )
+    with _readable(folder):  # all headers now: a late layer's would fail after hours of work
+        for layer in range(0 if parent is None else parent.config.num_hidden_layers):
+            with safe_open(moments_file(folder, layer), "pt") as file:
+                for name in ("attention", "mlp"):
+                    file.get_slice(name)
     if not heldout.predicted:
         raise MolError(
             f"in the held-out text of the calibration {folder}, no token follows another one",

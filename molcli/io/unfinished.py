@@ -1,6 +1,9 @@
 """Work that a killed run leaves to the next one: the tensors it had so far."""
 
+import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -9,49 +12,64 @@ from torch import Tensor
 
 SAVE_EVERY = 60.0  # seconds, at least; and saving takes at most a twentieth of the time
 _SHARE = 20
+_STATE = "state.safetensors"
 
 
 class Unfinished:
-    """A hidden file beside `out`, for a run on the same path with the same identity.
+    """A hidden folder beside `out`, for a run on the same path with the same identity, which nobody
+    else may be at work on (`output_folder`).
 
-    identity: of all that decides what the work comes to.
+    identity: of all that decides what the work comes to. folder: also for parts of the result,
+    which are large, and written once.
     """
 
     def __init__(self, out: Path, identity: str) -> None:
         out = out.expanduser().resolve()
-        self.path = out.with_name(f".{out.name}.unfinished")
+        self.folder = out.with_name(f".{out.name}.unfinished")
         self.identity = identity
-        self._new = self.path.with_name(f"{self.path.name}.new")
         self._next = time.monotonic() + SAVE_EVERY
 
-    def load(self) -> tuple[int, dict[str, Tensor]] | None:
-        """How many steps were done, and what they gave; None where there is nothing of use."""
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """An error ends the work for good; anything else leaves what has been saved, if any."""
         try:
-            with safe_open(self.path, "pt") as file:
+            yield
+        except BaseException as error:
+            if isinstance(error, Exception) or not (self.folder / _STATE).is_file():
+                self.clear()
+            raise
+
+    def load(self) -> tuple[int, dict[str, Tensor]] | None:
+        """How many steps were done, and what they gave; None, and an empty folder, where there is
+        nothing of use."""
+        try:
+            with safe_open(self.folder / _STATE, "pt") as file:
                 about = file.metadata() or {}
-                if about.get("identity") != self.identity:
-                    return None
-                return int(about["done"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                if about.get("identity") == self.identity:
+                    names = file.keys()
+                    return int(about["done"]), {name: file.get_tensor(name) for name in names}
         except (OSError, SafetensorError, KeyError, ValueError):
-            return None
+            pass
+        self.clear()
+        self.folder.mkdir()
+        return None
 
     def save(self, done: int, tensors: dict[str, Tensor]) -> None:
-        """Every once in a while; otherwise does nothing. A kill leaves the file before it, and so
+        """Every once in a while; otherwise does nothing. A kill leaves the state before it, and so
         does a full disk, which is reported where the result is written."""
         start = time.monotonic()
         if start < self._next:
             return
         on_host = {name: tensor.to("cpu").contiguous() for name, tensor in tensors.items()}
+        new = self.folder / f"{_STATE}.new"
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(on_host, self._new, {"identity": self.identity, "done": str(done)})
-            self._new.replace(self.path)
+            save_file(on_host, new, {"identity": self.identity, "done": str(done)})
+            new.replace(self.folder / _STATE)
         except (OSError, SafetensorError):
-            self._new.unlink(missing_ok=True)
+            new.unlink(missing_ok=True)
         end = time.monotonic()
         self._next = end + max(SAVE_EVERY, _SHARE * (end - start))
 
     def clear(self) -> None:
         """The work is finished."""
-        self.path.unlink(missing_ok=True)
-        self._new.unlink(missing_ok=True)
+        shutil.rmtree(self.folder, ignore_errors=True)

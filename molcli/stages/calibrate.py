@@ -1,7 +1,7 @@
 """Calibrate: run text through the parent, layer by layer, and keep what upcycling fits to.
 
-Writes a folder: `tokens.safetensors` (packed rows to fit on and rows held out), per layer the
-float64 second moments of the residual that attention and FFN read, and `calibration.json`.
+Writes a folder: `tokens.safetensors` (packed rows to fit on and rows held out), a file per layer
+with the float64 second moments of the residual that attention and FFN read, and `calibration.json`.
 """
 
 import json
@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 
 from molcli.config.sections import CalibrateConfig
 from molcli.errors import MolError
-from molcli.io.calibration import split_text, text_hash
+from molcli.io.calibration import moments_file, split_text, text_hash
 from molcli.io.folder import output_folder
+from molcli.io.packing import TokenRows
 from molcli.io.parent import Parent
 from molcli.io.unfinished import Unfinished
 from molcli.maths.moments import second_moment, unit_rms
@@ -38,54 +39,16 @@ def calibrate(
     """
     fit, heldout = split_text(config, parent.tokenizer(), parent.config.vocab_size)
     of_parent, of_text = parent.fingerprint(), text_hash(fit, heldout)
-    unfinished = Unfinished(out, f"{of_parent} {of_text}")
-    model = MoLConfig(**parent.mol_config_kwargs())
-    device = default_device()
-    embedding = parent.embedding()
-    x = F.embedding(fit.input_ids.flatten().long(), embedding).to(device, torch.float32)
-    del embedding
-    chunks = chunk_text(model, fit, device)
-    # One tensor: many of medium size would leave the heap full of holes for what comes next.
-    shape = 2, model.hidden_size, model.hidden_size
-    of_layers = torch.empty(model.num_hidden_layers, *shape, dtype=torch.float64)
-    done, saved = unfinished.load() or (0, {})
-    if saved:
-        x.copy_(saved["x"])
-        of_layers[:done] = saved["moments"]
-    del saved
-    for i in range(done, model.num_hidden_layers):
-        layer = dense_layer(parent, model, i, device)
-        both = torch.zeros(shape, dtype=torch.float64, device=device)
-        sums = dict(zip(("attention", "mlp"), both, strict=True))
-        for chunk in chunks:
-            context, before = chunk.context, x[chunk.tokens]
-            rows, block = context.dense_rows, layer.block
-            sums["attention"] += second_moment(unit_rms(before))
-            middle = before + block.mix(before, rows, context.rotary, context.stream, None)
-            sums["mlp"] += second_moment(unit_rms(middle))
-            x[chunk.tokens] = middle + block.feed(middle, rows)
-        of_layers[i] = both.div_(fit.tokens)
-        if not both.isfinite().all():
-            raise MolError(
-                f"the parent's activations at layer {i} are not finite",
-                allowed="a parent that computes numbers on this text",
-                hint="download its weights again",
-            )
-        unfinished.save(i + 1, {"x": x, "moments": of_layers[: i + 1]})
-        progress(i + 1, model.num_hidden_layers)
     with output_folder(out) as staging:
+        unfinished = Unfinished(out, f"{of_parent} {of_text}")
+        with unfinished.at_work():
+            _observe(parent, fit, unfinished, progress)
         tokens = {
             f"{name}.{field}": getattr(rows, field).contiguous()
             for name, rows in (("fit", fit), ("heldout", heldout))
             for field in ("input_ids", "document_ids", "lengths")
         }
         save_file(tokens, staging / "tokens.safetensors")
-        moments = {
-            f"layers.{i}.{name}": own
-            for i, both in enumerate(of_layers)
-            for name, own in zip(("attention", "mlp"), both, strict=True)
-        }
-        save_file(moments, staging / "moments.safetensors")
         about = {
             "parent": of_parent,
             "data": of_text,
@@ -94,4 +57,46 @@ def calibrate(
             "config": asdict(config),
         }
         (staging / "calibration.json").write_text(json.dumps(about, indent=2) + "\n")
+        for layer in range(parent.config.num_hidden_layers):
+            moments_file(unfinished.folder, layer).rename(moments_file(staging, layer))
     unfinished.clear()
+
+
+def _observe(parent: Parent, fit: TokenRows, unfinished: Unfinished, progress: Progress) -> None:
+    """Leaves every layer's moments in the unfinished work's folder: of a large parent, they would
+    take more memory than two of its layers."""
+    model = MoLConfig(**parent.mol_config_kwargs())
+    device, count = default_device(), model.num_hidden_layers
+    embedding = parent.embedding()
+    x = F.embedding(fit.input_ids.flatten().long(), embedding).to(device, torch.float32)
+    del embedding
+    chunks = chunk_text(model, fit, device)
+    done, saved = unfinished.load() or (0, {})
+    if all(moments_file(unfinished.folder, i).is_file() for i in range(done)) and saved:
+        x.copy_(saved["x"])
+    else:
+        done = 0
+    del saved
+    for i in range(done, count):
+        layer = dense_layer(parent, model, i, device)
+        sums = {
+            name: torch.zeros(2 * [model.hidden_size], dtype=torch.float64, device=device)
+            for name in ("attention", "mlp")
+        }
+        for chunk in chunks:
+            context, before = chunk.context, x[chunk.tokens]
+            rows, block = context.dense_rows, layer.block
+            sums["attention"] += second_moment(unit_rms(before))
+            middle = before + block.mix(before, rows, context.rotary, context.stream, None)
+            sums["mlp"] += second_moment(unit_rms(middle))
+            x[chunk.tokens] = middle + block.feed(middle, rows)
+        moments = {name: total.div_(fit.tokens).cpu() for name, total in sums.items()}
+        if not all(bool(moment.isfinite().all()) for moment in moments.values()):
+            raise MolError(
+                f"the parent's activations at layer {i} are not finite",
+                allowed="a parent that computes numbers on this text",
+                hint="download its weights again",
+            )
+        save_file(moments, moments_file(unfinished.folder, i))
+        unfinished.save(i + 1, {"x": x})
+        progress(i + 1, count)

@@ -85,11 +85,11 @@ def _no_folder(folder: Path) -> None:
 
 
 def _no_moments(folder: Path) -> None:
-    (folder / "moments.safetensors").unlink()
+    (folder / "moments-00001.safetensors").unlink()
 
 
 def _cut_moments(folder: Path) -> None:
-    file = folder / "moments.safetensors"
+    file = folder / "moments-00001.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
 
 
@@ -99,11 +99,11 @@ def _cut_tokens(folder: Path) -> None:
 
 
 def _other_tokens(folder: Path) -> None:
-    shutil.copy(folder / "moments.safetensors", folder / "tokens.safetensors")
+    shutil.copy(folder / "moments-00001.safetensors", folder / "tokens.safetensors")
 
 
 def _other_moments(folder: Path) -> None:
-    shutil.copy(folder / "tokens.safetensors", folder / "moments.safetensors")
+    shutil.copy(folder / "tokens.safetensors", folder / "moments-00001.safetensors")
 
 
 def _cut_json(folder: Path) -> None:
