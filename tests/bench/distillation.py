@@ -100,7 +100,6 @@ def main() -> None:
         step()
     if device.type == "cuda":
         torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
     warm = time.perf_counter() - start
     start = time.perf_counter()
     for _ in range(args.steps):
