@@ -91,7 +91,8 @@ def _calibrate(c: CalibrateConfig) -> None:
 def _sample(c: SampleConfig) -> None:
     _at_least("sample.tokens", c.tokens, 1)
     _at_least("sample.length", c.length, 2)
-    _at_least("sample.batch_size", c.batch_size, 1)
+    if c.batch_size != "auto":
+        _at_least("sample.batch_size", c.batch_size, 1)
     _positive("sample.temperature", c.temperature)
     _at_least("sample.seed", c.seed, 0)
 

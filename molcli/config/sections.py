@@ -107,7 +107,8 @@ class CalibrateConfig:
 class SampleConfig:
     """Text sampled from the parent, for those without a data set.
 
-    tokens: how many to sample. length: tokens in a document. batch_size: documents at a time.
+    tokens: how many to sample. length: tokens in a document. batch_size: documents at a time;
+        "auto": 64 on a CPU, on a GPU as many as half of its memory is for, at most 8192.
     temperature: 1.0 samples the parent's own distribution.
     prompts: what the documents begin with, a source like train.data; in its order, and from its
         first again when they run out. null begins with the parent's BOS alone.
@@ -115,7 +116,7 @@ class SampleConfig:
 
     tokens: int = 100_000
     length: int = 512
-    batch_size: int = 64
+    batch_size: int | Literal["auto"] = "auto"
     temperature: float = 1.0
     prompts: str | None = None
     seed: int = 0

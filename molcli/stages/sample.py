@@ -19,6 +19,7 @@ from molcli.model.checkpoint import default_device
 from molcli.model.precision import fast_dtype
 from molcli.progress import Progress, silent
 
+_ON_CPU, _MOST = 64, 8192  # documents at a time
 # Not cuDNN's attention: it plans anew for every length, that is for every token.
 _BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -42,6 +43,9 @@ def sample(parent: Parent, config: SampleConfig, out: Path, progress: Progress =
     model.to(device).eval()  # type: ignore[arg-type]
     tokenizer = parent.tokenizer()
     generator = torch.Generator(device).manual_seed(config.seed)
+    at_once = config.batch_size
+    if at_once == "auto":
+        at_once = _documents_at_once(model, config.length)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
     done = drawn = 0
@@ -51,7 +55,7 @@ def sample(parent: Parent, config: SampleConfig, out: Path, progress: Progress =
                 # As many as will do at the length seen so far: a batch costs as many steps as its
                 # longest document has tokens, however few the documents.
                 length = done / drawn if drawn else config.length
-                count = min(config.batch_size, ceil((config.tokens - done) / length))
+                count = min(at_once, ceil((config.tokens - done) / length))
                 starts = list(islice(prompts, count))
                 drawn += count
 
@@ -70,6 +74,21 @@ def sample(parent: Parent, config: SampleConfig, out: Path, progress: Progress =
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def _documents_at_once(model: PreTrainedModel, length: int) -> int:
+    """On a GPU, those whose keys, values and odds take half of all memory, whatever else is in it:
+    the same seed is to give the same text."""
+    if model.device.type != "cuda":
+        return _ON_CPU
+    config, bytes_each = model.config, model.dtype.itemsize
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    cache = 2 * config.num_hidden_layers * heads * width * bytes_each * length
+    # Logits, their float32 copy, odds, and these cumulated in float64.
+    odds = config.vocab_size * (bytes_each + 4 + 4 + 8)
+    half = torch.cuda.get_device_properties(model.device).total_memory // 2
+    return int(max(1, min(_MOST, half // (cache + odds))))
 
 
 def _prompts(parent: Parent, config: SampleConfig) -> Iterator[list[int]]:

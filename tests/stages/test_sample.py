@@ -9,13 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, DynamicCache, GenerationConfig, PreTrainedConfig
+from transformers import (
+    AutoTokenizer,
+    DynamicCache,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+)
 
 from molcli.config.sections import SampleConfig
 from molcli.errors import MolError
 from molcli.io.data import load_rows
 from molcli.io.parent import open_parent
-from molcli.stages.sample import _documents, _draw, sample
+from molcli.stages.sample import _documents, _documents_at_once, _draw, sample
 
 CONFIG = SampleConfig(tokens=600, length=48, batch_size=5, seed=3)
 
@@ -161,3 +167,27 @@ def test_draws_follow_the_odds() -> None:
     assert shares[[0, 2, 5]].sum() == 0
     deviation = (odds * (1 - odds) / 20_000).sqrt()
     assert ((shares - odds).abs() <= 4 * deviation).all()
+
+
+def test_documents_at_a_time_follow_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SmolLM2-135M's shape: 23 kB of keys and values a token, 0.9 MB of odds a document."""
+    config = LlamaConfig(
+        vocab_size=49_152,
+        hidden_size=576,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+    )
+    model: Any = SimpleNamespace(config=config, dtype=torch.bfloat16, device=torch.device("cuda"))
+
+    def with_gb(memory: int, length: int) -> int:
+        properties = SimpleNamespace(total_memory=memory * 10**9)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+        return _documents_at_once(model, length)
+
+    assert with_gb(80, 128) == 8192
+    assert with_gb(80, 512) == 40 * 10**9 // (512 * 23_040 + 49_152 * 18)
+    assert with_gb(1, 10**6) == 1
+    model.device = torch.device("cpu")
+    assert with_gb(80, 128) == 64
