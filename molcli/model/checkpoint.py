@@ -5,10 +5,15 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from molcli.errors import MolError
+from molcli.io.tensors import TensorReader
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.modeling_mol import MoLForCausalLM
+from molcli.model.rotary import rotary_embedding
 
 KEPT_IN_FP32 = ("A_log", "dt_bias", "router.weight", "router.correction_bias")
 
@@ -34,30 +39,43 @@ def open_checkpoint(folder: Path, device: torch.device) -> MoLForCausalLM:
 
     Raises MolError if the folder is not a Mixture of Layers checkpoint, or not a whole one.
     """
-    check_model_type(folder)
-    model: MoLForCausalLM
-    report: dict[str, set[str]]
+    config = open_config(folder)
+    # from_pretrained would take two seconds for a model of 700 tensors.
+    with torch.device("meta"):
+        model = MoLForCausalLM(config)
     try:
-        # The signature does not say that this keyword makes it a pair.
-        model, report = MoLForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float32 if device.type == "cpu" else "auto",
-            output_loading_info=True,
-        )  # type: ignore[misc]
+        missing, unknown = model.load_state_dict(
+            _tensors(folder, config, device), strict=False, assign=True
+        )
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         raise MolError(
-            f"the checkpoint {folder} cannot be read: {error}",
+            f"the checkpoint {folder} cannot be read: {' '.join(str(error).split())}",
             allowed="a whole folder that molcli wrote",
         ) from error
-    wrong = sorted([*report["missing_keys"], *report["unexpected_keys"]])
-    if wrong:
+    if wrong := sorted([*missing, *unknown]):
         raise MolError(
             f"the checkpoint {folder} has missing or unknown tensors: {', '.join(wrong[:3])}",
             allowed="a whole folder that molcli wrote",
         )
-    # transformers decorates `to`, and the decorator hides its type.
-    model.to(device)  # type: ignore[arg-type]
+    model.model.rotary_emb = rotary_embedding(config).to(device)
+    model.tie_weights()
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
+
+
+def _tensors(folder: Path, config: MoLConfig, device: torch.device) -> dict[str, Tensor]:
+    reader = TensorReader(folder)
+    dtype = torch.float32 if device.type == "cpu" else config.dtype
+    assert not isinstance(dtype, str)
+    tensors = {}
+    for name in reader.tensors:
+        tensor = reader.read(name)
+        as_stored = tensor.dtype if dtype is None else stored_dtype(name, dtype)
+        tensors[name] = tensor.to(device, as_stored)
+    if config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    return tensors
 
 
 def check_model_type(folder: Path) -> None:
