@@ -10,6 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from molcli.errors import MolError
+
 SAVE_EVERY = 60.0  # seconds, at least; and saving takes at most a twentieth of the time
 _SHARE = 20
 _STATE = "state.safetensors"
@@ -31,11 +33,11 @@ class Unfinished:
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """An error ends the work for good; anything else leaves what has been saved, if any."""
+        """A refusal ends the work for good; anything else leaves what has been saved, if any."""
         try:
             yield
         except BaseException as error:
-            if isinstance(error, Exception) or not (self.folder / _STATE).is_file():
+            if isinstance(error, MolError) or not (self.folder / _STATE).is_file():
                 self.clear()
             raise
 

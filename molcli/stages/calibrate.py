@@ -39,10 +39,9 @@ def calibrate(
     """
     fit, heldout = split_text(config, parent.tokenizer(), parent.config.vocab_size)
     of_parent, of_text = parent.fingerprint(), text_hash(fit, heldout)
-    with output_folder(out) as staging:
-        unfinished = Unfinished(out, f"{of_parent} {of_text}")
-        with unfinished.at_work():
-            _observe(parent, fit, unfinished, progress)
+    unfinished = Unfinished(out, f"{of_parent} {of_text}")
+    with output_folder(out) as staging, unfinished.at_work():
+        _observe(parent, fit, unfinished, progress)
         tokens = {
             f"{name}.{field}": getattr(rows, field).contiguous()
             for name, rows in (("fit", fit), ("heldout", heldout))
