@@ -35,6 +35,16 @@ def _upcycle(c: UpcycleConfig) -> None:
     for key in ("d_thin", "d_ff_thin", "num_heads_thin"):
         if (value := getattr(c, key)) is not None:
             _at_least(f"upcycle.{key}", value, 1)
+    for key in ("d_thin_shared", "d_ff_thin_shared", "num_heads_shared"):
+        if (value := getattr(c, key)) is None:
+            continue
+        _at_least(f"upcycle.{key}", value, 1)
+        if not c.num_shared_blocks:
+            raise MolError(
+                f"`upcycle.{key}` is {value}, but no block is shared",
+                allowed="null where upcycle.num_shared_blocks is 0",
+                hint=f"upcycle.{key}=null",
+            )
     if not isinstance(c.layers, str):
         _indices("upcycle.layers", c.layers)
     _between("upcycle.layers_budget", c.layers_budget, 0, 1)

@@ -25,10 +25,10 @@ class UpcycleConfig:
     num_shared_blocks: blocks that run on every token (S).
     top_k: routed blocks that run on a token, of the N - S (K); null takes 2, or all where there
         are fewer.
-    d_thin: width of a thin block, a multiple of head_dim; null leaves it to the preset.
-    d_ff_thin: FFN neurons of a thin block; null leaves them to the preset.
-    num_heads_thin: query heads of a thin block, at most the parent's; null leaves them to the
-        preset.
+    d_thin, d_ff_thin, num_heads_thin: width of a thin block, a multiple of head_dim; its FFN
+        neurons; its query heads, at most the parent's. null leaves them to the preset.
+    d_thin_shared, d_ff_thin_shared, num_heads_shared: the same of a shared block; null is as in a
+        routed one. A preset's shares are of blocks of one shape.
     layers: which parent layers become Mixture of Layers: "all", a list of indices, or "auto": those
         that cost least. The cost of a layer is KL(parent || model) with that layer alone converted,
         its attention softmax, on calibration text kept from its fit.
@@ -55,6 +55,9 @@ class UpcycleConfig:
     d_thin: int | None = None
     d_ff_thin: int | None = None
     num_heads_thin: int | None = None
+    d_thin_shared: int | None = None
+    d_ff_thin_shared: int | None = None
+    num_heads_shared: int | None = None
     layers: Literal["all", "auto"] | list[int] = "all"
     layers_budget: float = 0.5
     gated_deltanet: LayerChoice = "none"

@@ -7,7 +7,8 @@ its inputs and outputs is not counted. Compiled layers keep less: what is cheap 
 
 from dataclasses import dataclass, fields
 
-from molcli.maths.parameters import Architecture, count_parameters
+from molcli.maths.architecture import Architecture, routed_shape, shared_shape
+from molcli.maths.parameters import count_parameters
 
 _FP32 = 4
 _MOMENTS = 2  # AdamW's
@@ -103,18 +104,20 @@ def _layer_bytes(config: Architecture, kind: str, product_bytes: int) -> int:
         kv = config.num_key_value_heads * config.head_dim
         inner = _block_bytes(config, d, q, kv, config.intermediate_size, product_bytes, _FP32)
         return inner + _FP32 * d
-    inner = config.thin_num_attention_heads * config.head_dim
-    shared_kv = config.thin_num_key_value_heads * config.head_dim
-    t, ff, p = config.d_thin, config.d_ff_thin, product_bytes
-    routed = config.num_blocks - config.num_shared_blocks
+    p, routed = product_bytes, config.num_blocks - config.num_shared_blocks
     run = config.num_blocks_per_tok if config.restrict_attention else routed
     total = _FP32 * d  # the residual
-    shared = _block_bytes(config, t, inner, shared_kv, ff, p, p)
-    total += config.num_shared_blocks * (p * (d + t) + shared)
+    shape = shared_shape(config)
+    inner, kv = shape.num_heads * config.head_dim, shape.num_kv_heads * config.head_dim
+    shared = _block_bytes(config, shape.width, inner, kv, shape.d_ff, p, p)
+    total += config.num_shared_blocks * (p * (d + shape.width) + shared)
+    shape = routed_shape(config)
+    inner, kv = shape.num_heads * config.head_dim, shape.num_kv_heads * config.head_dim
+    t, ff = shape.width, shape.d_ff
     if kind == "gated_deltanet":
         mixer = _block_bytes(config, t, inner, inner, ff, p, p) + _deltanet_extra(inner, t, p)
     else:
-        mixer = _block_bytes(config, t, inner, shared_kv, ff, p, p)
+        mixer = _block_bytes(config, t, inner, kv, ff, p, p)
     total += run * (p * (d + 2 * t) + mixer)  # the gathered input, thin_out's input, the gated one
     return total + 2 * _FP32 * d  # the router's normalised input, its fp32 copy
 
@@ -149,15 +152,19 @@ def _compiled_layer_bytes(config: Architecture, kind: str, product_bytes: int) -
     heads = config.num_attention_heads * config.head_dim
     if kind.startswith("dense"):
         return _FP32 * d + _compiled_block_bytes(config, d, heads, config.intermediate_size, p)
-    inner = config.thin_num_attention_heads * config.head_dim
-    t, routed = config.d_thin, config.num_blocks - config.num_shared_blocks
+    routed = config.num_blocks - config.num_shared_blocks
     run = config.num_blocks_per_tok if config.restrict_attention else routed
-    block = _compiled_block_bytes(config, t, inner, config.d_ff_thin, p)
+    shape = shared_shape(config)
+    inner = shape.num_heads * config.head_dim
+    shared = _compiled_block_bytes(config, shape.width, inner, shape.d_ff, p)
+    shape = routed_shape(config)
+    inner = shape.num_heads * config.head_dim
+    block = _compiled_block_bytes(config, shape.width, inner, shape.d_ff, p)
     extra = 0
     if kind == "gated_deltanet":  # before the convolution, the gate, and the chunks' systems
-        extra = p * (4 * inner + 64 * config.thin_num_attention_heads)
-    row = p * (d + t) + block + extra  # what thin_in and thin_out read
-    return _FP32 * d + config.num_shared_blocks * block + run * row
+        extra = p * (4 * inner + 64 * shape.num_heads)
+    row = p * (d + shape.width) + block + extra  # what thin_in and thin_out read
+    return _FP32 * d + config.num_shared_blocks * shared + run * row
 
 
 def _compiled_block_bytes(

@@ -1,34 +1,10 @@
 """Parameter counts of a Mixture of Layers model, from the numbers of its configuration."""
 
 from dataclasses import dataclass
-from typing import Protocol
+
+from molcli.maths.architecture import Architecture, BlockShape, routed_shape, shared_shape
 
 CONV_WIDTH = 4  # inputs that Gated DeltaNet's short convolutions see
-
-
-class Architecture(Protocol):
-    """The fields of a MoLConfig that decide how many parameters there are."""
-
-    vocab_size: int
-    hidden_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    intermediate_size: int
-    mlp_gated: bool
-    attention_bias: bool
-    attention_out_bias: bool
-    qk_norm: bool
-    tie_word_embeddings: bool
-    layer_kinds: list[str]
-    num_blocks: int
-    num_shared_blocks: int
-    num_blocks_per_tok: int
-    d_thin: int
-    d_ff_thin: int
-    thin_num_attention_heads: int
-    thin_num_key_value_heads: int
-    restrict_attention: bool
 
 
 @dataclass(frozen=True)
@@ -56,10 +32,10 @@ def count_parameters(config: Architecture) -> ParameterCount:
             layer = _dense_layer(config, kind)
             total, active = total + layer, active + layer
             continue
-        shared = config.num_shared_blocks * _thin_block(config, "softmax")
+        shared = config.num_shared_blocks * _thin_block(config, shared_shape(config), "softmax")
         routed_blocks = config.num_blocks - config.num_shared_blocks
         router = routed_blocks * config.hidden_size
-        routed = _thin_block(config, kind)
+        routed = _thin_block(config, routed_shape(config), kind)
         run = config.num_blocks_per_tok if config.restrict_attention else routed_blocks
         total += shared + router + routed_blocks * routed
         active += shared + router + run * routed
@@ -75,14 +51,14 @@ def _dense_layer(config: Architecture, kind: str) -> int:
     return mixer + _mlp_and_norms(config, config.hidden_size, config.intermediate_size)
 
 
-def _thin_block(config: Architecture, mixer: str) -> int:
-    width, heads = config.d_thin, config.thin_num_attention_heads
+def _thin_block(config: Architecture, shape: BlockShape, mixer: str) -> int:
+    width, heads = shape.width, shape.num_heads
     if mixer == "gated_deltanet":
         inner = _gated_deltanet(width, heads, config.head_dim)
     else:
-        inner = _softmax_attention(config, width, heads, config.thin_num_key_value_heads)
+        inner = _softmax_attention(config, width, heads, shape.num_kv_heads)
     projections = 2 * config.hidden_size * width  # thin_in and thin_out
-    return projections + inner + _mlp_and_norms(config, width, config.d_ff_thin)
+    return projections + inner + _mlp_and_norms(config, width, shape.d_ff)
 
 
 def _softmax_attention(config: Architecture, width: int, heads: int, kv_heads: int) -> int:

@@ -1,6 +1,7 @@
 """Which heads and neurons of a dense layer each thin block takes over."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -20,30 +21,31 @@ def thin_kv_heads(heads: int, parent_heads: int, parent_kv_heads: int) -> int:
 
 
 def partition(
-    count: int,
+    sizes: Iterable[tuple[int, int]],
     *,
-    heads: int,
-    d_ff: int,
     parent_heads: int,
     parent_kv_heads: int,
     parent_d_ff: int,
 ) -> list[Part]:
-    """`count` parts of `heads` query heads and `d_ff` neurons each, one after another; past the
-    parent's last head or neuron they start again at its first.
+    """A part for each of `sizes`, its query heads and its neurons: one part after another; past
+    the parent's last head or neuron they start again at its first.
 
-    Query heads that share a key-value head stay together as far as `heads` allows.
+    Query heads that share a key-value head stay together as far as a part's heads allow; after a
+    part of another size, that may take a few heads a second time.
     """
     group = parent_heads // parent_kv_heads
-    unit = math.gcd(heads, group)
+    head = neuron = 0
     parts = []
-    for i in range(count):
-        start = i * (heads // unit)
+    for heads, d_ff in sizes:
+        unit = math.gcd(heads, group)
+        start = head // unit
         units = [u % (parent_heads // unit) for u in range(start, start + heads // unit)]
         parts.append(
             Part(
                 heads=tuple(u * unit + j for u in units for j in range(unit)),
                 kv_heads=tuple(u * unit // group for u in units),
-                neurons=tuple(j % parent_d_ff for j in range(i * d_ff, (i + 1) * d_ff)),
+                neurons=tuple(j % parent_d_ff for j in range(neuron, neuron + d_ff)),
             )
         )
+        head, neuron = start * unit + heads, neuron + d_ff
     return parts

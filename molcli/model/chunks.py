@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from molcli.io.packing import TokenRows
+from molcli.maths.architecture import BlockShape, routed_shape, shared_shape
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.context import Context, token_context
 from molcli.model.layers import Layer
@@ -58,9 +59,12 @@ def bytes_a_token(config: MoLConfig) -> int:
     """What a layer holds of a token at its peak, in float32: the parent's layer with all of its
     neurons, or the thin blocks that see the token."""
     d, routed = config.hidden_size, config.num_routed_blocks
-    visits = config.num_shared_blocks
-    visits += config.num_blocks_per_tok if config.restrict_attention else routed
-    inner = config.thin_num_attention_heads * config.head_dim
+    visits = config.num_blocks_per_tok if config.restrict_attention else routed
+
+    def block(shape: BlockShape) -> int:
+        inner = shape.num_heads * config.head_dim
+        return 2 * d + 3 * shape.width + 3 * inner + 3 * shape.d_ff
+
     dense = 3 * config.intermediate_size
-    thin = visits * (2 * d + 3 * config.d_thin + 3 * inner + 3 * config.d_ff_thin)
-    return 4 * (8 * d + max(dense, thin))
+    shared = config.num_shared_blocks * block(shared_shape(config))
+    return 4 * (8 * d + max(dense, shared + visits * block(routed_shape(config))))

@@ -5,6 +5,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from molcli.maths.architecture import BlockShape, routed_shape, shared_shape
+
 # The mixer of a dense layer's one block, by the layer's kind.
 DENSE_KINDS = {"dense": "softmax", "dense_gated_deltanet": "gated_deltanet"}
 LAYER_KINDS = (*DENSE_KINDS, "softmax", "gated_deltanet")
@@ -37,6 +39,8 @@ class MoLConfig(PreTrainedConfig):
     num_blocks, num_shared_blocks, num_blocks_per_tok: N thin blocks, S of them on every token, K of
         the other N - S on each token.
     d_thin, d_ff_thin, thin_num_attention_heads, thin_num_key_value_heads: shape of a thin block.
+    d_thin_shared, d_ff_thin_shared, shared_num_attention_heads, shared_num_key_value_heads: shape
+        of a shared block; None is as in a routed one.
     restrict_attention: false runs every routed block on every token and uses the K outputs.
     router_aux_loss_coef: weight of the CV^2 balance loss where router logits are asked for.
     intermediate_size, num_attention_heads, num_key_value_heads: shape of dense layers.
@@ -72,6 +76,10 @@ class MoLConfig(PreTrainedConfig):
         d_ff_thin: int = 1024,
         thin_num_attention_heads: int | None = None,
         thin_num_key_value_heads: int | None = None,
+        d_thin_shared: int | None = None,
+        d_ff_thin_shared: int | None = None,
+        shared_num_attention_heads: int | None = None,
+        shared_num_key_value_heads: int | None = None,
         restrict_attention: bool = True,
         router_aux_loss_coef: float = 0.05,
         output_router_logits: bool = False,
@@ -106,6 +114,10 @@ class MoLConfig(PreTrainedConfig):
         self.d_ff_thin = d_ff_thin
         self.thin_num_attention_heads = thin_num_attention_heads or d_thin // head_dim
         self.thin_num_key_value_heads = thin_num_key_value_heads or self.thin_num_attention_heads
+        self.d_thin_shared = d_thin_shared
+        self.d_ff_thin_shared = d_ff_thin_shared
+        self.shared_num_attention_heads = shared_num_attention_heads
+        self.shared_num_key_value_heads = shared_num_key_value_heads
         self.restrict_attention = restrict_attention
         self.router_aux_loss_coef = router_aux_loss_coef
         self.output_router_logits = output_router_logits
@@ -140,22 +152,21 @@ class MoLConfig(PreTrainedConfig):
 
     def shared_spec(self) -> BlockSpec:
         """The shared thin blocks of a MoL layer."""
-        return self._thin_spec(self.num_shared_blocks, "softmax")
+        return self._thin_spec(shared_shape(self), self.num_shared_blocks, "softmax")
 
     def routed_spec(self, layer: int) -> BlockSpec:
         """The routed thin blocks of MoL layer `layer`."""
-        return self._thin_spec(self.num_routed_blocks, self.layer_kinds[layer])
+        return self._thin_spec(routed_shape(self), self.num_routed_blocks, self.layer_kinds[layer])
 
-    def _thin_spec(self, num_blocks: int, mixer: str) -> BlockSpec:
-        heads, kv_heads = self.thin_num_attention_heads, self.thin_num_key_value_heads
+    def _thin_spec(self, shape: BlockShape, num_blocks: int, mixer: str) -> BlockSpec:
         return BlockSpec(
             num_blocks=num_blocks,
-            width=self.d_thin,
+            width=shape.width,
             mixer=mixer,
-            d_ff=self.d_ff_thin,
-            num_heads=heads,
+            d_ff=shape.d_ff,
+            num_heads=shape.num_heads,
             # A linear-attention state belongs to one head: keys and values are not shared.
-            num_kv_heads=kv_heads if mixer == "softmax" else heads,
+            num_kv_heads=shape.num_kv_heads if mixer == "softmax" else shape.num_heads,
             head_dim=self.head_dim,
         )
 
@@ -177,9 +188,10 @@ class MoLConfig(PreTrainedConfig):
                 f"num_blocks_per_tok is {self.num_blocks_per_tok} "
                 f"of {self.num_routed_blocks} routed blocks"
             )
+        thin = routed_shape(self), shared_shape(self)
         for heads, kv_heads in (
             (self.num_attention_heads, self.num_key_value_heads),
-            (self.thin_num_attention_heads, self.thin_num_key_value_heads),
+            *((shape.num_heads, shape.num_kv_heads) for shape in thin),
         ):
             if heads < 1 or heads % kv_heads:
                 raise ValueError(f"{heads} query heads cannot share {kv_heads} key-value heads")

@@ -44,7 +44,13 @@ def converted_config(dense: dict[str, Any], options: UpcycleConfig) -> MoLConfig
         "d_ff_thin": thin.neurons,
         "thin_num_attention_heads": thin.heads,
         "thin_num_key_value_heads": thin_kv_heads(thin.heads, shape.heads, shape.kv_heads),
+        "d_thin_shared": options.d_thin_shared,
+        "d_ff_thin_shared": options.d_ff_thin_shared,
     }
+    if options.num_heads_shared is not None:
+        heads = options.num_heads_shared
+        changed["shared_num_attention_heads"] = heads
+        changed["shared_num_key_value_heads"] = thin_kv_heads(heads, shape.heads, shape.kv_heads)
     return MoLConfig(**(dense | changed))
 
 
@@ -68,15 +74,18 @@ def dense_shape(dense: dict[str, Any]) -> DenseShape:
 
 def _thin_shape(options: UpcycleConfig, dense: DenseShape, active: int) -> ThinShape:
     """What the options say, and where they are null, what the preset does."""
-    if options.d_thin is not None:
-        _check_width(options.d_thin, dense, active)
+    for key in ("d_thin", "d_thin_shared"):
+        if (width := getattr(options, key)) is not None:
+            _check_width(key, width, dense, active)
+    for key in ("num_heads_thin", "num_heads_shared"):
+        heads = getattr(options, key)
+        if heads is not None and heads > dense.heads:
+            raise MolError(
+                f"`upcycle.{key}` is {heads}, but the parent has {dense.heads} heads",
+                allowed=f"1 to {dense.heads}",
+                hint=f"--set upcycle.{key}={covering_heads(active, dense)}",
+            )
     heads = options.num_heads_thin
-    if heads is not None and heads > dense.heads:
-        raise MolError(
-            f"`upcycle.num_heads_thin` is {heads}, but the parent has {dense.heads} heads",
-            allowed=f"1 to {dense.heads}",
-            hint=f"--set upcycle.num_heads_thin={covering_heads(active, dense)}",
-        )
     if options.preset == "balanced":
         width = _paper_width(dense, active) if options.d_thin is None else options.d_thin
         found = _in_proportion(width, dense)
@@ -109,20 +118,20 @@ def _paper_width(dense: DenseShape, active: int) -> int:
     return max(1, heads) * dense.head_dim
 
 
-def _check_width(d_thin: int, dense: DenseShape, active: int) -> None:
+def _check_width(key: str, width: int, dense: DenseShape, active: int) -> None:
     d_model, head_dim = dense.d_model, dense.head_dim
-    if d_thin > d_model:
+    if width > d_model:
         raise MolError(
-            f"`upcycle.d_thin` is {d_thin}, but the model's width is {d_model}",
+            f"`upcycle.{key}` is {width}, but the model's width is {d_model}",
             allowed=f"multiples of head_dim, {head_dim}, up to {d_model}",
-            hint=f"--set upcycle.d_thin={max(head_dim, d_model // active // head_dim * head_dim)}",
+            hint=f"--set upcycle.{key}={max(head_dim, d_model // active // head_dim * head_dim)}",
         )
-    if d_thin % head_dim:
-        below = max(1, d_thin // head_dim) * head_dim
+    if width % head_dim:
+        below = max(1, width // head_dim) * head_dim
         raise MolError(
-            f"`upcycle.d_thin` is {d_thin}, but a head is {head_dim} wide",
+            f"`upcycle.{key}` is {width}, but a head is {head_dim} wide",
             allowed=f"multiples of head_dim, {head_dim}, up to {d_model}",
-            hint=f"--set upcycle.d_thin={below}",
+            hint=f"--set upcycle.{key}={below}",
         )
 
 

@@ -2,6 +2,7 @@
 
 import copy
 
+from molcli.maths.architecture import BlockShape, routed_shape, shared_shape
 from molcli.maths.losses import LOGITS_AT_ONCE
 from molcli.maths.parameters import count_parameters
 from molcli.model.chunks import CHUNK_BYTES, bytes_a_token
@@ -32,16 +33,33 @@ def conversion_memory(config: MoLConfig, tokens: int, heldout: int, device: str 
 
 def _fit(config: MoLConfig, tokens: int, heldout: int, device: str) -> int:
     """Beside both residuals."""
-    d, width, neurons = config.hidden_size, config.d_thin, config.d_ff_thin
-    inner = config.thin_num_attention_heads * config.head_dim
-    joint = inner + neurons
-    clones = -(-config.num_routed_blocks // max(1, config.num_blocks_per_tok))
-    seen = 1 if config.restrict_attention or not clones else clones
-    # What is left to learn, and its importance; a family's heads.
-    held = d + 1 + seen * inner
     routed = config.num_blocks_per_tok if config.restrict_attention else config.num_routed_blocks
-    indices = 6 * routed * _INT64
-    blocks = max(1, clones)
+    # What is left to learn, and its importance; and rows' numbers.
+    held = _FP32 * (config.hidden_size + 1) + 6 * routed * _INT64
+    families = []
+    if config.num_shared_blocks:
+        families.append(_family(config, shared_shape(config), 1, 1, tokens, heldout, device))
+    if config.num_routed_blocks:
+        clones = -(-config.num_routed_blocks // config.num_blocks_per_tok)
+        seen = 1 if config.restrict_attention else clones
+        shape = routed_shape(config)
+        families.append(_family(config, shape, clones, seen, tokens, heldout, device))
+    return tokens * held + max(families) + _FP32 * _layer_weights(config)
+
+
+def _family(
+    config: MoLConfig,
+    shape: BlockShape,
+    blocks: int,
+    seen: int,
+    tokens: int,
+    heldout: int,
+    device: str,
+) -> int:
+    """Of one family of so many blocks, of which `seen` see a token."""
+    d, width, neurons = config.hidden_size, shape.width, shape.d_ff
+    inner = shape.num_heads * config.head_dim
+    joint = inner + neurons
     sums = blocks * joint * (joint + d)
     # A factor and what it is made from, of one block; of each, the solution, its product with the
     # sums, what is fitted, its eigenvectors, and what is kept of them.
@@ -54,10 +72,9 @@ def _fit(config: MoLConfig, tokens: int, heldout: int, device: str) -> int:
     chunk = _FP32 * min(tokens, most) * max(parents, family)
     chunk = max(chunk, min(heldout, most) * bytes_a_token(config))
     return (
-        tokens * (_FP32 * held + indices)
+        tokens * _FP32 * seen * inner  # its heads
         + _FP64 * (sums + 3 * d * d)  # and the residual's moment with its roots
         + max(chunk, _FP64 * solving)
-        + _FP32 * _layer_weights(config)
     )
 
 

@@ -9,10 +9,11 @@ import copy
 from dataclasses import dataclass
 
 from molcli.config.sections import TrainConfig
+from molcli.maths.architecture import BlockShape, routed_shape, shared_shape
 from molcli.maths.losses import LOGITS_AT_ONCE
 from molcli.maths.memory import training_memory
 from molcli.maths.parameters import count_parameters
-from molcli.model.configuration_mol import BlockSpec, MoLConfig
+from molcli.model.configuration_mol import MoLConfig
 from molcli.model.conversion_memory import conversion_memory
 from molcli.model.flops import count_flops
 
@@ -73,16 +74,24 @@ def conversion_cost(config: MoLConfig, tokens: int, heldout: int, gpu: Gpu) -> C
     eigenproblem of the model's width.
     """
     converted = sum(kind != "dense" for kind in config.layer_kinds)
+    # A family's shape, how many families have it, and how many blocks.
+    kinds = (
+        (shared_shape(config), config.num_shared_blocks, config.num_shared_blocks),
+        (routed_shape(config), config.num_blocks_per_tok, config.num_routed_blocks),
+    )
     families = config.num_shared_blocks + config.num_blocks_per_tok
-    d, spec = config.hidden_size, config.shared_spec()
+    d, head_dim = config.hidden_size, config.head_dim
     dense = parent_of(config)
     forward = count_flops(dense, 1).active - 2.0 * config.vocab_size * d
     # The parent in calibration and in the fit, the student on held-out tokens, and logits.
     products = 2.0 * (tokens + heldout) * forward + 4.0 * heldout * config.vocab_size * d
     products += tokens * config.num_hidden_layers * 4.0 * d**2  # calibration's second moments
-    products += tokens * converted * families * _regressions(spec, d)
+    for shape, count, _ in kinds:
+        products += tokens * converted * count * _regressions(shape, head_dim, d)
     ranks, bases = config.num_blocks, families + 1
-    operations = (ranks + bases) * EIGENPROBLEM * d**3 + ranks * _factors(spec, d)
+    operations = float((ranks + bases) * EIGENPROBLEM * d**3)
+    for shape, _, blocks in kinds:
+        operations += blocks * _factors(shape, head_dim, d)
     columns = (ranks + bases) * d
     seconds = products / (FP32_EFFICIENCY * gpu.fp32)
     seconds += converted * (operations / DECOMPOSITION_RATE + columns * COLUMN_SECONDS)
@@ -114,17 +123,17 @@ def training_cost(config: MoLConfig, train: TrainConfig, tokens: int, gpu: Gpu) 
     return Cost(seconds, memory.total)
 
 
-def _regressions(spec: BlockSpec, d: int) -> float:
+def _regressions(shape: BlockShape, head_dim: int, d: int) -> float:
     """fp32 operations for each token of a block: second moments, and what is computed anew."""
-    w, f = spec.width, spec.d_ff
-    inner, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    w, f = shape.width, shape.d_ff
+    inner, kv = shape.num_heads * head_dim, shape.num_kv_heads * head_dim
     # q, k, v and gate, up twice; the first output projection; heads with neurons; neurons.
     moments = 3 * w * (w + d) + inner * (inner + w) + (inner + f) * (inner + f + d) + f * (f + d)
     forward = 4 * d * w + w * (7 * inner + 2 * kv) + 7 * w * f
     return 2.0 * (moments + forward)
 
 
-def _factors(spec: BlockSpec, d: int) -> float:
+def _factors(shape: BlockShape, head_dim: int, d: int) -> float:
     """fp64 operations of a block's regressions, but for eigenproblems of the model's width."""
-    p = spec.num_heads * spec.head_dim + spec.d_ff
-    return p**3 / 3 + 4.0 * d * p**2 + 2.0 * p * d**2 + 20.0 * spec.width**3
+    p = shape.num_heads * head_dim + shape.d_ff
+    return p**3 / 3 + 4.0 * d * p**2 + 2.0 * p * d**2 + 20.0 * shape.width**3

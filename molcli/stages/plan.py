@@ -14,6 +14,7 @@ from torch import Tensor
 from molcli.config.sections import Recipe, UpcycleConfig
 from molcli.errors import MolError
 from molcli.io.parent import Parent
+from molcli.maths.architecture import routed_shape, shared_shape
 from molcli.maths.forecast import Forecast, Predictors, reading_spectrum
 from molcli.maths.parameters import count_parameters
 from molcli.maths.partition import Part
@@ -125,7 +126,8 @@ def plan(
 
 def predictors(config: MoLConfig, spectra: Mapping[int, Tensor], tokens: int) -> Predictors:
     """What a forecast is made from. spectra: at least of all converted layers; tokens: calibration
-    tokens that blocks are fitted to."""
+    tokens that blocks are fitted to. Only for shared blocks of the routed ones' shape."""
+    assert shared_shape(config) == routed_shape(config)
     converted = [i for i, kind in enumerate(config.layer_kinds) if kind != "dense"]
     active = config.num_shared_blocks + config.num_blocks_per_tok
     clones = max(1.0, config.num_routed_blocks / max(1, config.num_blocks_per_tok))
@@ -159,6 +161,7 @@ def _shapes(
 ) -> Iterator[tuple[str, UpcycleConfig]]:
     """Presets first, then the candidates, the best guess without a forecast first of these."""
     free = replace(options, d_thin=None, d_ff_thin=None, num_heads_thin=None)
+    free = replace(free, d_thin_shared=None, d_ff_thin_shared=None, num_heads_shared=None)
     for preset in PRESETS:
         yield preset, replace(free, preset=preset)
     shape, seen = dense_shape(dense), False
@@ -172,7 +175,7 @@ def _shapes(
             yield (
                 f"{shared}+{top_k}of{blocks}, {width} × {thin.neurons}",
                 replace(
-                    options,
+                    free,
                     num_blocks=blocks,
                     num_shared_blocks=shared,
                     top_k=top_k,

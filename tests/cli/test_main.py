@@ -88,7 +88,8 @@ def test_completion_is_light_and_knows_commands_recipes_and_keys() -> None:
 
     assert set(COMMANDS) <= set(complete("molcli ", 1))
     assert complete("molcli upcycle --recipe dem", 3) == ["demo", "demo-gpu"]
-    assert complete("molcli upcycle --set upcycle.d_t", 3) == ["upcycle.d_thin="]
+    widths = ["upcycle.d_thin=", "upcycle.d_thin_shared="]
+    assert complete("molcli upcycle --set upcycle.d_t", 3) == widths
 
 
 def test_the_shell_gets_its_completion_script() -> None:

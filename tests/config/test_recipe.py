@@ -132,6 +132,7 @@ def test_an_ill_typed_value_is_refused(override: str, allowed: str) -> None:
         ("upcycle.top_k=0", "1 to 8 routed blocks"),
         ("upcycle.top_k=-1", "1 to 8 routed blocks"),
         ("upcycle.d_thin=0", "1 or more"),
+        ("upcycle.num_heads_shared=0", "1 or more"),
         ("upcycle.layers=[0, -1]", "layer numbers from 0"),
         ("upcycle.layers=[2, 2]", "each layer once"),
         ("upcycle.gated_deltanet=[1, 1]", "each layer once"),
@@ -150,6 +151,13 @@ def test_an_ill_typed_value_is_refused(override: str, allowed: str) -> None:
 )
 def test_a_value_out_of_range_is_refused(override: str, allowed: str) -> None:
     assert refusal(override).allowed == allowed
+
+
+@pytest.mark.parametrize("key", ["d_thin_shared", "d_ff_thin_shared", "num_heads_shared"])
+def test_where_no_block_is_shared_none_has_a_shape(key: str) -> None:
+    error = refusal("upcycle.num_shared_blocks=0", f"upcycle.{key}=64")
+    assert error.found == f"`upcycle.{key}` is 64, but no block is shared"
+    assert error.hint == f"upcycle.{key}=null"
 
 
 def test_nothing_can_be_routed_where_all_blocks_are_shared() -> None:

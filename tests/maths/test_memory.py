@@ -92,18 +92,35 @@ def kept(c: MoLConfig, *, bf16: bool, recompute: bool = False) -> int:
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize(
-    "kind, tolerance",
+    "kind, shared, tolerance",
     [
-        ("dense", 0.15),
-        ("softmax", 0.15),
+        ("dense", {}, 0.15),
+        ("softmax", {}, 0.15),
+        ("softmax", {"d_thin_shared": 128, "d_ff_thin_shared": 340}, 0.15),
         # Its reference on a CPU keeps matrices of a chunk that the kernels on a GPU do not.
-        ("gated_deltanet", 0.35),
+        ("gated_deltanet", {}, 0.35),
     ],
 )
-def test_activations_are_near_what_is_kept(kind: str, tolerance: float, bf16: bool) -> None:
-    c = config(kind)
+def test_activations_are_near_what_is_kept(
+    kind: str, shared: dict[str, int], tolerance: float, bf16: bool
+) -> None:
+    c = config(kind, **shared)
     estimate = memory(c, product_bytes=2 if bf16 else 4).activations
     assert estimate == pytest.approx(kept(c, bf16=bf16), rel=tolerance)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("kind", ["softmax", "gated_deltanet"])
+def test_activations_grow_with_the_shared_block_alone(kind: str, compiled: bool) -> None:
+    """By as much as two routed blocks more would, where the shared ones are twice as many rows; and
+    the other way round, a shared block of the routed ones' shape by name changes nothing."""
+    c = config(kind)
+    usual = memory(c, compiled=compiled)
+    own = dict(d_thin_shared=64, d_ff_thin_shared=170, shared_num_attention_heads=2)
+    assert memory(config(kind, **own), compiled=compiled) == usual
+    wide = memory(config(kind, d_thin_shared=128), compiled=compiled).activations
+    wider = memory(config(kind, d_thin_shared=192), compiled=compiled).activations
+    assert wider - wide == wide - usual.activations > 0
 
 
 def test_holding_less_counts_less() -> None:

@@ -82,9 +82,22 @@ def test_active_of_the_large_model_is_the_papers() -> None:
     shared=st.integers(0, 2),
     routed=st.integers(0, 3),
     heads=st.sampled_from([(4, 4), (4, 2)]),
+    of_shared=st.sampled_from(
+        [
+            {},
+            {"d_thin_shared": 32},
+            {"d_ff_thin_shared": 1},
+            {"shared_num_attention_heads": 6, "shared_num_key_value_heads": 3},
+        ]
+    ),
 )
 def test_total_is_the_models_own(
-    flags: dict[str, bool], kinds: list[str], shared: int, routed: int, heads: tuple[int, int]
+    flags: dict[str, bool],
+    kinds: list[str],
+    shared: int,
+    routed: int,
+    heads: tuple[int, int],
+    of_shared: dict[str, int],
 ) -> None:
     numbers = MoLConfig(
         vocab_size=50,
@@ -103,6 +116,7 @@ def test_total_is_the_models_own(
         thin_num_attention_heads=heads[0],
         thin_num_key_value_heads=heads[1],
         **flags,
+        **of_shared,
     )
     with torch.device("meta"):
         model = MoLForCausalLM(numbers)
@@ -121,3 +135,25 @@ def test_active_counts_the_routed_blocks_that_run() -> None:
     assert dense_top_two.active == every.active
     assert two.embedding == 32_000 * 1024
     assert two.non_embedding == two.total - two.embedding
+
+
+def test_a_wider_shared_block_counts_in_both() -> None:
+    """By hand: width 4 more, 2 neurons fewer, 2 heads more, of 8 + 2 blocks of one layer."""
+    numbers = dict(
+        vocab_size=50,
+        hidden_size=48,
+        num_hidden_layers=1,
+        head_dim=8,
+        layer_kinds=["softmax"],
+        num_blocks=9,
+        num_blocks_per_tok=2,
+        d_thin=16,
+        d_ff_thin=20,
+    )
+    equal = count_parameters(MoLConfig(**numbers))
+    wide = dict(d_thin_shared=20, d_ff_thin_shared=18, shared_num_attention_heads=4)
+    wide["shared_num_key_value_heads"] = 4
+    found = count_parameters(MoLConfig(**numbers, **wide))
+    # A row of a block: thin_in and thin_out, q, k, v and o, gate, up and down, two norms.
+    rows = 2 * 48 + 4 * 4 * 8 + 3 * 18 + 2, 2 * 48 + 4 * 2 * 8 + 3 * 20 + 2
+    assert found.total - equal.total == found.active - equal.active == 20 * rows[0] - 16 * rows[1]

@@ -90,6 +90,9 @@ def test_smollm2s_presets() -> None:
     "options, found, hint",
     [
         ({"num_heads_thin": 10}, "num_heads_thin` is 10, but the parent has 9 heads", "thin=3"),
+        ({"num_heads_shared": 10}, "num_heads_shared` is 10, but the parent", "heads_shared=3"),
+        ({"d_thin_shared": 200}, "`upcycle.d_thin_shared` is 200, but a head is", "shared=192"),
+        ({"d_thin_shared": 640}, "d_thin_shared` is 640, but the model's width", "shared=192"),
         ({"preset": "fast", "d_thin": 448}, "no room for neurons", "upcycle.d_thin=128"),
     ],
 )
@@ -101,6 +104,22 @@ def test_what_does_not_fit_is_refused_with_what_does(
     assert found in caught.value.found and hint in caught.value.hint
     key, value = caught.value.hint.removeprefix("--set upcycle.").split("=")
     converted_config(PARENTS["SmolLM2-135M"], UpcycleConfig(**options | {key: int(value)}))
+
+
+def test_shared_blocks_have_the_shape_that_is_set_for_them() -> None:
+    """What is not set is as in the routed ones, which the preset leaves as they are."""
+
+    def shapes(**options: Any) -> list[tuple[int, ...]]:
+        config = converted_config(PARENTS["SmolLM2-135M"], UpcycleConfig(**options))
+        found = config.shared_spec(), config.routed_spec(0)
+        return [(s.width, s.d_ff, s.num_heads, s.num_kv_heads) for s in found]
+
+    routed = (192, 512, 3, 1)
+    assert shapes() == [routed, routed]
+    assert shapes(d_thin_shared=384) == [(384, 512, 3, 1), routed]
+    assert shapes(d_ff_thin_shared=64) == [(192, 64, 3, 1), routed]
+    assert shapes(num_heads_shared=9) == [(192, 512, 9, 3), routed]
+    assert shapes(num_heads_shared=9, num_heads_thin=1) == [(192, 512, 9, 3), (192, 512, 1, 1)]
 
 
 def test_an_unknown_preset_is_refused() -> None:

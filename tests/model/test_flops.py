@@ -51,6 +51,13 @@ def test_of_one_token_they_are_torchs(kind: str, gated: bool) -> None:
     assert counted(config) == count_flops(config, 1).active - attention
 
 
+def test_of_a_wider_shared_block_they_are_torchs() -> None:
+    wide = dict(d_thin_shared=24, d_ff_thin_shared=8, shared_num_attention_heads=4)
+    config = MoLConfig(layer_kinds=["softmax"] * 2, shared_num_key_value_heads=2, **SHAPE | wide)
+    attention = 2 * (4 + 2 * 2) * 4 * 8
+    assert counted(config) == count_flops(config, 1).active - attention
+
+
 def test_a_dense_model_costs_two_a_weight_and_its_attention() -> None:
     config = MoLConfig(layer_kinds=["dense"] * 2, **SHAPE)
     norms = 5 * 32

@@ -45,6 +45,21 @@ def test_decoding_with_a_cache_equals_one_forward_pass_padding_included(make_mod
     torch.testing.assert_close(found[real], full[real], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_decoding_with_wide_shared_blocks_equals_one_forward_pass(make_model, kind):
+    heads = dict(shared_num_attention_heads=4, shared_num_key_value_heads=2)
+    shape = dict(d_thin_shared=64, d_ff_thin_shared=16, **heads)
+    model = make_model(layer_kinds=[kind, "dense", kind], **shape)
+    shared, routed = model.model.layers[0].shared, model.model.layers[0].routed
+    assert (shared.thin_in.shape[1], routed.thin_in.shape[1]) == (64, 32)
+    ids, mask = batch(model)
+    full = model(ids, attention_mask=mask, use_cache=False).logits
+    found = stepwise(model, ids, mask, [0, 4, 5, 12, *range(13, 21)])
+    real = mask.bool()
+    torch.testing.assert_close(found[real], full[real], rtol=1e-4, atol=1e-4)
+
+
 @torch.no_grad()
 def test_padding_changes_nothing(make_model):
     model = make_model()

@@ -1,12 +1,23 @@
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from molcli.model import MoLConfig, MoLForCausalLM
 
+WIDE_SHARED = dict(
+    d_thin_shared=48,
+    d_ff_thin_shared=8,
+    shared_num_attention_heads=4,
+    shared_num_key_value_heads=2,
+)
 
-def test_save_and_load_are_bit_equal_across_shards(make_model, tmp_path):
-    model = make_model()
+
+@pytest.mark.parametrize("shared", [{}, WIDE_SHARED])
+def test_save_and_load_are_bit_equal_across_shards(make_model, tmp_path, shared):
+    model = make_model(**shared)
     model.save_pretrained(tmp_path, max_shard_size="100KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -88,11 +99,25 @@ def test_a_training_step_reaches_every_parameter(make_model):
         ({"num_blocks_per_tok": 9}, "num_blocks_per_tok is 9"),
         ({"num_shared_blocks": 8}, "num_shared_blocks is 8"),
         ({"thin_num_attention_heads": 3, "thin_num_key_value_heads": 2}, "cannot share"),
+        ({"shared_num_attention_heads": 3}, "3 query heads cannot share 2"),
     ],
 )
 def test_contradicting_numbers_are_refused(make_model, changes, message):
     with pytest.raises(ValueError, match=message):
         make_model(**changes)
+
+
+def test_a_checkpoint_from_before_shared_shapes_loads_as_it_was(make_model, tmp_path):
+    """Its configuration has no numbers of the shared blocks: they are those of the routed ones."""
+    model = make_model(d_thin=16, thin_num_attention_heads=2, thin_num_key_value_heads=1)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps({k: v for k, v in settings.items() if k not in WIDE_SHARED}))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.shared_spec() == replace(loaded.config.routed_spec(0), num_blocks=2)
+    ids = torch.randint(0, 97, (2, 9))
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
 def test_config_round_trip(tmp_path, make_model):

@@ -21,6 +21,12 @@ CASES = {
         attention_bias=True, attention_out_bias=True, mlp_gated=False, hidden_act="gelu"
     ),
     "query and key norms": dict(qk_norm=True),
+    "wide shared blocks": dict(
+        d_thin_shared=48,
+        d_ff_thin_shared=40,
+        shared_num_attention_heads=4,
+        shared_num_key_value_heads=2,
+    ),
 }
 
 

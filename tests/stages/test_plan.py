@@ -45,6 +45,7 @@ def test_candidates_keep_to_the_share_and_say_how_to_make_them() -> None:
 
 def test_only_layers_and_mixers_of_the_recipe_count() -> None:
     few = UpcycleConfig(layers=[0, 1], d_thin=448, d_ff_thin=7, num_heads_thin=1)
+    few = replace(few, d_thin_shared=576, d_ff_thin_shared=7, num_heads_shared=9)
     found = plan(SMOLLM2, Recipe(upcycle=few), 0.5, 10**6, GPUS["h100"])
     assert all(c.share > 0.95 for c in found.candidates)
     assert {c.settings["d_thin"] for c in found.candidates} == {64, 128, 192, 256}
@@ -129,6 +130,10 @@ def test_costs_grow_with_what_is_asked_for() -> None:
     assert whole.memory > 16 * count_parameters(config).total
     few = converted_config(DENSE, UpcycleConfig(layers=[0]))
     assert conversion_cost(few, 10**5, 0, gpu).seconds < one.seconds
+    wide = converted_config(DENSE, UpcycleConfig(d_thin_shared=576, d_ff_thin_shared=1536))
+    for cost in (conversion_cost(wide, 10**5, 0, gpu), training_cost(wide, train, 10**6, gpu)):
+        equal = one if cost.memory < whole.memory / 2 else whole
+        assert cost.seconds > equal.seconds and cost.memory > equal.memory
 
 
 def test_calibrated_tokens_win_over_the_recipes() -> None:

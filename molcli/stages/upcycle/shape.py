@@ -2,6 +2,7 @@
 
 from molcli.config.sections import UpcycleConfig
 from molcli.io.parent import Parent
+from molcli.maths.architecture import routed_shape, shared_shape
 from molcli.maths.partition import Part, partition
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.conversion import converted_config
@@ -14,10 +15,10 @@ def mol_config(parent: Parent, config: UpcycleConfig) -> MoLConfig:
 
 def parts(config: MoLConfig) -> list[Part]:
     """The shares of a dense layer: one per shared block, then one per routed family."""
+    shapes = [shared_shape(config)] * config.num_shared_blocks
+    shapes += [routed_shape(config)] * config.num_blocks_per_tok
     return partition(
-        config.num_shared_blocks + config.num_blocks_per_tok,
-        heads=config.thin_num_attention_heads,
-        d_ff=config.d_ff_thin,
+        [(shape.num_heads, shape.d_ff) for shape in shapes],
         parent_heads=config.num_attention_heads,
         parent_kv_heads=config.num_key_value_heads,
         parent_d_ff=config.intermediate_size,
@@ -26,9 +27,8 @@ def parts(config: MoLConfig) -> list[Part]:
 
 def is_whole(config: MoLConfig) -> bool:
     """Whether the one block is the parent's layer: full width, all heads and neurons."""
-    thin = config.d_thin, config.d_ff_thin, config.thin_num_attention_heads
-    dense = config.hidden_size, config.intermediate_size, config.num_attention_heads
-    return config.num_blocks == config.num_shared_blocks == 1 and thin == dense
+    thin, dense = config.shared_spec(), config.dense_spec()
+    return config.num_blocks == 1 and thin == dense
 
 
 def is_copy(config: MoLConfig, options: UpcycleConfig) -> bool:

@@ -17,6 +17,18 @@ from molcli.stages.upcycle import upcycle
 WHOLE = Recipe(upcycle=UpcycleConfig(num_blocks=1, num_shared_blocks=1, d_thin=64))
 
 
+WHOLE_SHARED = Recipe(
+    upcycle=UpcycleConfig(
+        num_blocks=1,
+        num_shared_blocks=1,
+        d_thin=32,
+        d_thin_shared=64,
+        d_ff_thin_shared=96,
+        num_heads_shared=4,
+    )
+)
+
+
 @torch.no_grad()
 def largest_difference(ours: Path, parent: Path, dtype: torch.dtype = torch.float32) -> float:
     """Between the logits of the two, on a batch with padding at the left."""
@@ -33,8 +45,9 @@ def largest_difference(ours: Path, parent: Path, dtype: torch.dtype = torch.floa
     return (a - b).abs().max().item()
 
 
-def test_the_logits_are_the_parents(tmp_path: Path, any_parent: Path) -> None:
-    upcycle(open_parent(any_parent), None, WHOLE, tmp_path / "out")
+@pytest.mark.parametrize("recipe", [WHOLE, WHOLE_SHARED], ids=["thin", "shared"])
+def test_the_logits_are_the_parents(tmp_path: Path, any_parent: Path, recipe: Recipe) -> None:
+    upcycle(open_parent(any_parent), None, recipe, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.config.model_type == "mol"
     assert (model.config.num_blocks, model.config.num_shared_blocks) == (1, 1)

@@ -59,6 +59,30 @@ def test_every_shape_fits_and_generates(
     assert converted.receipt["layers"][0]["delta_error"] < 1
 
 
+@pytest.mark.parametrize("method, error", [("fitted", 1e-8), ("svd", 1)])
+def test_a_shared_block_with_all_of_the_parent_leaves_nothing_to_the_routed(
+    method: str, error: float, tiny_parent: Callable[..., Path], convert: Callable[..., Any]
+) -> None:
+    """A fit finds the parent. A projection gives a routed block half of what it holds, too; no
+    layer at all would have an error of 1."""
+    whole = {"d_thin_shared": 64, "d_ff_thin_shared": 96, "num_heads_shared": 4}
+    routed = {"num_blocks": 3, "top_k": 1, "d_thin": 16, "d_ff_thin": 8, "num_heads_thin": 1}
+    parent = tiny_parent("llama", num_hidden_layers=1)
+    converted = convert(parent, tokens=2048, method=method, ridge=1e-6, **whole, **routed)
+    model = converted.model()
+    assert model.num_parameters() == count_parameters(model.config).total
+    layer = model.model.layers[0]
+    assert layer.shared.thin_in.shape == (1, 64, 64) and layer.routed.thin_in.shape == (2, 16, 64)
+    assert layer.shared.block.mixer.q_proj.shape[1] == 4 * layer.routed.block.mixer.q_proj.shape[1]
+    assert converted.receipt["layers"][0]["delta_error"] < error
+    ids = torch.arange(5, 45)[None]
+    one, two = (
+        model.generate(ids, max_new_tokens=4, min_new_tokens=4, **how)
+        for how in ({"use_cache": False}, {"cache_implementation": "static"})
+    )
+    assert torch.equal(one, two)
+
+
 @pytest.mark.parametrize(
     "head_dim, options, d_thin",
     [
