@@ -46,9 +46,7 @@ def test_every_shape_can_be_cut_from_the_parent(
     assert thin.neurons % NEURON_UNIT == 0 and thin.neurons > 0
     assert thin.heads % thin_kv_heads(thin.heads, dense.heads, dense.kv_heads) == 0
     parts = partition(
-        active,
-        heads=thin.heads,
-        d_ff=thin.neurons,
+        [(thin.heads, thin.neurons)] * active,
         parent_heads=dense.heads,
         parent_kv_heads=dense.kv_heads,
         parent_d_ff=dense.d_ff,
