@@ -176,9 +176,8 @@ class TrainConfig:
     trainable: "mol" trains the Mixture of Layers layers alone and keeps the rest as inherited; on a
         model with dense layers below them, the backward pass ends early.
     checkpoint_every: optimiser steps between checkpoints; 0 writes none.
-    compile: torch.compile for layers and loss, which takes a minute, and, in one process on a GPU,
-        micro-batches from a CUDA graph; "auto": on a GPU, in runs that are long enough and keep one
-        number of blocks (start_top_k: null).
+    compile: torch.compile for layers and loss, which takes a minute, and, in one process without
+        Gated DeltaNet, CUDA graphs; "auto": on a GPU, in long runs that keep one number of blocks.
     max_skipped: the run stops after so many steps in a row whose gradient was not finite.
     trackers: that show the log as it grows, in OUT/molcli (tensorboard) or where the service keeps
         it, under the project molcli.

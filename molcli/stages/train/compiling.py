@@ -22,9 +22,11 @@ def worth_compiling(config: TrainConfig, tokens: int, device: torch.device) -> b
 
 def worth_recording(config: TrainConfig, model: MoLConfig, accelerator: Accelerator) -> bool:
     """Whether compiled micro-batches are repeated from a CUDA graph (`GradientGraph`): not where
-    processes wait for one another, where the disk or the largest position has a say, or where
-    layers run twice, or change.
+    processes wait for one another, where the disk or the largest position has a say, where layers
+    run twice, or change, nor with Gated DeltaNet, whose gradients have not been seen in a graph.
     """
     alone = accelerator.device.type == "cuda" and accelerator.num_processes == 1
     told = config.logits is not None or reads_positions_back(model)
-    return alone and not (told or config.gradient_checkpointing or config.start_top_k is not None)
+    twice = config.gradient_checkpointing or config.start_top_k is not None
+    recurrent = any(kind.endswith("gated_deltanet") for kind in model.layer_kinds)
+    return alone and not (told or twice or recurrent)
