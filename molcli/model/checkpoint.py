@@ -11,9 +11,9 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from molcli.errors import MolError
 from molcli.io.tensors import TensorReader
+from molcli.model.assemble import assemble
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.modeling_mol import MoLForCausalLM
-from molcli.model.rotary import rotary_embedding
 
 KEPT_IN_FP32 = ("A_log", "dt_bias", "router.weight", "router.correction_bias")
 
@@ -40,28 +40,21 @@ def open_checkpoint(folder: Path, device: torch.device) -> MoLForCausalLM:
     Raises MolError if the folder is not a Mixture of Layers checkpoint, or not a whole one.
     """
     config = open_config(folder)
-    # from_pretrained would take two seconds for a model of 700 tensors.
-    with torch.device("meta"):
-        model = MoLForCausalLM(config)
-    try:
-        missing, unknown = model.load_state_dict(
-            _tensors(folder, config, device), strict=False, assign=True
-        )
+    try:  # from_pretrained would take two seconds for a model of 700 tensors
+        model, wrong = assemble(config, _tensors(folder, config, device), device)
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         raise MolError(
             f"the checkpoint {folder} cannot be read: {' '.join(str(error).split())}",
             allowed="a whole folder that molcli wrote",
         ) from error
-    if wrong := sorted([*missing, *unknown]):
+    if wrong:
         raise MolError(
             f"the checkpoint {folder} has missing or unknown tensors: {', '.join(wrong[:3])}",
             allowed="a whole folder that molcli wrote",
         )
-    model.model.rotary_emb = rotary_embedding(config).to(device)
-    model.tie_weights()
     if (folder / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model.eval()
+    return model
 
 
 def _tensors(folder: Path, config: MoLConfig, device: torch.device) -> dict[str, Tensor]:
@@ -73,8 +66,6 @@ def _tensors(folder: Path, config: MoLConfig, device: torch.device) -> dict[str,
         tensor = reader.read(name)
         as_stored = tensor.dtype if dtype is None else stored_dtype(name, dtype)
         tensors[name] = tensor.to(device, as_stored)
-    if config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     return tensors
 
 

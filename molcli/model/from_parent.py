@@ -3,10 +3,10 @@
 import torch
 
 from molcli.io.parent import Parent
+from molcli.model.assemble import assemble
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.layers import DenseLayer
 from molcli.model.modeling_mol import MoLForCausalLM
-from molcli.model.rotary import rotary_embedding
 
 
 def dense_layer(parent: Parent, config: MoLConfig, index: int, device: torch.device) -> DenseLayer:
@@ -22,19 +22,16 @@ def dense_layer(parent: Parent, config: MoLConfig, index: int, device: torch.dev
 def load_dense(parent: Parent, dtype: torch.dtype, device: torch.device) -> MoLForCausalLM:
     """The whole parent as a model whose layers are all dense, for use as a teacher."""
     config = MoLConfig(**parent.mol_config_kwargs())
-    with torch.device("meta"):
-        model = MoLForCausalLM(config)
     tensors = {
         "model.embed_tokens.weight": parent.embedding(),
         "model.norm.weight": parent.final_norm(),
     }
-    head = parent.lm_head()
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] if head is None else head
+    if (head := parent.lm_head()) is not None:
+        tensors["lm_head.weight"] = head
     for i in range(config.num_hidden_layers):
         layer = parent.dense_layer(i)
         tensors |= {f"model.layers.{i}.{name}": x for name, x in layer.items()}
     tensors = {name: x.to(device, dtype) for name, x in tensors.items()}
-    model.load_state_dict(tensors, strict=True, assign=True)
-    model.model.rotary_emb = rotary_embedding(config).to(device)
-    model.tie_weights()
-    return model.requires_grad_(False).eval()
+    model, wrong = assemble(config, tensors, device)
+    assert not wrong, wrong
+    return model.requires_grad_(False)

@@ -160,8 +160,15 @@ def _shapes(
     dense: dict[str, Any], options: UpcycleConfig, share: float
 ) -> Iterator[tuple[str, UpcycleConfig]]:
     """Presets first, then the candidates, the best guess without a forecast first of these."""
-    free = replace(options, d_thin=None, d_ff_thin=None, num_heads_thin=None)
-    free = replace(free, d_thin_shared=None, d_ff_thin_shared=None, num_heads_shared=None)
+    free = replace(
+        options,
+        d_thin=None,
+        d_ff_thin=None,
+        num_heads_thin=None,
+        d_thin_shared=None,
+        d_ff_thin_shared=None,
+        num_heads_shared=None,
+    )
     for preset in PRESETS:
         yield preset, replace(free, preset=preset)
     shape, seen = dense_shape(dense), False
