@@ -71,7 +71,7 @@ def test_interpreted_kernels(triton_device, poisoned, rows, width, blocks, dtype
     ],
 )
 @pytest.mark.parametrize("rows", [1, 17, 300, 70_000])
-def test_gpu_kernels(poisoned, rows, blocks, dtype):
+def test_gpu_kernels(rows, blocks, dtype):
     """70,000 rows are more than 512 shares of 128."""
     compare(case("cuda", dtype, rows, 200, blocks))
 
