@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from molcli.kernels.route import route_reference
+from molcli.kernels.route import choose
+from molcli.kernels.router_logits import router_logits
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,5 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Routing:
         """x: (n, d_model) residual. Ties go to the block with the lower index."""
-        with torch.autocast(x.device.type, enabled=False):
-            logits, blocks, weights = route_reference(
-                x, self.weight, self.correction_bias, self.top_k
-            )
-        return Routing(logits, blocks, weights)
+        logits = router_logits(x, self.weight)
+        return Routing(logits, *choose(logits, self.correction_bias, self.top_k))

@@ -5,14 +5,16 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from molcli.kernels.grouped_linear import grouped_linear_reference
+from molcli.kernels.grouped_linear import grouped_linear, grouped_linear_reference
 from molcli.kernels.grouped_linear.product import (
     GroupedProduct,
     grouped_product,
     part_ends,
     parts_of_blocks,
 )
+from molcli.kernels.rows import all_rows
 
 
 @given(sizes=st.lists(st.integers(0, 50), min_size=1, max_size=6), parts=st.integers(1, 9))
@@ -93,3 +95,19 @@ def test_odd_widths_reach_the_library_even(monkeypatch, device, wide, deep):
     for a, b in pairs:
         assert a.shape == b.shape
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_biases_are_added(blocks):
+    """A single block's is a vector: for cuBLAS a matrix is copied to the output first."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (
+        torch.randn(*s, generator=generator, dtype=torch.float64)
+        for s in [(5 * blocks, 4), (blocks, 6, 4), (blocks, 6)]
+    )
+    rows = all_rows(torch.zeros(5, dtype=torch.int64), 1, blocks, 5)
+    expected = (weight[rows.blocks] @ x[..., None])[..., 0] + bias[rows.blocks]
+    graph = make_fx(lambda x, w, b: grouped_linear(x, w, rows, b))(x, weight, bias)
+    torch.testing.assert_close(graph(x, weight, bias), expected)
+    added = [n for n in graph.graph.nodes if n.target is torch.ops.aten.addmm.default]
+    assert [n.args[0].meta["tensor_meta"].shape for n in added] == [(6,)] * (blocks == 1)

@@ -26,8 +26,9 @@ def grouped_linear(x: Tensor, weight: Tensor, rows: Rows, bias: Tensor | None = 
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
     if weight.shape[0] == 1:
-        out = F.linear(x, weight[0])
-    elif x.is_cuda and x.dtype == torch.bfloat16:
+        # The bias as a vector: cuBLAS adds one itself, where a matrix would first be copied.
+        return F.linear(x, weight[0], None if bias is None else bias[0].to(x.dtype))
+    if x.is_cuda and x.dtype == torch.bfloat16:
         out = grouped_product(x, weight, rows.offsets)
     else:
         out = grouped_linear_reference(x, weight, rows.offsets)

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from molcli.kernels import backend
-from molcli.kernels.route.reference import route_reference
+from molcli.kernels.route.reference import choose, route_reference
 
-__all__ = ["route", "route_reference"]
+__all__ = ["choose", "route", "route_reference"]
 
 
 @torch.library.custom_op("molcli::route", mutates_args=())
