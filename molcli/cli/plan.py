@@ -68,7 +68,7 @@ def run_plan(
     from molcli.io.parent import open_parent, outline
     from molcli.model.conversion import converted_config
     from molcli.model.costs import GPUS
-    from molcli.stages.plan import layer_spectra
+    from molcli.model.predictors import layer_spectra
     from molcli.stages.plan import plan as make
 
     if gpu.lower() not in GPUS:
@@ -122,29 +122,26 @@ def _table(found: "Plan") -> "Table":
     table = Table(
         title=f"Parent: {found.parent_total / 1e6:,.1f}M parameters, "
         f"{found.parent_flops / 1e6:,.0f}M operations a token",
-        caption="Shape: width × neurons of a block. Share: active parameters without embeddings, "
-        f"of the parent's. Time and memory (GB) are estimates for one {gpu.name} of "
-        f"{gpu.memory / 1e9:.0f} GB, training for {found.tokens:,} tokens.",
+        caption="Shape: width×neurons, first of the shared block where it has its own. Share: "
+        "active parameters without embeddings, of the parent's. Time and memory (GB) are estimates "
+        f"for one {gpu.name} of {gpu.memory / 1e9:.0f} GB, training for {found.tokens:,} tokens.",
         box=SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,
     )
     forecast = found.candidates[0].kl is not None
     table.add_column("shape", no_wrap=True)
-    names = ["total", "active", "share", "FLOPs", "disk", "convert", "train"]
+    names = ["total", "active", "share", "FLOPs", "convert", "train"]
     for name in (["KL"] if forecast else []) + names:
         table.add_column(name, justify="right", no_wrap=True)
     for c in found.candidates:
-        s = c.settings
-        shape = f"{s['d_thin']} × {s['d_ff_thin']}"
-        name = c.name if shape in c.name else f"{c.name}, {shape}"
+        name = c.name if "×" in c.name else f"{c.name}, {_shapes(c.settings)}"
         cells = [
             name if c.name != found.recommended else f"[bold]{name}[/bold]",
             _count_of(c.total),
             _count_of(c.active),
             f"{c.share:.0%}",
             f"{c.flops / found.parent_flops:.0%}",
-            _bytes(c.checkpoint),
             f"{_time(c.conversion.seconds)} {_memory(c.conversion.memory, gpu.memory)}",
             f"{_time(c.training.seconds)} {_memory(c.training.memory, gpu.memory)}",
         ]
@@ -152,6 +149,12 @@ def _table(found: "Plan") -> "Table":
             cells.insert(1, f"{c.kl:.2f}")
         table.add_row(*cells)
     return table
+
+
+def _shapes(settings: dict[str, int]) -> str:
+    wide = settings.get("d_thin_shared"), settings.get("d_ff_thin_shared")
+    thin = settings["d_thin"], settings["d_ff_thin"]
+    return ", ".join(f"{width}×{neurons}" for width, neurons in (wide, thin) if width)
 
 
 def _memory(size: float, available: float) -> str:

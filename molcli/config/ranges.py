@@ -30,8 +30,7 @@ def validate(recipe: Recipe) -> None:
 
 
 def _upcycle(c: UpcycleConfig) -> None:
-    top_k = min(2, c.num_blocks - c.num_shared_blocks) if c.top_k is None else c.top_k
-    _blocks("upcycle", c.num_blocks, c.num_shared_blocks, top_k)
+    _blocks("upcycle", c.num_blocks, c.num_shared_blocks, c.chosen_top_k)
     for key in ("d_thin", "d_ff_thin", "num_heads_thin"):
         if (value := getattr(c, key)) is not None:
             _at_least(f"upcycle.{key}", value, 1)

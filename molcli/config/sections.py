@@ -15,20 +15,22 @@ Hub as hf://org/name[:config[:split]]."""
 class UpcycleConfig:
     """How a dense parent becomes a Mixture of Layers.
 
-    preset: what null stands for in d_thin, d_ff_thin and num_heads_thin, A being the blocks that
-        run on a token, S + K. "balanced", the paper's rule: d_model / A wide, with heads and
-        neurons in proportion to the width, or a few heads more where whole groups that share a
-        key-value head take fewer weights. "quality" and "fast": as wide and with as many neurons
-        as give the A blocks 75% or 37.5% of the parent layer's weights, and with the fewest heads
-        that hold all of the parent's in A blocks.
+    preset: the shape of blocks, as a share of the parent layer's weights that run on a token:
+        "quality" 75%, "balanced" 52.5%, "fast" 37.5%. Where none of the six numbers below is set,
+        the shared blocks get seven tenths of it and all of the parent's heads, the K routed ones
+        the rest. Where one is set, or nothing is shared or routed, all blocks have one shape, and
+        A = S + K run on a token: "balanced" is then the paper's rule, d_model / A wide, with heads
+        and neurons in proportion to the width, or a few heads more where whole groups that share a
+        key-value head take fewer weights; "quality" and "fast" are as wide and have as many neurons
+        as give the A blocks their share, and the fewest heads that hold all of the parent's.
     num_blocks: thin blocks in a layer, shared ones included (N).
     num_shared_blocks: blocks that run on every token (S).
-    top_k: routed blocks that run on a token, of the N - S (K); null takes 2, or all where there
-        are fewer.
+    top_k: routed blocks that run on a token, of the N - S (K); null takes 1, 2 where all blocks
+        have one shape, or all where there are fewer.
     d_thin, d_ff_thin, num_heads_thin: width of a thin block, a multiple of head_dim; its FFN
         neurons; its query heads, at most the parent's. null leaves them to the preset.
-    d_thin_shared, d_ff_thin_shared, num_heads_shared: the same of a shared block; null is as in a
-        routed one. A preset's shares are of blocks of one shape.
+    d_thin_shared, d_ff_thin_shared, num_heads_shared: the same of a shared block; where another
+        number is set, null is as in a routed one.
     layers: which parent layers become Mixture of Layers: "all", a list of indices, or "auto": those
         that cost least. The cost of a layer is KL(parent || model) with that layer alone converted,
         its attention softmax, on calibration text kept from its fit.
@@ -66,6 +68,21 @@ class UpcycleConfig:
     shrinkage: float = 0.1
     method: Literal["fitted", "random", "svd", "pca"] = "fitted"
     receipt: Literal["short", "full"] = "short"
+
+    @property
+    def splits_shapes(self) -> bool:
+        """Whether the preset gives shared and routed blocks a shape each."""
+        routed = (self.d_thin, self.d_ff_thin, self.num_heads_thin)
+        shared = (self.d_thin_shared, self.d_ff_thin_shared, self.num_heads_shared)
+        mixed = 0 < self.num_shared_blocks < self.num_blocks and self.top_k != 0
+        return mixed and all(number is None for number in routed + shared)
+
+    @property
+    def chosen_top_k(self) -> int:
+        """top_k, or what null stands for."""
+        if self.top_k is not None:
+            return self.top_k
+        return min(1 if self.splits_shapes else 2, self.num_blocks - self.num_shared_blocks)
 
 
 @dataclass(frozen=True)

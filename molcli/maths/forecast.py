@@ -1,11 +1,11 @@
 """The KL that a conversion will cost, forecast from the spectra of what the parent's layers read.
 
-    log KL = c0 + c1 log(lost reading energy) + c2 log(neurons)
-                + c3 log(1 + 10 / tokens a feature) + c4 log(clones)
+    log KL = c0 + c1 log(layers) + c2 log(lost reading energy) + c3 log(active weights)
+                + c4 log(shared heads) + c5 log(1 + 10 / tokens a feature) + c6 log(clones)
 
 A regression, not a law: constants are fitted to real conversions by tests/bench/plan.py. What it is
 for is the order of settings on one parent and text. More text helps a regression of p features like
-1 + p / tokens, and less where ridge and shrinkage tame it: hence the third term.
+1 + p / tokens, and less where ridge and shrinkage tame it: hence the fifth term.
 """
 
 from collections.abc import Sequence
@@ -22,29 +22,40 @@ SCARCE = 10.0  # tokens a feature; of 0, 10, 30 and 100 the best on conversions 
 
 @dataclass(frozen=True)
 class Predictors:
-    """What the forecast knows of a conversion.
+    """What the forecast knows of a conversion. A mean is over the active blocks of a layer, by
+    their weights.
 
-    lost_reading: sum over converted layers of the share of reading energy that a basis of the
-    blocks' width loses. neurons: those of the active blocks, over the parent's. tokens_a_feature:
-    calibration tokens over the heads' outputs and neurons of a block. clones: blocks in a routed
-    family, 1 where nothing is routed.
+    layers: that are converted. lost_reading: mean share of reading energy that a basis of a block's
+    width loses, mean of these layers. weights: of the active blocks, over the parent's layer's.
+    shared_heads: heads that see all tokens, over the parent's, no fewer than one head.
+    tokens_a_feature: calibration tokens over the mean of a block's heads' outputs and neurons.
+    clones: mean of blocks in a family, 1 for a shared one.
     """
 
+    layers: float
     lost_reading: float
-    neurons: float
+    weights: float
+    shared_heads: float
     tokens_a_feature: float
     clones: float
 
     def logs(self) -> list[float]:
         """1, and the logarithms that the constants multiply."""
         scarcity = 1 + SCARCE / max(self.tokens_a_feature, 1e-9)
-        found = self.lost_reading, self.neurons, scarcity, self.clones
+        found = (
+            self.layers,
+            self.lost_reading,
+            self.weights,
+            self.shared_heads,
+            scarcity,
+            self.clones,
+        )
         return [1.0, *np.log(np.maximum(found, 1e-9)).tolist()]
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """constants: c0 to c4."""
+    """constants: c0 to c6."""
 
     constants: tuple[float, ...]
 

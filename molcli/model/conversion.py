@@ -6,12 +6,20 @@ from molcli.config.layer_choice import chosen_layers, refuse_beyond
 from molcli.config.sections import UpcycleConfig
 from molcli.errors import MolError
 from molcli.maths.partition import thin_kv_heads
-from molcli.maths.shapes import DenseShape, ThinShape, cheapest_heads, covering_heads, thin_shape
+from molcli.maths.shapes import (
+    DenseShape,
+    ThinShape,
+    cheapest_heads,
+    covering_heads,
+    split_shapes,
+    thin_shape,
+)
 from molcli.model.configuration_mol import MoLConfig
 
-# Share of a layer's weights that its active blocks have together. `balanced` is the paper's rule
-# (arXiv 2605.09516) instead: active blocks * d_thin ~ d_model.
-ACTIVE_SHARE = {"quality": 0.75, "fast": 0.375}
+# Share of a layer's weights that its active blocks have together. `balanced` is about what the
+# paper's rule gives (arXiv 2605.09516: active blocks * d_thin ~ d_model), which it follows to the
+# letter where all blocks have one shape.
+ACTIVE_SHARE = {"quality": 0.75, "balanced": 0.525, "fast": 0.375}
 
 
 def converted_config(dense: dict[str, Any], options: UpcycleConfig) -> MoLConfig:
@@ -22,10 +30,8 @@ def converted_config(dense: dict[str, Any], options: UpcycleConfig) -> MoLConfig
     options do not fit the parent.
     """
     layers = dense["num_hidden_layers"]
-    routed = options.num_blocks - options.num_shared_blocks
-    top_k = min(2, routed) if options.top_k is None else options.top_k
-    shape = dense_shape(dense)
-    thin = _thin_shape(options, shape, options.num_shared_blocks + top_k)
+    top_k, shape = options.chosen_top_k, dense_shape(dense)
+    wide, thin = _shapes(options, shape, top_k)
     converted = set(range(layers))
     if options.layers == "auto":
         converted = set(middle_layers(layers, options.layers_budget))
@@ -44,13 +50,14 @@ def converted_config(dense: dict[str, Any], options: UpcycleConfig) -> MoLConfig
         "d_ff_thin": thin.neurons,
         "thin_num_attention_heads": thin.heads,
         "thin_num_key_value_heads": thin_kv_heads(thin.heads, shape.heads, shape.kv_heads),
-        "d_thin_shared": options.d_thin_shared,
-        "d_ff_thin_shared": options.d_ff_thin_shared,
     }
-    if options.num_heads_shared is not None:
-        heads = options.num_heads_shared
-        changed["shared_num_attention_heads"] = heads
-        changed["shared_num_key_value_heads"] = thin_kv_heads(heads, shape.heads, shape.kv_heads)
+    if wide is not None:
+        changed |= {
+            "d_thin_shared": wide.width,
+            "d_ff_thin_shared": wide.neurons,
+            "shared_num_attention_heads": wide.heads,
+            "shared_num_key_value_heads": thin_kv_heads(wide.heads, shape.heads, shape.kv_heads),
+        }
     return MoLConfig(**(dense | changed))
 
 
@@ -62,7 +69,7 @@ def middle_layers(count: int, share: float) -> range:
 
 
 def dense_shape(dense: dict[str, Any]) -> DenseShape:
-    """Of the parent's layers."""
+    """Of the parent's layers. dense: at least those numbers of a MoLConfig."""
     return DenseShape(
         d_model=dense["hidden_size"],
         heads=dense["num_attention_heads"],
@@ -70,6 +77,21 @@ def dense_shape(dense: dict[str, Any]) -> DenseShape:
         head_dim=dense["head_dim"],
         d_ff=dense["intermediate_size"],
     )
+
+
+def _shapes(
+    options: UpcycleConfig, dense: DenseShape, top_k: int
+) -> tuple[ThinShape | None, ThinShape]:
+    """Of shared blocks, None where it is the routed ones', and of routed blocks."""
+    if options.splits_shapes:
+        share = ACTIVE_SHARE[options.preset]
+        return split_shapes(share, options.num_shared_blocks, top_k, dense)
+    thin = _thin_shape(options, dense, options.num_shared_blocks + top_k)
+    own = options.d_thin_shared, options.num_heads_shared, options.d_ff_thin_shared
+    if own == (None, None, None):
+        return None, thin
+    numbers = zip(own, (thin.width, thin.heads, thin.neurons), strict=True)
+    return ThinShape(*(there if mine is None else mine for mine, there in numbers)), thin
 
 
 def _thin_shape(options: UpcycleConfig, dense: DenseShape, active: int) -> ThinShape:

@@ -4,7 +4,7 @@ Sizes, operations, memory and time follow from the parent's configuration alone.
 statistics and the parent's weights, the spectra of what its layers read forecast the KL, too.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -13,26 +13,19 @@ from torch import Tensor
 
 from molcli.config.sections import Recipe, UpcycleConfig
 from molcli.errors import MolError
-from molcli.io.parent import Parent
-from molcli.maths.architecture import routed_shape, shared_shape
-from molcli.maths.forecast import Forecast, Predictors, reading_spectrum
 from molcli.maths.parameters import count_parameters
-from molcli.maths.partition import Part
-from molcli.maths.shapes import thin_shape, widths_near
-from molcli.model.checkpoint import default_device
+from molcli.maths.shapes import DenseShape, ThinShape, split_shapes, thin_shape, widths_near
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.conversion import converted_config, dense_shape
 from molcli.model.costs import Cost, Gpu, conversion_cost, parent_of, training_cost
 from molcli.model.flops import count_flops
-from molcli.model.from_parent import dense_layer
-from molcli.model.reading import reading_gram
+from molcli.model.predictors import FORECAST, predictors
 
-# Fitted to 27 conversions of SmolLM2-135M, of 1, 2, 4 and all 30 layers on 4k to 197k tokens; each
-# forecast from the others, the rank correlation is 0.98. tests/bench/plan.py fits others.
-FORECAST = Forecast((0.321, 0.568, -0.361, 0.252, -0.024))
 PRESETS: tuple[Literal["quality", "balanced", "fast"], ...] = ("quality", "balanced", "fast")
-BLOCKS = ((9, 1, 2), (17, 1, 2), (15, 1, 3))  # num_blocks, num_shared_blocks, top_k
-WIDTHS = 3  # candidates for each of them, those nearest to equal shares of width and neurons
+# num_blocks, num_shared_blocks, top_k: of shapes that differ, and of one shape
+SPLIT_BLOCKS = ((9, 1, 1), (17, 1, 1))
+BLOCKS = ((9, 1, 2), (17, 1, 2), (15, 1, 3))
+WIDTHS = 2  # candidates for each of the latter, those nearest to equal shares of width and neurons
 FORECAST_TOLERANCE = 0.05  # forecasts this close are alike: the model with fewer parameters wins
 FEWEST_NEURONS = 0.1  # of the parent's, in the active blocks; narrower candidates have more
 
@@ -124,38 +117,6 @@ def plan(
     )
 
 
-def predictors(config: MoLConfig, spectra: Mapping[int, Tensor], tokens: int) -> Predictors:
-    """What a forecast is made from. spectra: at least of all converted layers; tokens: calibration
-    tokens that blocks are fitted to. Only for shared blocks of the routed ones' shape."""
-    assert shared_shape(config) == routed_shape(config)
-    converted = [i for i, kind in enumerate(config.layer_kinds) if kind != "dense"]
-    active = config.num_shared_blocks + config.num_blocks_per_tok
-    clones = max(1.0, config.num_routed_blocks / max(1, config.num_blocks_per_tok))
-    features = config.thin_num_attention_heads * config.head_dim + config.d_ff_thin
-    return Predictors(
-        lost_reading=sum(spectra[i][config.d_thin :].sum().item() for i in converted),
-        neurons=active * config.d_ff_thin / config.intermediate_size,
-        tokens_a_feature=tokens / features,
-        clones=clones,
-    )
-
-
-@torch.no_grad()
-def layer_spectra(
-    parent: Parent, moment: Callable[[int], Tensor], layers: list[int]
-) -> Iterator[tuple[int, Tensor]]:
-    """Each layer's `reading_spectrum`, (d_model,), of all that it reads. One layer in memory.
-
-    moment: layer -> (d_model, d_model) float64, of the unit-rms residual, as calibration wrote it.
-    """
-    config, device = MoLConfig(**parent.mol_config_kwargs()), default_device()
-    counts = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
-    whole = Part(*(tuple(range(count)) for count in counts))
-    for i in layers:
-        gram = reading_gram(dense_layer(parent, config, i, device).block, whole)
-        yield i, reading_spectrum(gram, moment(i).to(device)).cpu()
-
-
 def _shapes(
     dense: dict[str, Any], options: UpcycleConfig, share: float
 ) -> Iterator[tuple[str, UpcycleConfig]]:
@@ -171,35 +132,72 @@ def _shapes(
     )
     for preset in PRESETS:
         yield preset, replace(free, preset=preset)
-    shape, seen = dense_shape(dense), False
-    for blocks, shared, top_k in BLOCKS:
-        active, widths = shared + top_k, 0
-        for width in widths_near(share, active, shape):
-            thin = thin_shape(share, active, shape, width)
-            if active * thin.neurons < FEWEST_NEURONS * shape.d_ff or widths == WIDTHS:
-                continue
-            widths, seen = widths + 1, True
-            yield (
-                f"{shared}+{top_k}of{blocks}, {width} × {thin.neurons}",
-                replace(
-                    free,
-                    num_blocks=blocks,
-                    num_shared_blocks=shared,
-                    top_k=top_k,
-                    d_thin=width,
-                    d_ff_thin=thin.neurons,
-                    num_heads_thin=thin.heads,
-                ),
-            )
-    if not seen:
+    found = [*_split(free, dense_shape(dense), share), *_alike(free, dense_shape(dense), share)]
+    if not found:
         raise MolError(
             f"--active is {share:.1%}, which leaves no room for neurons beside the parent's heads",
             allowed="a larger share",
             hint="--active 50%",
         )
+    yield from found
+
+
+def _split(
+    free: UpcycleConfig, dense: DenseShape, share: float
+) -> Iterator[tuple[str, UpcycleConfig]]:
+    """Shared blocks of another shape than the routed ones, as presets have them."""
+    for blocks, shared, top_k in SPLIT_BLOCKS:
+        wide, thin = split_shapes(share, shared, top_k, dense)
+        cost = shared * dense.thin_weights(wide) + top_k * dense.thin_weights(thin)
+        if cost <= share * dense.weights:  # more, where that leaves no room for neurons
+            shapes = f"{wide.width}×{wide.neurons}, {thin.width}×{thin.neurons}"
+            options = _with_blocks(free, blocks, shared, top_k, thin)
+            yield (
+                f"{shared}+{top_k}of{blocks}, {shapes}",
+                replace(
+                    options,
+                    d_thin_shared=wide.width,
+                    d_ff_thin_shared=wide.neurons,
+                    num_heads_shared=wide.heads,
+                ),
+            )
+
+
+def _alike(
+    free: UpcycleConfig, dense: DenseShape, share: float
+) -> Iterator[tuple[str, UpcycleConfig]]:
+    """Blocks of one shape, as in the paper."""
+    for blocks, shared, top_k in BLOCKS:
+        active, widths = shared + top_k, 0
+        for width in widths_near(share, active, dense):
+            thin = thin_shape(share, active, dense, width)
+            if active * thin.neurons < FEWEST_NEURONS * dense.d_ff or widths == WIDTHS:
+                continue
+            widths += 1
+            options = _with_blocks(free, blocks, shared, top_k, thin)
+            yield f"{shared}+{top_k}of{blocks}, {width}×{thin.neurons}", options
+
+
+def _with_blocks(
+    free: UpcycleConfig, blocks: int, shared: int, top_k: int, thin: ThinShape
+) -> UpcycleConfig:
+    return replace(
+        free,
+        num_blocks=blocks,
+        num_shared_blocks=shared,
+        top_k=top_k,
+        d_thin=thin.width,
+        d_ff_thin=thin.neurons,
+        num_heads_thin=thin.heads,
+    )
 
 
 def _settings(config: MoLConfig) -> dict[str, int]:
+    own = {
+        "d_thin_shared": config.d_thin_shared,
+        "d_ff_thin_shared": config.d_ff_thin_shared,
+        "num_heads_shared": config.shared_num_attention_heads,
+    }
     return {
         "num_blocks": config.num_blocks,
         "num_shared_blocks": config.num_shared_blocks,
@@ -207,6 +205,7 @@ def _settings(config: MoLConfig) -> dict[str, int]:
         "d_thin": config.d_thin,
         "d_ff_thin": config.d_ff_thin,
         "num_heads_thin": config.thin_num_attention_heads,
+        **{key: number for key, number in own.items() if number is not None},
     }
 
 

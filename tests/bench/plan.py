@@ -5,7 +5,7 @@
 Converts the parent in shapes, with tokens and in layers that differ (`--case name:key=value,...`
 for others), one JSON line each with the predictors and the measured KL, right after conversion, on
 --heldout, else on the rows that calibration held out. The last line has Spearman's rank correlation
-of the measured KL with the constants in molcli/stages/plan.py, with constants fitted to these
+of the measured KL with the constants in molcli/model/predictors.py, with constants fitted to these
 conversions, and with those where each is forecast from the others alone: the bar is 0.9. Paste
 `constants` where the code has them, if the last of these is the better one. With --out, lines are
 appended, and what is there already is not run again.
@@ -37,14 +37,14 @@ from molcli.maths.forecast import (
 )
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.costs import GPUS, conversion_cost
-from molcli.stages.plan import FORECAST, layer_spectra, predictors
+from molcli.model.predictors import FORECAST, layer_spectra, predictors
 
 BAR = 0.9
 FEWEST = 3  # conversions that have ranks to compare
 
 
 def matrix(parent: Parent, tokens: int) -> list[Case]:
-    """Seventeen settings around the default one, by the parent's own numbers."""
+    """Settings around the default one, by the parent's own numbers."""
     dense = parent.mol_config_kwargs()
     unit, d_ff, layers = dense["head_dim"], dense["intermediate_size"], dense["num_hidden_layers"]
     width = max(1, round(dense["hidden_size"] / 3 / unit)) * unit
@@ -57,6 +57,11 @@ def matrix(parent: Parent, tokens: int) -> list[Case]:
         heads = max(1, round(dense["num_attention_heads"] / 3))
         fixed = f"upcycle.num_heads_thin={heads}", f"calibrate.tokens={tokens}"
         return Case(name, (*fixed, *keys, *options))
+
+    def split(preset: str, *options: str) -> Case:
+        """Shared and routed blocks that differ."""
+        name = " ".join((preset, *(text.removeprefix("upcycle.") for text in options)))
+        return Case(name, (f"upcycle.preset={preset}", f"calibrate.tokens={tokens}", *options))
 
     upper = list(range(layers // 2, layers))
     return [
@@ -77,6 +82,11 @@ def matrix(parent: Parent, tokens: int) -> list[Case]:
         case("upper-half", f"upcycle.layers={upper}"),
         case("every-other", f"upcycle.layers={list(range(1, layers, 2))}"),
         case("upper-half-thin", f"upcycle.layers={upper}", shape=(thin, third)),
+        split("quality"),
+        split("balanced"),
+        split("fast"),
+        split("balanced", "upcycle.num_blocks=17"),
+        split("balanced", "upcycle.top_k=2"),
     ]
 
 

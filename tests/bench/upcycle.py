@@ -39,7 +39,7 @@ def default_cases(layers: int) -> list[Case]:
     """layers: of the parent."""
     texts = [
         "fitted:",
-        "75%:preset=quality,d_thin=null,d_ff_thin=null,num_heads_thin=null",
+        "75%:preset=quality",
         f"upper-half:layers={list(range(layers // 2, layers))}",
         f"every-other:layers={list(range(1, layers, 2))}",
         # Converted alone, the first layers and the last ones of SmolLM2-135M cost up to 20 times as

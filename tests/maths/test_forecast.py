@@ -1,5 +1,7 @@
 """The regression behind `molcli plan --calibration`, and its rank correlation."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -19,11 +21,11 @@ from molcli.maths.forecast import (
 
 def drawn(count: int, seed: int = 0) -> list[Predictors]:
     generator = np.random.default_rng(seed)
-    return [Predictors(*values) for values in generator.uniform(0.1, 8, (count, 4)).tolist()]
+    return [Predictors(*values) for values in generator.uniform(0.1, 8, (count, 6)).tolist()]
 
 
 def test_the_constants_of_a_power_law_are_found_again() -> None:
-    law = Forecast((0.3, 0.8, -0.4, -0.2, 0.1))
+    law = Forecast((0.3, 0.8, -0.4, -0.2, 0.1, 0.5, -0.1))
     settings = drawn(40)
     kl = [law.kl(setting) for setting in settings]
     assert fit_forecast(settings, kl).constants == pytest.approx(law.constants, abs=1e-3)
@@ -31,15 +33,15 @@ def test_the_constants_of_a_power_law_are_found_again() -> None:
 
 
 def test_a_predictor_that_never_varied_has_no_say() -> None:
-    settings = [Predictors(p.lost_reading, 1.0, p.tokens_a_feature, 4.0) for p in drawn(20)]
+    settings = [replace(p, weights=1.0, clones=4.0) for p in drawn(20)]
     found = fit_forecast(settings, [p.lost_reading for p in settings]).constants
-    assert found[2] == found[4] == 0
-    assert found[1] == pytest.approx(1, abs=1e-3)
+    assert found[3] == found[6] == 0
+    assert found[2] == pytest.approx(1, abs=1e-3)
 
 
 def test_more_text_helps_until_there_is_enough() -> None:
-    law = Forecast((0.0, 0.0, 0.0, 1.0, 0.0))
-    kl = [law.kl(Predictors(1.0, 1.0, tokens, 1.0)) for tokens in (1e-3, 10, 100, 1000, 1e6)]
+    law, some = Forecast((0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0)), drawn(1)[0]
+    kl = [law.kl(replace(some, tokens_a_feature=tokens)) for tokens in (1e-3, 10, 100, 1000, 1e6)]
     assert kl == pytest.approx([1e4 + 1, 2, 1.1, 1.01, 1], rel=1e-3)
 
 

@@ -5,7 +5,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from molcli.maths.partition import partition, thin_kv_heads
-from molcli.maths.shapes import NEURON_UNIT, DenseShape, ThinShape, covering_heads, thin_shape
+from molcli.maths.shapes import (
+    NEURON_UNIT,
+    SHARED_WEIGHTS,
+    DenseShape,
+    ThinShape,
+    covering_heads,
+    split_shapes,
+    thin_shape,
+)
 
 # d_model, heads, kv_heads, head_dim, d_ff
 FAMILIES = {
@@ -53,6 +61,35 @@ def test_every_shape_can_be_cut_from_the_parent(
     )
     assert {head for part in parts for head in part.heads} == set(range(dense.heads))
     assert all(len(part.heads) == len(set(part.heads)) == thin.heads for part in parts)
+
+
+@given(real, st.floats(0.35, 0.95), st.integers(1, 2), st.integers(1, 3))
+def test_shared_and_routed_blocks_split_the_share(
+    dense: DenseShape, share: float, shared: int, routed: int
+) -> None:
+    wide, thin = split_shapes(share, shared, routed, dense)
+    budget = share * dense.weights
+    for block, count, part in (
+        (wide, shared, SHARED_WEIGHTS),
+        (thin, routed, 1 - SHARED_WEIGHTS),
+    ):
+        a_neuron_more = ThinShape(block.width, block.heads, block.neurons + NEURON_UNIT)
+        assert count * dense.thin_weights(block) <= part * budget * (1 + 1e-9)
+        assert count * dense.thin_weights(a_neuron_more) > part * budget
+    assert wide.heads == covering_heads(shared, dense) and thin.heads < wide.heads
+    # A wider or a narrower block of as many weights is further from the parent's proportions.
+    apart = wide.width / dense.d_model - wide.neurons / dense.d_ff
+    other = wide.width + (dense.head_dim if apart < 0 else -dense.head_dim)
+    if 0 < other <= dense.d_model:
+        left = dense.neurons_within(SHARED_WEIGHTS * budget / shared, other, wide.heads)
+        assert left <= 0 or abs(other / dense.d_model - left / dense.d_ff) >= abs(apart)
+
+
+@given(any_dense(), st.floats(0.01, 1), st.integers(1, 3), st.integers(1, 8))
+def test_any_parent_can_be_split(dense: DenseShape, share: float, shared: int, routed: int) -> None:
+    for thin in split_shapes(share, shared, routed, dense):
+        assert thin.width % dense.head_dim == 0 and 0 < thin.width <= dense.d_model
+        assert thin.neurons > 0 and 1 <= thin.heads <= dense.heads
 
 
 @pytest.mark.parametrize(

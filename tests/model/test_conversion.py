@@ -28,6 +28,13 @@ PARENTS = {
 }
 
 
+def same_shape(name: str, **options: Any) -> UpcycleConfig:
+    """With a number that is set, the paper's, blocks have one shape."""
+    dense = PARENTS[name]
+    width = round(dense["hidden_size"] / 3 / dense["head_dim"]) * dense["head_dim"]
+    return UpcycleConfig(d_thin=width, **options)
+
+
 def share(dense: dict[str, Any], config: MoLConfig) -> float:
     """Active non-embedding parameters, of the parent's."""
     layers = dense["num_hidden_layers"]
@@ -37,13 +44,39 @@ def share(dense: dict[str, Any], config: MoLConfig) -> float:
 
 
 @pytest.mark.parametrize("name", PARENTS)
-@pytest.mark.parametrize("blocks", [{}, {"num_blocks": 15, "top_k": 3}])
-@pytest.mark.parametrize("preset, low, high", [("quality", 0.74, 0.755), ("fast", 0.36, 0.38)])
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        {},
+        {"num_blocks": 15, "top_k": 3},
+        {"num_blocks": 10, "num_shared_blocks": 2},
+        {"num_shared_blocks": 0, "top_k": 3},
+    ],
+)
+@pytest.mark.parametrize(
+    "preset, low, high",
+    [("quality", 0.74, 0.755), ("balanced", 0.51, 0.53), ("fast", 0.36, 0.38)],
+)
 def test_a_preset_is_a_share_of_any_parent(
     name: str, blocks: dict[str, int], preset: Any, low: float, high: float
 ) -> None:
     config = converted_config(PARENTS[name], UpcycleConfig(preset=preset, **blocks))
-    assert low <= share(PARENTS[name], config) <= high
+    papers = preset == "balanced" and not config.num_shared_blocks
+    if not papers:
+        assert low <= share(PARENTS[name], config) <= high
+
+
+@pytest.mark.parametrize("name", PARENTS)
+@pytest.mark.parametrize("preset", ["quality", "balanced", "fast"])
+def test_shared_blocks_of_a_preset_hold_all_heads(name: str, preset: Any) -> None:
+    config = converted_config(PARENTS[name], UpcycleConfig(preset=preset))
+    shared, routed = config.shared_spec(), config.routed_spec(0)
+    assert (shared.num_heads, shared.num_kv_heads) == (
+        config.num_attention_heads,
+        config.num_key_value_heads,
+    )
+    assert 1 <= routed.num_heads <= config.num_attention_heads / 6
+    assert routed.width <= shared.width and config.num_blocks_per_tok == 1
 
 
 @pytest.mark.parametrize(
@@ -59,14 +92,14 @@ def test_a_preset_is_a_share_of_any_parent(
 def test_balanced_takes_whole_groups_of_heads_where_that_is_cheaper(
     name: str, heads: int, kv_heads: int
 ) -> None:
-    found = converted_config(PARENTS[name], UpcycleConfig(preset="balanced"))
+    found = converted_config(PARENTS[name], same_shape(name))
     assert (found.thin_num_attention_heads, found.thin_num_key_value_heads) == (heads, kv_heads)
 
 
 @pytest.mark.parametrize("name", PARENTS)
 def test_balanced_is_the_papers_rule_and_in_between(name: str) -> None:
     dense = PARENTS[name]
-    config = converted_config(dense, UpcycleConfig())
+    config = converted_config(dense, same_shape(name))
     assert abs(3 * config.d_thin - dense["hidden_size"]) <= 1.5 * dense["head_dim"]
     assert 0.38 < share(dense, config) < 0.74
 
@@ -76,9 +109,12 @@ def test_smollm2s_presets() -> None:
         found = converted_config(PARENTS["SmolLM2-135M"], UpcycleConfig(**options))
         return found.d_thin, found.thin_num_attention_heads, found.d_ff_thin
 
-    assert shape() == (192, 3, 512)
-    assert shape(preset="quality") == (256, 3, 592)
-    assert shape(preset="fast") == (128, 3, 592)
+    assert shape() == (192, 1, 496)
+    assert shape(preset="quality") == (256, 1, 560)
+    assert shape(preset="fast") == (128, 1, 560)
+    assert shape(num_heads_thin=3) == (192, 3, 512)
+    assert shape(preset="quality", num_heads_thin=3) == (256, 3, 592)
+    assert shape(preset="fast", num_shared_blocks=0, top_k=3) == (128, 3, 592)
     # What is set wins over the preset, and the preset fills the rest.
     assert shape(preset="quality", d_thin=192) == (192, 3, 976)
     assert shape(preset="quality", d_ff_thin=256, num_heads_thin=6) == (256, 6, 256)
@@ -107,7 +143,7 @@ def test_what_does_not_fit_is_refused_with_what_does(
 
 
 def test_shared_blocks_have_the_shape_that_is_set_for_them() -> None:
-    """What is not set is as in the routed ones, which the preset leaves as they are."""
+    """What is not set is as in the routed ones; where nothing is, the preset splits the weights."""
 
     def shapes(**options: Any) -> list[tuple[int, ...]]:
         config = converted_config(PARENTS["SmolLM2-135M"], UpcycleConfig(**options))
@@ -115,7 +151,8 @@ def test_shared_blocks_have_the_shape_that_is_set_for_them() -> None:
         return [(s.width, s.d_ff, s.num_heads, s.num_kv_heads) for s in found]
 
     routed = (192, 512, 3, 1)
-    assert shapes() == [routed, routed]
+    assert shapes() == [(256, 784, 9, 3), (192, 496, 1, 1)]
+    assert shapes(d_thin=192) == [routed, routed]
     assert shapes(d_thin_shared=384) == [(384, 512, 3, 1), routed]
     assert shapes(d_ff_thin_shared=64) == [(192, 64, 3, 1), routed]
     assert shapes(num_heads_shared=9) == [(192, 512, 9, 3), routed]

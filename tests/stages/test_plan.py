@@ -11,10 +11,12 @@ import torch
 from molcli.config.sections import CalibrateConfig, Recipe, TrainConfig, UpcycleConfig
 from molcli.errors import MolError
 from molcli.io.parent import open_parent, outline
+from molcli.maths.forecast import Forecast
 from molcli.maths.parameters import count_parameters
 from molcli.model.conversion import converted_config
 from molcli.model.costs import GPUS, Cost, conversion_cost, parent_of, training_cost
-from molcli.stages.plan import PRESETS, layer_spectra, plan, predictors
+from molcli.model.predictors import FORECAST, layer_spectra, predictors
+from molcli.stages.plan import PRESETS, plan
 
 SMOLLM2: dict[str, Any] = {
     "hidden_size": 576,
@@ -32,7 +34,7 @@ DENSE = {name: value for name, value in SMOLLM2.items() if name != "dtype"}
 def test_candidates_keep_to_the_share_and_say_how_to_make_them() -> None:
     found = plan(SMOLLM2, Recipe(), 0.6, 10**6, GPUS["h100"])
     assert [c.name for c in found.candidates[:3]] == list(PRESETS)
-    assert len(found.candidates) == 3 + 9
+    assert len(found.candidates) == 3 + 2 + 6
     for candidate in found.candidates:
         config = converted_config(DENSE, UpcycleConfig(**candidate.settings))
         count = count_parameters(config)
@@ -48,7 +50,7 @@ def test_only_layers_and_mixers_of_the_recipe_count() -> None:
     few = replace(few, d_thin_shared=576, d_ff_thin_shared=7, num_heads_shared=9)
     found = plan(SMOLLM2, Recipe(upcycle=few), 0.5, 10**6, GPUS["h100"])
     assert all(c.share > 0.95 for c in found.candidates)
-    assert {c.settings["d_thin"] for c in found.candidates} == {64, 128, 192, 256}
+    assert {c.settings["d_thin"] for c in found.candidates} == {128, 192, 256}
 
 
 def test_no_room_for_neurons_is_refused() -> None:
@@ -60,31 +62,54 @@ def test_the_lowest_forecast_within_the_share_is_recommended(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A forecast by lost reading energy alone takes the widest shape that is cheap enough."""
-    from molcli.maths.forecast import Forecast
-
-    monkeypatch.setattr("molcli.stages.plan.FORECAST", Forecast((0.0, 1.0, 0.0, 0.0, 0.0)))
+    alone = Forecast((0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0))
+    monkeypatch.setattr("molcli.stages.plan.FORECAST", alone)
     spectrum = torch.linspace(1, 0, 576, dtype=torch.float64)
     spectra = dict.fromkeys(range(30), spectrum / spectrum.sum())
     found = plan(SMOLLM2, Recipe(), 0.5, 10**6, GPUS["h100"], spectra, 4096)
     best = next(c for c in found.candidates if c.name == found.recommended)
     cheap = [c for c in found.candidates if c.share <= 0.51]
-    assert best.settings["d_thin"] == max(c.settings["d_thin"] for c in cheap) == 256
-    # 1+2of17 is as wide, and has more parameters.
+    assert best.kl == min(c.kl for c in cheap if c.kl is not None)
+    assert best.settings["d_thin_shared"] == 256
+    # 1+1of17 is as wide, and has more parameters.
     assert best.settings["num_blocks"] == 9
     few = Recipe(upcycle=UpcycleConfig(layers=[0]))  # keeps most of the parent's parameters active
     assert plan(SMOLLM2, few, 0.5, 1, GPUS["h100"], spectra).recommended == found.recommended
-    lost = 30 * spectra[0][256:].sum().item()
-    assert best.kl == pytest.approx(lost)
 
 
 def test_predictors_by_hand() -> None:
     spectra = {i: torch.full((576,), 1 / 576, dtype=torch.float64) for i in (3, 7)}
-    config = converted_config(DENSE, UpcycleConfig(layers=[3, 7]))
-    found = predictors(config, spectra, 8192)
-    assert found.lost_reading == pytest.approx(2 * (1 - 192 / 576))
-    assert found.neurons == 1
-    assert found.clones == 4
-    assert found.tokens_a_feature == 8192 / (3 * 64 + 512)
+    alike = converted_config(DENSE, UpcycleConfig(layers=[3, 7], d_thin=192))
+    found = predictors(alike, spectra, 8192)
+    thin = 192 * (2 * 576 + 2 * 64 * (3 + 1) + 3 * 512)
+    whole = 576 * (2 * 64 * (9 + 3) + 3 * 1536)
+    assert found.layers == 2
+    assert found.lost_reading == pytest.approx(1 - 192 / 576)
+    assert found.weights == pytest.approx(3 * thin / whole)
+    assert found.shared_heads == pytest.approx(3 / 9)
+    assert found.tokens_a_feature == pytest.approx(8192 / (3 * 64 + 512))
+    assert found.clones == pytest.approx((1 + 2 * 4) / 3)
+
+    split = converted_config(DENSE, UpcycleConfig(layers=[3]))  # 256 wide and 192
+    found = predictors(split, spectra, 8192)
+    wide = 256 * (2 * 576 + 2 * 64 * (9 + 3) + 3 * 784)
+    thin = 192 * (2 * 576 + 2 * 64 * (1 + 1) + 3 * 496)
+    assert found.weights == pytest.approx((wide + thin) / whole)
+    lost = (wide * (1 - 256 / 576) + thin * (1 - 192 / 576)) / (wide + thin)
+    assert found.lost_reading == pytest.approx(lost)
+    features = (wide * (9 * 64 + 784) + thin * (64 + 496)) / (wide + thin)
+    assert found.tokens_a_feature == pytest.approx(8192 / features)
+    assert found.clones == pytest.approx((wide + 8 * thin) / (wide + thin))
+    assert found.shared_heads == 1
+
+
+@pytest.mark.parametrize(
+    "blocks", [{"num_blocks": 1, "top_k": 0}, {"num_shared_blocks": 0, "top_k": 2}]
+)
+def test_without_routed_or_shared_blocks_there_is_a_forecast_too(blocks: dict[str, Any]) -> None:
+    config = converted_config(DENSE, UpcycleConfig(layers=[3], **blocks))
+    spectra = {3: torch.full((576,), 1 / 576, dtype=torch.float64)}
+    assert FORECAST.kl(predictors(config, spectra, 8192)) > 0
 
 
 def test_spectra_come_from_weights_and_moments(tiny_parent: Callable[..., Path]) -> None:
@@ -113,7 +138,7 @@ def test_an_outline_is_the_opened_parents_numbers(
 
 
 def test_costs_grow_with_what_is_asked_for() -> None:
-    gpu, config = GPUS["h100"], converted_config(DENSE, UpcycleConfig())
+    gpu, config = GPUS["h100"], converted_config(DENSE, UpcycleConfig(d_thin=192))
 
     def conversion(tokens: int) -> Cost:
         return conversion_cost(config, tokens, 0, gpu)
@@ -128,9 +153,11 @@ def test_costs_grow_with_what_is_asked_for() -> None:
     assert less.memory < whole.memory and less.seconds > whole.seconds
     # Weights, gradients and AdamW's moments are there in any case.
     assert whole.memory > 16 * count_parameters(config).total
-    few = converted_config(DENSE, UpcycleConfig(layers=[0]))
+    few = converted_config(DENSE, UpcycleConfig(layers=[0], d_thin=192))
     assert conversion_cost(few, 10**5, 0, gpu).seconds < one.seconds
-    wide = converted_config(DENSE, UpcycleConfig(d_thin_shared=576, d_ff_thin_shared=1536))
+    wide = converted_config(
+        DENSE, UpcycleConfig(d_thin=192, d_thin_shared=576, d_ff_thin_shared=1536)
+    )
     for cost in (conversion_cost(wide, 10**5, 0, gpu), training_cost(wide, train, 10**6, gpu)):
         equal = one if cost.memory < whole.memory / 2 else whole
         assert cost.seconds > equal.seconds and cost.memory > equal.memory

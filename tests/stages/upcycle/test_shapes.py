@@ -93,7 +93,7 @@ def test_a_shared_block_with_all_of_the_parent_leaves_nothing_to_the_routed(
         (24, {"num_blocks": 1, "top_k": 0}, 48),  # the nearest multiple, 72, is past the width
     ],
 )
-def test_the_default_width_is_the_active_blocks_share(
+def test_of_blocks_alike_the_default_width_is_the_active_ones_share(
     head_dim: int,
     options: dict[str, Any],
     d_thin: int,
@@ -101,10 +101,22 @@ def test_the_default_width_is_the_active_blocks_share(
     convert: Callable[..., Any],
 ) -> None:
     parent = tiny_parent("qwen3", head_dim=head_dim, num_hidden_layers=1)
-    config = convert(parent, **options | {"d_thin": None}).model().config
-    assert (config.d_thin, config.d_ff_thin) == (d_thin, round(96 * d_thin / 64))
+    alike = {"d_thin": None, "d_ff_thin": 24}
+    config = convert(parent, **options | alike).model().config
+    assert (config.d_thin, config.d_ff_thin) == (d_thin, 24)
     assert config.num_blocks_per_tok == min(2, config.num_routed_blocks)
     assert config.thin_num_attention_heads == round(4 * d_thin / 64)
+
+
+def test_a_preset_alone_converts_to_blocks_that_differ(
+    tiny_parent: Callable[..., Path], convert: Callable[..., Any]
+) -> None:
+    parent = tiny_parent("llama", intermediate_size=512, num_hidden_layers=2)
+    converted = convert(parent, preset="quality", d_thin=None, tokens=2048)
+    model = converted.model()
+    shared, routed = model.config.shared_spec(), model.config.routed_spec(0)
+    assert shared.num_heads == model.config.num_attention_heads > routed.num_heads
+    assert model(torch.arange(8)[None]).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
