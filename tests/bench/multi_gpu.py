@@ -121,7 +121,8 @@ def curves(runs: Training, lines: Lines) -> None:
     with Processes(runs.folder, runs.args.limit) as processes:
         one = runs.start(processes, "one", "0", save=True)
         other = runs.start(processes, "other-seed", "1", seed=1)
-        one.finish(), other.finish()
+        one.finish()
+        other.finish()
         runs.start(processes, "two", "0,1", save=True).finish()
     one_gpu, two_gpus, other_seed = map(runs.log, ("one", "two", "other-seed"))
     lines.add(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-_TAIL = 6000  # characters: the tracebacks of two processes, and torchrun's own
+_TAIL = 9000  # characters: tracebacks of two processes, and what torchrun adds
 _BEGUN = time.perf_counter()
 
 
