@@ -39,10 +39,10 @@ class Process:
     def finish(self) -> str:
         """Waits for its end. Returns what it printed. Raises Failed."""
         late = time.perf_counter() + self.limit
-        while (status := self._wait(15)) is None and time.perf_counter() < late:
+        while (status := self._wait(min(15, self.limit))) is None and time.perf_counter() < late:
             say(f"{self.name} is running")
         self.stop()
-        how = f"took over {self.limit:.0f} s" if status is None else f"ended with status {status}"
+        how = f"took over {self.limit:g} s" if status is None else f"ended with status {status}"
         say(f"{self.name} {how}")
         text = self.printed.read_text(encoding="utf-8", errors="replace")
         if status != 0:
