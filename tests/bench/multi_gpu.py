@@ -3,73 +3,56 @@
     python tests/bench/multi_gpu.py PARENT --data train.jsonl [--converted UP] [--out lines.jsonl]
     python tests/bench/multi_gpu.py --only weak
 
-Prints one JSON line for each result, as soon as it is there, and appends it to --out.
+Prints one JSON line for each result, as soon as it is there, and appends it to --out. What runs is
+told on stderr. Where a part fails, the others go on, and the status at the end is 1.
 
 curves: the conversion of PARENT (recipe smollm2-135m), trained with the same batches on one GPU, on
     two, and on one with another seed: absolute differences of the losses, step by step.
-resume: each of the first two runs, from its checkpoint halfway, gone on with the other number of
-    GPUs: absolute differences to the run that was not stopped.
+resume: each of the first two runs, from a checkpoint just past its middle, gone on with the other
+    number of GPUs: absolute differences to the run that was not stopped.
 weak: tokens a second of the 1.3B-scale recipe, random weights and tokens, the same rows for each
     GPU. efficiency: of two GPUs, against twice one. Without fla-core its blocks use softmax.
 """
 
 import argparse
 import json
-import os
-import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
-from importlib.util import find_spec
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from machine import machine
+from processes import ROOT, Failed, Process, Processes, attempt, passed
 
 RECIPE = "smollm2-135m"
-ROOT = Path(__file__).parents[2]
+WORKER = Path(__file__).with_name("weak_worker.py")
 
 
 class Lines:
     """Results, with what they were measured on."""
 
     def __init__(self, out: Path | None) -> None:
-        self.out, self.about = out, machine()
-        self.start = time.perf_counter()
+        self.out = out
+        # torch is imported beside the first run, not before it.
+        self.about = ThreadPoolExecutor(1).submit(_machine)
 
     def add(self, kind: str, **figures: Any) -> None:
-        passed = round(time.perf_counter() - self.start)
-        line = json.dumps({"kind": kind, **figures, "after_seconds": passed, **self.about})
+        about = self.about.result()
+        line = json.dumps({"kind": kind, **figures, "after_seconds": passed(), **about})
         print(line, flush=True)
         if self.out is not None:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
             with self.out.open("a") as file:
                 file.write(line + "\n")
 
 
-def start(command: Sequence[object], gpus: str) -> subprocess.Popen[str]:
-    """Of this Python, on these GPUs."""
-    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": gpus, "PYTHONPATH": paths},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def _machine() -> dict[str, str]:
+    sys.path.insert(0, str(ROOT))
+    from machine import machine
 
-
-def finish(*running: subprocess.Popen[str]) -> list[str]:
-    """What they printed. Ends the benchmark if one of them failed."""
-    printed = [process.communicate()[0] for process in running]
-    for process, text in zip(running, printed, strict=True):
-        if process.returncode:
-            sys.exit(f"{process.args}\n{text[-4000:]}")
-    return printed
+    return machine()
 
 
 class Training:
@@ -77,17 +60,26 @@ class Training:
 
     def __init__(self, args: argparse.Namespace, converted: Path, folder: Path) -> None:
         self.args, self.converted, self.folder = args, converted, folder
+        # Past the middle: the next one would come after the end, so that each run writes one.
+        self.saved = args.steps // 2 + 1
 
     def start(
-        self, name: str, gpus: str, seed: int = 0, *, resume: bool = False
-    ) -> subprocess.Popen[str]:
+        self,
+        processes: Processes,
+        name: str,
+        gpus: str,
+        *,
+        seed: int = 0,
+        save: bool = False,
+        resume: bool = False,
+    ) -> Process:
         steps, count = self.args.steps, len(gpus.split(","))
         settings = {
             "tokens": steps * 64 * 512,
             "context_length": 512,
             "batch_size": 64,
             "micro_batch_size": 32,
-            "checkpoint_every": steps // 2,
+            "checkpoint_every": self.saved if save else 0,
             "log_every": 1,
             "seed": seed,
         }
@@ -95,13 +87,14 @@ class Training:
         command += ["--parent", self.args.parent, "--data", self.args.data, "--recipe", RECIPE]
         command += [word for k, v in settings.items() for word in ("--set", f"train.{k}={v}")]
         command += ["--gpus", count] if count > 1 else []
-        return start(command + (["--resume"] if resume else []), gpus)
+        return processes.start(name, gpus, command + (["--resume"] if resume else []))
 
-    def halfway(self, name: str, of: str) -> None:
-        """The folder of a run as it was when its first half was done."""
-        checkpoint = f"checkpoints/step-{self.args.steps // 2:08d}"
-        shutil.copytree(self.folder / of / checkpoint, self.folder / name / checkpoint)
-        shutil.copy(self.folder / of / "log.jsonl", self.folder / name)
+    def stopped(self, name: str, of: str) -> None:
+        """The folder of a run as it was after its checkpoint, which it loses."""
+        (self.folder / name).mkdir()
+        (self.folder / of / "checkpoints").rename(self.folder / name / "checkpoints")
+        rows = (self.folder / of / "log.jsonl").read_text().splitlines(keepends=True)
+        (self.folder / name / "log.jsonl").write_text("".join(rows[: self.saved]))
 
     def log(self, name: str, key: str = "loss") -> list[float]:
         lines = (self.folder / name / "log.jsonl").read_text().splitlines()
@@ -113,125 +106,96 @@ def difference(one: Sequence[float], other: Sequence[float]) -> dict[str, float]
     return {"mean": round(sum(apart) / len(apart), 6), "largest": round(max(apart), 6)}
 
 
-def curves_and_resume(args: argparse.Namespace, lines: Lines, folder: Path) -> None:
-    converted = args.converted
-    if converted is None:
-        converted = folder / "converted"
-        command = ["-m", "molcli", "upcycle", args.parent, converted]
-        finish(start([*command, "--recipe", RECIPE, "--data", args.data], "0"))
-    runs = Training(args, converted, folder)
-    finish(runs.start("one", "0"), runs.start("other-seed", "1", seed=1))
-    finish(runs.start("two", "0,1"))
-    one, two = runs.log("one"), runs.log("two")
+def convert(args: argparse.Namespace, folder: Path) -> Path:
+    """What upcycle makes of the parent."""
+    converted = folder / "converted"
+    command = ["-m", "molcli", "upcycle", args.parent, converted]
+    with Processes(folder, args.limit) as processes:
+        command += ["--recipe", RECIPE, "--data", args.data]
+        processes.start("upcycle", "0", command).finish()
+    return converted
+
+
+def curves(runs: Training, lines: Lines) -> None:
+    """Leaves the runs "one" and "two"."""
+    with Processes(runs.folder, runs.args.limit) as processes:
+        one = runs.start(processes, "one", "0", save=True)
+        other = runs.start(processes, "other-seed", "1", seed=1)
+        one.finish()
+        other.finish()
+        runs.start(processes, "two", "0,1", save=True).finish()
+    one_gpu, two_gpus, other_seed = map(runs.log, ("one", "two", "other-seed"))
     lines.add(
         "curves",
-        one_gpu=one,
-        two_gpus=two,
-        other_seed=runs.log("other-seed"),
-        one_and_two=difference(one, two),
-        two_seeds=difference(one, runs.log("other-seed")),
+        one_gpu=one_gpu,
+        two_gpus=two_gpus,
+        other_seed=other_seed,
+        one_and_two=difference(one_gpu, two_gpus),
+        two_seeds=difference(one_gpu, other_seed),
         tokens_per_second={
-            name: round(runs.log(name, "tokens_per_second")[-2]) for name in ("one", "two")
+            name: round(median(runs.log(name, "tokens_per_second"))) for name in ("one", "two")
         },
     )
-    for name, of, gpus in (("from-one", "one", "0,1"), ("from-two", "two", "0")):
-        runs.halfway(name, of)
-        finish(runs.start(name, gpus, resume=True))
-        resumed, whole = runs.log(name), runs.log(of)
-        half = args.steps // 2
-        lines.add(
-            "resume",
-            saved_on={"one": 1, "two": 2}[of],
-            resumed_on=len(gpus.split(",")),
-            losses=resumed[half:],
-            to_the_whole_run=difference(resumed[half:], whole[half:]),
-        )
 
 
-def weak(args: argparse.Namespace, lines: Lines) -> None:
-    rates = {}
-    for count, gpus in ((1, "0"), (2, "0,1")):
-        launch = ["-m", "torch.distributed.run", "--standalone", "--local-addr=localhost"]
-        command = [
-            *launch,
-            f"--nproc-per-node={count}",
-            __file__,
-            "--worker",
-            "--rows",
-            args.rows,
-            "--compile",
-            args.compile,
+def resume(runs: Training, lines: Lines) -> None:
+    """Both at once: nothing is timed."""
+    pairs = (("from-one", "one", "0,1"), ("from-two", "two", "0"))
+    with Processes(runs.folder, runs.args.limit) as processes:
+        resumed = []
+        for name, of, gpus in pairs:
+            runs.stopped(name, of)
+            resumed.append(runs.start(processes, name, gpus, resume=True))
+        compared = [
+            attempt(compare, runs, lines, process, of, gpus)
+            for process, (_, of, gpus) in zip(resumed, pairs, strict=True)
         ]
-        printed = finish(start(command, gpus))[0].splitlines()
+    if not all(compared):
+        raise Failed("resume")
+
+
+def compare(runs: Training, lines: Lines, process: Process, of: str, gpus: str) -> None:
+    process.finish()
+    resumed, whole = (runs.log(name)[runs.saved :] for name in (process.name, of))
+    lines.add(
+        "resume",
+        saved_on={"one": 1, "two": 2}[of],
+        resumed_on=len(gpus.split(",")),
+        after_steps=runs.saved,
+        losses=resumed,
+        to_the_whole_run=difference(resumed, whole),
+    )
+
+
+def trained(args: argparse.Namespace, lines: Lines, folder: Path) -> None:
+    runs = Training(args, args.converted or convert(args, folder), folder)
+    curves(runs, lines)
+    resume(runs, lines)
+
+
+def weak(args: argparse.Namespace, lines: Lines, folder: Path) -> None:
+    rates = {}
+    launch = ["-m", "torch.distributed.run", "--standalone", "--local-addr=localhost"]
+    for count, gpus in ((1, "0"), (2, "0,1")):
+        command: list[object] = [*launch, f"--nproc-per-node={count}"] if count > 1 else []
+        command += [WORKER, "--rows", args.rows, "--timed", args.timed]
+        command += ["--compile", args.compile]
+        with Processes(folder, args.limit) as processes:
+            printed = processes.start(f"weak-{count}", gpus, command).finish().splitlines()
         figures = json.loads(next(line for line in printed if line.startswith("{")))
         rates[count] = figures["tokens_per_second"]
         lines.add("weak", gpus=count, **figures)
     lines.add("weak-efficiency", efficiency=round(rates[2] / (2 * rates[1]), 3))
 
 
-def worker(args: argparse.Namespace) -> None:
-    """One process of `weak`: the main one prints a line."""
-    from molcli.config.recipe import load_recipe
-    from molcli.io.packing import pack
-    from molcli.model import MoLForCausalLM
-    from molcli.model.compiled import compile_layers
-    from molcli.stages.init import untrained_config
-    from molcli.stages.train.objective import Objective, Weights
-    from molcli.stages.train.optimizer import make_optimizer
-    from molcli.stages.train.ranks import make_student, open_ranks
-    from molcli.stages.train.state import TrainState
-    from molcli.stages.train.steps import clip
-
-    kind = "gated_deltanet" if find_spec("fla") else "softmax"
-    recipe = load_recipe("paper-1.3b-1+3of15", [f"model.layer_kind={kind}"])
-    accelerator, compiled = open_ranks(recipe.train, Path("unused")), args.compile == "on"
-    torch.manual_seed(0)
-    with accelerator.device:
-        model = MoLForCausalLM(untrained_config(recipe.model)).train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    student = make_student(model, torch.bfloat16, accelerator)
-    if compiled:
-        compile_layers(model)
-    optimizer = make_optimizer(model, recipe.train)
-    state = TrainState(model, optimizer)
-    objective = Objective(student, None, Weights(ce=1.0, kl=0.0, compiled=compiled), 0.0)
-    length, count = recipe.train.context_length, args.rows * accelerator.num_processes
-    documents = torch.randint(recipe.model.vocab_size, (2 * count * length,), dtype=torch.int32)
-    rows = pack(list(documents.split(length // 2)), length, seed=0)
-    micro = min(args.rows, recipe.train.micro_batch_size)
-
-    def step(number: int) -> None:
-        index = torch.arange(count) + (number % 2) * count
-        objective.backward(rows, index, micro, accelerator)
-        clip(state, 1.0, accelerator)
-        optimizer.step()
-        student.loads.update(1e-3, accelerator)
-        optimizer.zero_grad()
-
-    for number in range(3):
-        step(number)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    accelerator.wait_for_everyone()
-    begin = time.perf_counter()
-    for number in range(args.timed):
-        step(number)
-    torch.cuda.synchronize()
-    accelerator.wait_for_everyone()
-    seconds = time.perf_counter() - begin
-    if accelerator.is_main_process:
-        figures = {
-            "tokens_per_second": round(args.timed * count * length / seconds),
-            "layer_kind": kind,
-            "compiled": compiled,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "rows_a_gpu": args.rows,
-            "context_length": length,
-            "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1),
-        }
-        print(json.dumps(figures), flush=True)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+def run(args: argparse.Namespace, folder: Path) -> bool:
+    """Whether all went well."""
+    lines, done = Lines(args.out), []
+    if args.only != "weak":
+        done.append(attempt(trained, args, lines, folder))
+    if args.only != "curves":
+        done.append(attempt(weak, args, lines, folder))
+    return all(done)
 
 
 def main() -> None:
@@ -241,25 +205,21 @@ def main() -> None:
     parser.add_argument("parent", nargs="?", help="a folder or .gguf file")
     parser.add_argument("--data", help="text to calibrate and train on")
     parser.add_argument("--converted", type=Path, help="what upcycle made of PARENT, to save time")
-    parser.add_argument("--steps", type=int, default=30, help="of 32,768 tokens, an even number")
+    parser.add_argument("--steps", type=int, default=30, help="of 32,768 tokens, at least 3")
     parser.add_argument("--rows", type=int, default=8, help="of weak scaling, for each GPU a step")
     parser.add_argument("--timed", type=int, default=6, help=argparse.SUPPRESS)
     parser.add_argument("--compile", choices=["on", "off"], default="off", help="of weak scaling")
     parser.add_argument("--only", choices=["curves", "weak"])
+    parser.add_argument("--limit", type=float, default=600, help="seconds for each process")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.worker:
-        worker(args)
-        return
     if args.only != "weak" and (args.parent is None or args.data is None):
         parser.error("PARENT and --data, or --only weak")
-    lines = Lines(args.out)
-    if args.only != "weak":
-        with TemporaryDirectory() as folder:
-            curves_and_resume(args, lines, Path(folder))
-    if args.only != "curves":
-        weak(args, lines)
+    if args.steps < 3:
+        parser.error("--steps is less than 3")
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        done = run(args, Path(folder))
+    sys.exit(not done)
 
 
 if __name__ == "__main__":

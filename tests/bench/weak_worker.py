@@ -1,0 +1,84 @@
+"""One process of `multi_gpu.py`'s weak scaling: the first one prints a JSON line."""
+
+import argparse
+import json
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from molcli.config.recipe import load_recipe
+from molcli.io.packing import pack
+from molcli.model import MoLForCausalLM
+from molcli.model.compiled import compile_layers
+from molcli.stages.init import untrained_config
+from molcli.stages.train.objective import Objective, Weights
+from molcli.stages.train.optimizer import make_optimizer
+from molcli.stages.train.ranks import make_student, open_ranks
+from molcli.stages.train.state import TrainState
+from molcli.stages.train.steps import clip
+
+WARM_UP = 3  # steps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, required=True, help="for each GPU a step")
+    parser.add_argument("--timed", type=int, required=True, help="steps")
+    parser.add_argument("--compile", choices=["on", "off"], required=True)
+    args = parser.parse_args()
+    kind = "gated_deltanet" if find_spec("fla") else "softmax"
+    recipe = load_recipe("paper-1.3b-1+3of15", [f"model.layer_kind={kind}"])
+    accelerator, compiled = open_ranks(recipe.train, Path("unused")), args.compile == "on"
+    torch.manual_seed(0)
+    with accelerator.device:
+        model = MoLForCausalLM(untrained_config(recipe.model)).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    student = make_student(model, torch.bfloat16, accelerator)
+    if compiled:
+        compile_layers(model)
+    optimizer = make_optimizer(model, recipe.train)
+    state = TrainState(model, optimizer)
+    objective = Objective(student, None, Weights(ce=1.0, kl=0.0, compiled=compiled), 0.0)
+    length, count = recipe.train.context_length, args.rows * accelerator.num_processes
+    documents = torch.randint(recipe.model.vocab_size, (2 * count * length,), dtype=torch.int32)
+    rows = pack(list(documents.split(length // 2)), length, seed=0)
+    micro = min(args.rows, recipe.train.micro_batch_size)
+
+    def step(number: int) -> None:
+        index = torch.arange(count) + (number % 2) * count
+        objective.backward(rows, index, micro, accelerator)
+        clip(state, 1.0, accelerator)
+        optimizer.step()
+        student.loads.update(1e-3, accelerator)
+        optimizer.zero_grad()
+
+    for number in range(WARM_UP):
+        step(number)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    accelerator.wait_for_everyone()
+    begin = time.perf_counter()
+    for number in range(args.timed):
+        step(number)
+    torch.cuda.synchronize()
+    accelerator.wait_for_everyone()
+    seconds = time.perf_counter() - begin
+    if accelerator.is_main_process:
+        figures = {
+            "tokens_per_second": round(args.timed * count * length / seconds),
+            "layer_kind": kind,
+            "compiled": compiled,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "rows_a_gpu": args.rows,
+            "context_length": length,
+            "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1),
+        }
+        print(json.dumps(figures), flush=True)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
