@@ -3,8 +3,10 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from molcli.kernels.gated_delta_rule import (
+    fla,
     gated_delta_rule,
     gated_delta_rule_reference,
     recurrent_gated_delta_rule,
@@ -105,3 +107,24 @@ def test_gpu_path_is_as_exact_as_bf16_allows(dim, path):
         report.append((name, round(error.item(), 4), round(2 * allowed.item(), 4)))
     print(f"gated delta rule, head {dim}, {path}: error, allowed", report)
     assert all(error <= allowed for _, error, allowed in report)
+
+
+@pytest.mark.gpu
+def test_the_check_may_run_inside_a_checkpoint():
+    """The first forward pass of all runs it, and the second one must save the same tensors."""
+    fla._fla_is_sound.cache_clear()
+    tensors, cu = inputs(torch.bfloat16, "cuda", dim=64)
+    length = max(b - a for a, b in itertools.pairwise(BOUNDS))
+
+    def rule(*given):
+        return gated_delta_rule(*given, cu, length, None)[0]
+
+    plain = with_gradients(lambda *x: (rule(*x),), tensors[:5])
+    fla._fla_is_sound.cache_clear()
+
+    def checkpointed(*given):
+        with torch.autocast("cuda", torch.bfloat16):
+            return (checkpoint(rule, *given, use_reentrant=False),)
+
+    for a, b in zip(with_gradients(checkpointed, tensors[:5]), plain, strict=True):
+        assert torch.equal(a, b)

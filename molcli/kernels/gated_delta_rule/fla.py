@@ -8,6 +8,8 @@ import functools
 import importlib
 import itertools
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,7 +46,7 @@ def _fla_is_sound(device: int, head_dim: int) -> bool:
         return False
     if hasattr(guard, "TRITON_ABOVE_3_7_1"):  # the check below decides, not the version
         setattr(guard, "TRITON_ABOVE_3_7_1", True)  # noqa: B010 - a name of fla's, not of ours
-    with torch.enable_grad(), torch.random.fork_rng(devices=[device]):
+    with _as_if_alone(device):
         error = _gradient_error(torch.device("cuda", device), head_dim)
     if not error <= MAX_RELATIVE_ERROR:
         warnings.warn(
@@ -54,6 +56,23 @@ def _fla_is_sound(device: int, head_dim: int) -> bool:
         )
         return False
     return True
+
+
+@contextmanager
+def _as_if_alone(device: int) -> Iterator[None]:
+    """The first layer's forward pass runs the check, under autocast perhaps, and perhaps where a
+    checkpoint counts the tensors that are saved: those of the check would not be saved again."""
+    with (
+        torch.enable_grad(),
+        torch.autocast("cuda", enabled=False),
+        torch.autograd.graph.saved_tensors_hooks(_same, _same),
+        torch.random.fork_rng(devices=[device]),
+    ):
+        yield
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _gradient_error(device: torch.device, head_dim: int) -> float:

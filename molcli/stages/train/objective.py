@@ -39,8 +39,9 @@ class Student(nn.Module):
         super().__init__()
         self.model, self.dtype, self.loads = model, dtype, loads
 
-    def begin(self) -> None:
-        """Does nothing: a first forward of the whole, before that of any part."""
+    def begin(self, anything: Tensor) -> None:
+        """Does nothing: a first forward of the whole, before that of any part. Without an argument
+        to bring to its GPU, FSDP of torch 2.11 fails."""
 
     def forward(
         self, batch: Batch, parent: Head | TopK | None, weights: Weights

@@ -75,7 +75,7 @@ def make_student(model: MoLForCausalLM, dtype: torch.dtype, accelerator: Acceler
     fully_shard(student, mesh=mesh, shard_placement_fn=placement, reshard_after_forward=True)
     # FSDP takes the first module that runs for the whole; alignment runs layers alone.
     register_fsdp_forward_method(student, Student.begin.__name__)
-    student.begin()
+    student.begin(torch.zeros((), device=accelerator.device))
     return student
 
 

@@ -1,11 +1,13 @@
 """Micro-batches from a CUDA graph: which are played back, and that they say what the model says."""
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor
 
 from molcli.config.sections import TrainConfig
@@ -140,11 +142,24 @@ def small_model(kind: str, **blocks: int) -> MoLForCausalLM:
     return MoLForCausalLM(config).cuda()
 
 
+@pytest.fixture
+def on_gpu() -> Iterator[Accelerator]:
+    """Accelerators share one state, which those that other tests make on a CPU have filled."""
+    states = [AcceleratorState._shared_state, PartialState._shared_state]
+    before = [dict(state) for state in states]
+    for state in states:
+        state.clear()
+    yield Accelerator()
+    for state, filled in zip(states, before, strict=True):
+        state.clear()
+        state.update(filled)
+
+
 @pytest.mark.gpu
-def test_a_graph_adds_the_gradients_that_the_model_adds() -> None:
+def test_a_graph_adds_the_gradients_that_the_model_adds(on_gpu: Accelerator) -> None:
     """Over steps that change the weights, of two micro-batches each."""
     torch.manual_seed(0)
-    accelerator = Accelerator()
+    accelerator = on_gpu
     model = small_model("softmax", num_blocks=7, num_shared_blocks=1, num_blocks_per_tok=2).train()
     parent = small_model("dense").to(torch.bfloat16).eval().requires_grad_(False)
     rows = packed_rows(model.config.vocab_size)

@@ -1,9 +1,10 @@
 """Two processes train as one does."""
 
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,29 +96,12 @@ def test_two_ranks_learn_what_one_learns(
 
     save_recipe(recipe, tmp_path / "recipe.yaml")
     save_recipe(staged, tmp_path / "stages.yaml")
-    (tmp_path / "worker.py").write_text(WORKER)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    arguments = ["worker.py", checkpoint, data, dense_parent.folder]
+    arguments = [checkpoint, data, dense_parent.folder]
     arguments += ["recipe.yaml", "two", "fresh", "stages.yaml", "two-staged", "fresh"]
     arguments += ["recipe.yaml", "two-resumed", "resume"]
     arguments += ["recipe.yaml", "two-stopped", "stop", "recipe.yaml", "two-stopped", "resume"]
     arguments += ["stages.yaml", "one-resumed", "stop"]
-    environment = {
-        "PATH": "/usr/bin:/bin",
-        "PYTHONPATH": str(Path(__file__).parents[3]),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    done = subprocess.run(
-        [*launch, *map(str, arguments)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_ranks(2, tmp_path, arguments, {"CUDA_VISIBLE_DEVICES": ""})
     train(checkpoint, tmp_path / "one-resumed", data, staged, dense_parent, resume=True)
     for two in ("two-staged", "one-resumed"):
         compare(tmp_path / "one-staged", tmp_path / two)
@@ -127,6 +111,60 @@ def test_two_ranks_learn_what_one_learns(
     parts = (tmp_path / "two" / "checkpoints" / "step-00000004").glob("*.distcp")
     smaller, larger = sorted(part.stat().st_size for part in parts)
     assert larger < 1.3 * smaller
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_learn_what_one_learns(
+    tiny_mol: Callable[..., Path],
+    corpus: Callable[..., str],
+    dense_parent: Parent,
+    tmp_path: Path,
+) -> None:
+    """In two stages, in bf16; and one GPU goes on with what two have begun."""
+    recipe = short_recipe()
+    kinds = [StageConfig(kind, tokens=2 * 4 * 32) for kind in ("align", "distill")]
+    settings = replace(recipe.train, stages=kinds, precision="bf16", log_every=1)
+    save_recipe(replace(recipe, train=settings), tmp_path / "stages.yaml")
+    given = [tiny_mol(), corpus(), dense_parent.folder]
+    run_ranks(1, tmp_path, [*given, "stages.yaml", "one", "fresh"], {})
+    run_ranks(2, tmp_path, [*given, "stages.yaml", "two", "fresh"], {})
+    run_ranks(2, tmp_path, [*given, "stages.yaml", "resumed", "stop"], {})
+    run_ranks(1, tmp_path, [*given, "stages.yaml", "resumed", "resume"], {})
+
+    def losses(name: str) -> list[float]:
+        lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
+        return [json.loads(line)["loss"] for line in lines]
+
+    assert len(losses("one")) == 4
+    for name in ("two", "resumed"):
+        assert losses(name) == pytest.approx(losses("one"), rel=1e-2)
+
+
+def run_ranks(
+    count: int, folder: Path, arguments: Iterable[object], environment: dict[str, str]
+) -> None:
+    """WORKER in `count` processes. environment: beside what processes need in any case."""
+    (folder / "worker.py").write_text(WORKER)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    least = {
+        "PATH": "/usr/bin:/bin",
+        "PYTHONPATH": os.pathsep.join(
+            [str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")]
+        ),
+        "OMP_NUM_THREADS": "1",
+    }
+    nccl = {name: value for name, value in os.environ.items() if "NVLS" in name or "SYMM" in name}
+    done = subprocess.run(
+        [*launch, f"--nproc-per-node={count}", "worker.py", *map(str, arguments)],
+        cwd=folder,
+        env=least | nccl | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def compare(first: Path, second: Path) -> None:
