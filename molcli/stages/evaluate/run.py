@@ -70,9 +70,11 @@ def measure(
         prompts = cut_prompts(documents, config.prompts, config.prompt_length)
         heldout = predict(models, rows, config.batch_size, progress)
         if models.parent is not None and len(prompts):
-            generation = compare(
-                models, prompts, config.continuation_length, config.batch_size, progress
-            )
+            # Steps of decoding take as long for a few prompts as for many: as many of them at a time
+            # as have the tokens of a batch of rows.
+            tokens = config.prompt_length + config.continuation_length
+            at_once = max(1, config.batch_size * config.context_length // tokens)
+            generation = compare(models, prompts, config.continuation_length, at_once, progress)
         elif models.parent is not None and config.prompts:
             skipped["generation"] = f"no document has {config.prompt_length} tokens"
     if config.recall_sequences:
