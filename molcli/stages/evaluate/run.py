@@ -70,8 +70,8 @@ def measure(
         prompts = cut_prompts(documents, config.prompts, config.prompt_length)
         heldout = predict(models, rows, config.batch_size, progress)
         if models.parent is not None and len(prompts):
-            # Steps of decoding take as long for a few prompts as for many: as many of them at a time
-            # as have the tokens of a batch of rows.
+            # A step of decoding takes as long for a few prompts as for many: as many at a time as
+            # have the tokens of a batch of rows.
             tokens = config.prompt_length + config.continuation_length
             at_once = max(1, config.batch_size * config.context_length // tokens)
             generation = compare(models, prompts, config.continuation_length, at_once, progress)
