@@ -103,6 +103,14 @@ def _sample(c: SampleConfig) -> None:
     if c.batch_size != "auto":
         _at_least("sample.batch_size", c.batch_size, 1)
     _positive("sample.temperature", c.temperature)
+    if c.prompt_length is not None:
+        _at_least("sample.prompt_length", c.prompt_length, 1)
+        if c.prompt_length >= c.length:
+            raise MolError(
+                f"`sample.prompt_length` is {c.prompt_length}, `sample.length` {c.length}",
+                allowed=f"prompts shorter than documents, 1 to {c.length - 1} tokens",
+                hint=f"sample.length={2 * c.prompt_length}",
+            )
     _at_least("sample.seed", c.seed, 0)
 
 

@@ -132,6 +132,7 @@ class SampleConfig:
     temperature: 1.0 samples the parent's own distribution.
     prompts: what the documents begin with, a source like train.data; in its order, and from its
         first again when they run out. null begins with the parent's BOS alone.
+    prompt_length: tokens of a prompt that its document begins with, at most; null takes them all.
     """
 
     tokens: int = 100_000
@@ -139,6 +140,7 @@ class SampleConfig:
     batch_size: int | Literal["auto"] = "auto"
     temperature: float = 1.0
     prompts: str | None = None
+    prompt_length: int | None = None
     seed: int = 0
 
 

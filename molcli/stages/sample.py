@@ -102,7 +102,7 @@ def _prompts(parent: Parent, config: SampleConfig) -> Iterator[list[int]]:
         vocab_size=parent.config.vocab_size,
         whole=False,
     )
-    checked = (_with_room(ids.tolist(), config) for ids in found)
+    checked = (_with_room(ids[: config.prompt_length].tolist(), config) for ids in found)
     return cycle(chain([next(checked)], checked))
 
 
@@ -112,7 +112,7 @@ def _with_room(prompt: list[int], config: SampleConfig) -> list[int]:
             f"a prompt in {config.prompts} has {len(prompt)} tokens, and a document "
             f"{config.length} (`sample.length`)",
             allowed=f"prompts of at most {config.length - 1} tokens",
-            hint=f"--set sample.length={2 * len(prompt)}",
+            hint="--set sample.prompt_length=16 for the first of each, or a larger sample.length",
         )
     return prompt
 

@@ -141,6 +141,8 @@ def test_an_ill_typed_value_is_refused(override: str, allowed: str) -> None:
         ("calibrate.tokens=0", "1 or more"),
         ("calibrate.seed=-1", "0 or more"),
         ("sample.temperature=0", "more than 0"),
+        ("sample.prompt_length=0", "1 or more"),
+        ("sample.prompt_length=512", "prompts shorter than documents, 1 to 511 tokens"),
         ("train.micro_batch_size=3", "a batch_size that is a multiple of micro_batch_size"),
         ("train.betas=[0.9, 1.0]", "0 to 0.999999"),
         ("train.kl_weight=0", "at least one above 0, else nothing is learned"),

@@ -143,6 +143,19 @@ def test_prompts_are_taken_in_turn(tiny_parent: Callable[..., Path], tmp_path: P
         assert row["input_ids"][: len(start)] == start and len(row["input_ids"]) > len(start)
 
 
+def test_of_long_prompts_the_first_tokens_are_taken(
+    tiny_parent: Callable[..., Path], tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"input_ids": [3, 4, 5, 6, 7, 8, 9]}\n{"input_ids": [11]}\n')
+    config = SampleConfig(tokens=24, length=6, batch_size=2, prompts=str(prompts), prompt_length=4)
+    sample(open_parent(tiny_parent("llama")), config, tmp_path / "a.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert {tuple(row["input_ids"][:4]) for row in rows[::2]} == {(3, 4, 5, 6)}
+    assert all(4 < len(row["input_ids"]) <= 6 for row in rows[::2])
+    assert {row["input_ids"][0] for row in rows[1::2]} == {11}
+
+
 def test_a_prompt_without_room_leaves_nothing(
     tiny_parent: Callable[..., Path], tmp_path: Path
 ) -> None:
