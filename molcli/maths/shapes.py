@@ -118,10 +118,10 @@ def split_shapes(
     wide = SHARED_WEIGHTS * share
     heads = cheapest_heads(max(1, int(ROUTED_HEADS * dense.heads)), dense)
     thin = thin_shape(share - wide, routed, dense, heads=heads)
-    return _in_proportion(wide / shared, covering_heads(shared, dense), dense), thin
+    return _wide_shape(wide / shared, covering_heads(shared, dense), dense), thin
 
 
-def _in_proportion(share: float, heads: int, dense: DenseShape) -> ThinShape:
+def _wide_shape(share: float, heads: int, dense: DenseShape) -> ThinShape:
     """A block of `share` of the weights, whose width is about the share of the parent's width that
     its neurons are of the parent's neurons."""
     found = []
