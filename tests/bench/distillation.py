@@ -28,8 +28,10 @@ from molcli.model.compiled import compile_layers
 from molcli.model.configuration_mol import MoLConfig
 from molcli.stages.train.balance import RouterLoads
 from molcli.stages.train.gradient_graph import GradientGraph
+from molcli.stages.train.micro_batches import MicroBatches, micro_batches
 from molcli.stages.train.objective import Objective, Student, Weights
 from molcli.stages.train.optimizer import make_optimizer
+from molcli.stages.train.update import update
 
 PEAK_FLOPS = 989e12
 
@@ -87,11 +89,18 @@ def main() -> None:
     documents = [torch.randint(49_152, (n,), dtype=torch.int32) for n in lengths]
     rows = pack(documents, args.length, seed=0)
 
-    def step() -> None:
+    def taken() -> MicroBatches:
         index = torch.randint(len(rows), (args.batch,))
-        objective.backward(rows, index, args.micro_batch, accelerator)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        return micro_batches(rows, index, args.micro_batch, accelerator)
+
+    ahead = [taken()]
+
+    def step() -> None:  # in the order of `molcli train`
+        objective.backward(ahead.pop(), accelerator)
+        _, finite = update(model, optimizer, 1.0, accelerator)
+        ahead.append(taken())
+        assert finite()
+        loads.keep()
         loads.update(1e-3, accelerator)
         optimizer.zero_grad()
 

@@ -13,11 +13,11 @@ from molcli.io.packing import pack
 from molcli.model import MoLForCausalLM
 from molcli.model.compiled import compile_layers
 from molcli.stages.init import untrained_config
+from molcli.stages.train.micro_batches import micro_batches
 from molcli.stages.train.objective import Objective, Weights
 from molcli.stages.train.optimizer import make_optimizer
 from molcli.stages.train.ranks import make_student, open_ranks
-from molcli.stages.train.state import TrainState
-from molcli.stages.train.steps import clip
+from molcli.stages.train.update import update
 
 WARM_UP = 3  # steps
 
@@ -39,7 +39,6 @@ def main() -> None:
     if compiled:
         compile_layers(model)
     optimizer = make_optimizer(model, recipe.train)
-    state = TrainState(model, optimizer)
     objective = Objective(student, None, Weights(ce=1.0, kl=0.0, compiled=compiled), 0.0)
     length, count = recipe.train.context_length, args.rows * accelerator.num_processes
     documents = torch.randint(recipe.model.vocab_size, (2 * count * length,), dtype=torch.int32)
@@ -48,9 +47,8 @@ def main() -> None:
 
     def step(number: int) -> None:
         index = torch.arange(count) + (number % 2) * count
-        objective.backward(rows, index, micro, accelerator)
-        clip(state, 1.0, accelerator)
-        optimizer.step()
+        objective.backward(micro_batches(rows, index, micro, accelerator), accelerator)
+        update(model, optimizer, 1.0, accelerator)
         student.loads.update(1e-3, accelerator)
         optimizer.zero_grad()
 

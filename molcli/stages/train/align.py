@@ -9,13 +9,13 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from molcli.errors import MolError
-from molcli.io.packing import Batch, Rows
+from molcli.io.packing import Batch
 from molcli.maths.balance import cv_squared
 from molcli.model import MoLForCausalLM
 from molcli.model.context import token_context
 from molcli.model.layers import MoLLayer
 from molcli.stages.train.balance import RouterLoads
-from molcli.stages.train.objective import share
+from molcli.stages.train.micro_batches import MicroBatches
 
 
 def check_alignable(student: MoLForCausalLM, parent: MoLForCausalLM) -> None:
@@ -48,37 +48,28 @@ class Alignment:
 
     measures = ("loss", "balance")
 
-    def backward(
-        self, rows: Rows, index: Tensor, micro_batch_size: int, accelerator: Accelerator
-    ) -> Tensor:
-        """Adds the gradient of the rows `index`, (batch_size,), of which each rank takes a share.
+    def backward(self, step: MicroBatches, accelerator: Accelerator) -> Tensor:
+        """Adds this rank's part of the gradient of a step.
 
         Returns (4,) this rank's part of the mean loss, 0, 0, and balance, means over layers.
         """
-        ranks, packed = accelerator.num_processes, rows.rows(index)
-        tokens = packed.tokens
-        mine = share(len(index), micro_batch_size, accelerator)
+        ranks = accelerator.num_processes
         sums, layers = torch.zeros(4, device=accelerator.device), 0
-        for part in mine:
-            batch = packed.batch(part, accelerator.device)
+        for _, batch in step.batches:
             for error, balance in self._layers(batch):
-                error, balance = error / tokens, balance / (len(mine) * ranks)
+                error, balance = error / step.tokens, balance / (len(step) * ranks)
                 loss = error + self.balance_weight * balance
                 (loss * ranks).backward()  # FSDP averages over ranks; this is a sum
                 sums[0] += loss.detach()
                 sums[3] += balance.detach()
                 layers += 1
-        return sums / (layers / len(mine))
+        return sums / (layers / len(step))
 
     @torch.no_grad()
-    def is_finite(
-        self, rows: Rows, index: Tensor, micro_batch_size: int, accelerator: Accelerator
-    ) -> bool:
-        """Whether this rank's share of the rows `index` gives finite losses. No gradients."""
-        packed, parts = rows.rows(index), share(len(index), micro_batch_size, accelerator)
+    def is_finite(self, step: MicroBatches, accelerator: Accelerator) -> bool:
+        """Whether this rank's share of a step gives finite losses. No gradients."""
         sums = torch.zeros((), device=accelerator.device)
-        for part in parts:  # to the end: ranks run the same layers
-            batch = packed.batch(part, accelerator.device)
+        for _, batch in step.batches:  # to the end: ranks run the same layers
             for error, balance in self._layers(batch):
                 sums += error + balance
         return bool(sums.isfinite())

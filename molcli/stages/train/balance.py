@@ -42,8 +42,8 @@ class RouterLoads:
         """Moves the biases after a step, which all ranks end together, and counts anew."""
         if self.routers:
             steps = bias_step(accelerator.reduce(self._counts, "sum"), rate)
-            for router, step in zip(self.routers, steps, strict=True):
-                router.correction_bias.add_(step.to(router.correction_bias))
+            biases = [router.correction_bias for router in self.routers]
+            torch._foreach_add_(biases, list(steps.to(biases[0])))
         self.clear()
 
     def clear(self) -> None:

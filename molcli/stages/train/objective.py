@@ -8,13 +8,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from molcli.io.logits import LogitCache
-from molcli.io.packing import Batch, Rows
+from molcli.io.packing import Batch
 from molcli.maths.balance import cv_squared
 from molcli.maths.losses import Head, TrainingLoss, training_loss
 from molcli.maths.top_k import TopK
 from molcli.model import MoLForCausalLM
 from molcli.stages.train.balance import RouterLoads
 from molcli.stages.train.gradient_graph import GradientGraph
+from molcli.stages.train.micro_batches import MicroBatches
 
 
 @dataclass(frozen=True)
@@ -91,23 +92,17 @@ class Objective:
         """Which of loss, ce, kl and balance `backward` fills."""
         return ("loss", "ce", "balance") + (("kl",) if self.parent is not None else ())
 
-    def backward(
-        self, rows: Rows, index: Tensor, micro_batch_size: int, accelerator: Accelerator
-    ) -> Tensor:
-        """Adds the gradient of the rows `index`, (batch_size,), of which each rank takes a share.
+    def backward(self, step: MicroBatches, accelerator: Accelerator) -> Tensor:
+        """Adds this rank's part of the gradient of a step.
 
         Returns (4,) this rank's part of the mean loss, cross-entropy, KL and balance. The first
         three are means over the batch's predicted tokens, the balance over its micro-batches.
         """
-        packed = rows.rows(index)
-        # Every rank holds all rows, so none has to ask the others for their counts.
         device = accelerator.device
-        count = torch.full((), packed.predicted, dtype=torch.float32, device=device)
-        mine = share(len(index), micro_batch_size, accelerator)
+        count = torch.full((), step.predicted, dtype=torch.float32, device=device)
         parts = torch.zeros(4, device=device)
-        for part in mine:
-            both = partial(self._add_gradient, index[part], len(mine), accelerator)
-            batch = packed.batch(part, device)
+        for index, batch in step.batches:
+            both = partial(self._add_gradient, index, len(step), accelerator)
             parts += both(batch, count) if self.graph is None else self.graph(both, batch, count)
         return parts
 
@@ -132,16 +127,11 @@ class Objective:
         return torch.stack([loss, *means, balance]).detach()
 
     @torch.no_grad()
-    def is_finite(
-        self, rows: Rows, index: Tensor, micro_batch_size: int, accelerator: Accelerator
-    ) -> bool:
-        """Whether this rank's share of the rows `index` gives finite losses. No gradients."""
-        packed = rows.rows(index)
+    def is_finite(self, step: MicroBatches, accelerator: Accelerator) -> bool:
+        """Whether this rank's share of a step gives finite losses. No gradients."""
         sums = torch.zeros((), device=accelerator.device)
-        for part in share(len(index), micro_batch_size, accelerator):
-            batch = packed.batch(part, accelerator.device)
-            predictions = self._predictions(batch, index[part])
-            losses, balance = self.student(batch, predictions, self.weights)
+        for index, batch in step.batches:
+            losses, balance = self.student(batch, self._predictions(batch, index), self.weights)
             sums += losses.loss + balance
         return bool(sums.isfinite())
 
@@ -154,9 +144,3 @@ class Objective:
             return TopK(*(field.to(device) for field in self.parent.predictions(index)))
         out = self.parent.model(**batch.inputs(), use_cache=False)
         return Head(out.last_hidden_state, self.parent.lm_head.weight)
-
-
-def share(rows: int, micro_batch_size: int, accelerator: Accelerator) -> tuple[Tensor, ...]:
-    """This rank's part of a batch of so many rows, by micro-batch: places in the batch."""
-    places = torch.arange(rows).view(accelerator.num_processes, -1)
-    return places[accelerator.process_index].split(micro_batch_size)

@@ -7,9 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from molcli.config.sections import TrainConfig
 from molcli.config.stages import Stage
@@ -21,12 +19,13 @@ from molcli.stages.train.align import Alignment
 from molcli.stages.train.balance import RouterLoads, set_top_k, top_k_at
 from molcli.stages.train.finite import origin
 from molcli.stages.train.log import TrainLog
+from molcli.stages.train.micro_batches import MicroBatches, micro_batches
 from molcli.stages.train.objective import Objective
 from molcli.stages.train.optimizer import learning_rate_ratio, set_learning_rates
-from molcli.stages.train.ranks import is_shared, local
 from molcli.stages.train.saver import Saver
 from molcli.stages.train.signals import StopSignals
 from molcli.stages.train.state import TrainState, last_good
+from molcli.stages.train.update import update
 from molcli.stages.train.utilisation import flops_share
 
 
@@ -70,27 +69,34 @@ def run_stage(
     order = rows.order(config.seed + state.stage)
     clock = time.perf_counter() - state.seconds
 
+    def taken(row: int) -> MicroBatches:
+        index = order.take(row, config.batch_size)
+        return micro_batches(rows, index, config.micro_batch_size, accelerator)
+
     parent = objective.parent if isinstance(objective.parent, MoLForCausalLM) else None
     share = flops_share(stage, model, parent, accelerator.num_processes)
     with StopSignals() as stop, run.log.following(state, share):
+        ahead = taken(state.row)
         while state.stage_step < steps:
             ratio = learning_rate_ratio(state.stage_step, steps, config)
             set_learning_rates(state.optimizer, ratio)
             _anneal_top_k(run, config)
-            index = order.take(state.row, config.batch_size)
-            batch = (rows, index, config.micro_batch_size, accelerator)
-            means = objective.backward(*batch)
-            norm = clip(state, config.clip_norm, accelerator)
-            finite = bool(torch.isfinite(norm))  # ranks agree: it is the norm of all their parts
+            batches = ahead
+            means = objective.backward(batches, accelerator)
+            norm, asked = update(model, state.optimizer, config.clip_norm, accelerator)
+            # On a GPU this is the only wait of a step, for the norm: what may come before it does,
+            # and while the weights are moved the host goes on to the next step.
+            ahead = taken(state.row + config.batch_size)
+            finite = asked()
             if finite:
-                state.optimizer.step()
                 run.log.add(means)
                 run.loads.keep()
                 if config.balance == "bias":
                     run.loads.update(config.bias_update_rate, accelerator)
                 state.skipped_in_a_row = 0
             else:
-                trouble = origin(model, partial(objective.is_finite, *batch), accelerator)
+                again = partial(objective.is_finite, batches, accelerator)
+                trouble = origin(model, again, accelerator)
                 run.log.skip(trouble)
                 state.skipped += 1
                 state.skipped_in_a_row += 1
@@ -126,28 +132,6 @@ def _anneal_top_k(run: Run, config: TrainConfig) -> None:
         way, model = int(config.top_k_fraction * run.total_tokens), run.state.model
         end = model.config.num_blocks_per_tok
         set_top_k(model, top_k_at(run.state.tokens, way, config.start_top_k, end))
-
-
-def clip(state: TrainState, largest: float, accelerator: Accelerator) -> Tensor:
-    """The norm of all gradients, which are clipped to it where it is finite."""
-    with torch.no_grad():
-        mine = [_own_part(p) for p in state.model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in mine if p.grad is not None])
-    if accelerator.num_processes > 1:
-        norm = accelerator.reduce(norm.square(), "sum").sqrt()
-    if norm.isfinite():  # clipping would spread what is not, and hide where it began
-        torch.nn.utils.clip_grads_with_norm_(mine, largest, norm)
-    return norm
-
-
-def _own_part(parameter: Tensor) -> Tensor:
-    """This rank's part with that of the gradient: no DTensor, whose operations cost more."""
-    if not is_shared(parameter):
-        return parameter
-    assert parameter.grad is not None
-    part = local(parameter).detach()
-    part.grad = local(parameter.grad)
-    return part
 
 
 def _where(state: TrainState, name: str, steps: int, checkpoints: Path) -> str:

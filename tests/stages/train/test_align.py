@@ -17,9 +17,10 @@ from molcli.model.from_parent import load_dense
 from molcli.model.layers import MoLLayer
 from molcli.stages.train.align import Alignment, check_alignable
 from molcli.stages.train.balance import RouterLoads
+from molcli.stages.train.micro_batches import micro_batches
 from molcli.stages.upcycle.layer import copy_layer
 
-CPU = torch.device("cpu")
+CPU, ONE = torch.device("cpu"), Accelerator(cpu=True)
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def test_the_loss_is_the_relative_error_on_the_parents_own_residuals(
 ) -> None:
     student = open_checkpoint(tiny_mol(), CPU).train()
     task, index = alignment(student, dense_parent), torch.arange(3)
-    parts = task.backward(rows, index, 3, Accelerator(cpu=True))
+    parts = task.backward(micro_batches(rows, index, 3, ONE), ONE)
 
     # The student's layers by their own forward pass, fed with the parent's residuals.
     pairs, errors = residuals(task.parent, rows, index), []
@@ -85,7 +86,7 @@ def test_micro_batches_add_up(
     for size in (1, 3):
         student = open_checkpoint(tiny_mol(), CPU).train()
         task = alignment(student, dense_parent)
-        loss = task.backward(rows, torch.arange(3), size, Accelerator(cpu=True))[0]
+        loss = task.backward(micro_batches(rows, torch.arange(3), size, ONE), ONE)[0]
         gradient = student.get_parameter("model.layers.1.shared.thin_in").grad
         results.append((loss, gradient))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-7)
@@ -107,7 +108,7 @@ def test_a_copy_of_the_parent_has_nothing_to_learn(dense_parent: Parent, rows: T
     task = alignment(student, dense_parent)
     for i, dense in enumerate(task.parent.model.layers):
         student.model.layers[i] = copy_layer(config, i, dense).layer.requires_grad_()
-    loss = task.backward(rows, torch.arange(3), 2, Accelerator(cpu=True))[0]
+    loss = task.backward(micro_batches(rows, torch.arange(3), 2, ONE), ONE)[0]
     assert loss < 1e-11
 
 
@@ -124,7 +125,7 @@ def test_only_one_layers_activations_are_held(
     student.model.layers[2].register_forward_pre_hook(
         lambda module, arguments: seen.append(first.grad is not None)
     )
-    task.backward(rows, torch.arange(3), 3, Accelerator(cpu=True))
+    task.backward(micro_batches(rows, torch.arange(3), 3, ONE), ONE)
     assert seen == [True]
 
 

@@ -18,6 +18,7 @@ from molcli.stages.train import gradient_graph
 from molcli.stages.train.balance import RouterLoads
 from molcli.stages.train.compiling import worth_recording
 from molcli.stages.train.gradient_graph import GradientGraph
+from molcli.stages.train.micro_batches import micro_batches
 from molcli.stages.train.objective import Objective, Student, Weights
 
 
@@ -177,7 +178,9 @@ def test_a_graph_adds_the_gradients_that_the_model_adds(on_gpu: Accelerator) -> 
         means, gradients = [], []
         for step in range(5):
             index = torch.arange(16 * step, 16 * (step + 1)) % len(rows)
-            means.append(objective.backward(rows, index, 8, accelerator))
+            means.append(
+                objective.backward(micro_batches(rows, index, 8, accelerator), accelerator)
+            )
             flat = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
             gradients.append(torch.cat(flat).clone())
             optimizer.step()
