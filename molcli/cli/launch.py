@@ -11,7 +11,8 @@ from molcli.config.sections import TrainConfig
 from molcli.config.stages import resolve
 from molcli.errors import MolError
 
-# Seconds that processes have to finish a step and write a checkpoint after a signal.
+# Seconds that processes have to finish a step and write a checkpoint after a signal; torch 2.11
+# does not ask, and gives them 30.
 _LAST_STEP = "120"
 
 

@@ -6,7 +6,7 @@ torch.distributed.checkpoint. Any number of processes reads either.
 
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from molcli.errors import MolError
@@ -93,7 +95,13 @@ class _SharedSaver:
             except (OSError, MolError) as error:
                 message = error.found if isinstance(error, MolError) else str(error)
         self._raise(message, path)
-        written = async_save(tensors, checkpoint_id=staging, process_group=self._group)
+        # The copy is made here and now. Reading ahead, the background, which has no GPU of its own,
+        # would wait for the first one of the machine, whichever is this rank's.
+        writer = FileSystemWriter(staging, per_thread_copy_ahead=0)
+        with closing(DefaultStager(StagingOptions(*[False] * 4))) as stager:
+            written = async_save(
+                tensors, storage_writer=writer, async_stager=stager, process_group=self._group
+            )
         assert isinstance(written, Future)
         self._writing = written
         if self.accelerator.is_main_process:
