@@ -53,7 +53,7 @@ class Process:
         """Ends it, if it still runs: by a signal that torchrun's agent passes on."""
         if self.popen.poll() is None:
             self.popen.terminate()
-            if self._wait(30) is None:
+            if self._wait(45) is None:
                 self.popen.kill()
 
     def _wait(self, seconds: float) -> int | None:
