@@ -4,13 +4,13 @@ The order inside a block follows the data: what it reads, its projections, its h
 neurons, what it writes. Every matrix is refitted on the features that the matrices before it really
 produce: a truncated parent matrix alone is no better than leaving the layer out.
 
-Of all tokens, only residuals are kept, and what the heads of the family at work give; what it
-reads, its neurons, inputs and targets are computed anew for each regression, a chunk at a time, and
-only their moments are summed. All families are fitted to read first: nothing that they read depends
-on what others write, and the parent's residual can then move on in place.
+Of all tokens, only residuals are kept, and what the heads of the family at work give, if they are
+few; what it reads, its neurons, inputs and targets are computed anew for each regression, a chunk
+at a time, and only their moments are summed. All families are fitted to read first: nothing that
+they read depends on what others write, and the parent's residual can then move on in place.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,7 @@ from molcli.model.reading import reading_gram
 from molcli.stages.upcycle.teacher import Teacher
 
 MAX_NORM_WEIGHT = 100.0  # coordinates that hardly vary are not blown up without bound
+MOST_HELD = 0.4  # of a residual's size: wider heads' outputs would take as much as one more of them
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,19 @@ class Piece:
     gate: Tensor
 
 
-Given = list[tuple[Piece, Tensor]]
-"""By piece, (M, heads * head_dim), what the heads of the family read."""
+Given = Iterable[tuple[Piece, Tensor]]
+"""By piece, as often as asked, (M, heads * head_dim), what the heads of the family read."""
+
+
+@dataclass(frozen=True)
+class Anew:
+    """Given, from `heads` at each turn."""
+
+    pieces: list[Piece]
+    heads: Callable[[Piece], Tensor]
+
+    def __iter__(self) -> Iterator[tuple[Piece, Tensor]]:
+        return ((piece, self.heads(piece)) for piece in self.pieces)
 
 
 @dataclass(frozen=True)
@@ -265,9 +277,11 @@ class Family:
 
     def _given(self) -> Given:
         """All pieces' heads, in one tensor: many of medium size would leave holes in the heap."""
-        pieces = self.task.pieces
+        pieces, width, d_model = self.task.pieces, self.first_out.shape[2], self.task.x.shape[1]
+        if width > MOST_HELD * d_model:
+            return Anew(pieces, self._heads)
         counts = [len(piece.gate) for piece in pieces]
-        out = self.task.x.new_empty(sum(counts), self.first_out.shape[2])
+        out = self.task.x.new_empty(sum(counts), width)
         given = list(zip(pieces, out.split(counts), strict=True))
         for piece, heads in given:
             heads.copy_(self._heads(piece))

@@ -68,3 +68,20 @@ def test_chunks_change_nothing_but_the_last_digits(
     for row, wanted in zip(pieces.receipt["layers"], whole.receipt["layers"], strict=True):
         assert row["residual_error_fit"] == pytest.approx(wanted["residual_error_fit"], rel=1e-4)
         assert row["routing"]["load_share"] == pytest.approx(wanted["routing"]["load_share"])
+
+
+@pytest.mark.parametrize("mixer", ["none", "all"])
+def test_heads_that_are_held_are_those_computed_anew(
+    mixer: str,
+    tiny_parent: Callable[..., Path],
+    workshop: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parent = tiny_parent("qwen3")
+    in_chunks(monkeypatch, 4)
+    found = []
+    for most in (0.0, 1e9):
+        monkeypatch.setattr("molcli.stages.upcycle.fit.MOST_HELD", most)
+        found.append(workshop.convert(parent, gated_deltanet=mixer).tensors)
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
