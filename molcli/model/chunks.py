@@ -15,6 +15,9 @@ from molcli.model.layers import Layer
 # Bytes for what a layer, or the fit of one, computes of a chunk's tokens: a GPU wants few and large
 # products, a CPU leaves room for the rest.
 CHUNK_BYTES = {"cuda": 4 * 2**30, "cpu": 2**26}
+# A family's heads are held for the whole text up to this share of a residual's width: wider ones,
+# those of a shared block, would take as much as one more residual, and are computed anew.
+MOST_HEADS_HELD = 0.4
 
 
 @dataclass(frozen=True)

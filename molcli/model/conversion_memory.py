@@ -5,7 +5,7 @@ import copy
 from molcli.maths.architecture import BlockShape, routed_shape, shared_shape
 from molcli.maths.losses import LOGITS_AT_ONCE
 from molcli.maths.parameters import count_parameters
-from molcli.model.chunks import CHUNK_BYTES, bytes_a_token
+from molcli.model.chunks import CHUNK_BYTES, MOST_HEADS_HELD, bytes_a_token
 from molcli.model.configuration_mol import MoLConfig
 
 _FP32, _FP64, _INT64 = 4, 8, 8
@@ -71,8 +71,9 @@ def _family(
     most = CHUNK_BYTES[device] // bytes_a_token(config)
     chunk = _FP32 * min(tokens, most) * max(parents, family)
     chunk = max(chunk, min(heldout, most) * bytes_a_token(config))
+    heads = seen * inner if inner <= MOST_HEADS_HELD * d else 0
     return (
-        tokens * _FP32 * seen * inner  # its heads
+        tokens * _FP32 * heads
         + _FP64 * (sums + 3 * d * d)  # and the residual's moment with its roots
         + max(chunk, _FP64 * solving)
     )

@@ -69,6 +69,8 @@ def test_storages_are_counted_once_and_until_they_are_gone() -> None:
         ({"d_ff_thin": 384, "num_blocks": 7}, 1024, 2**23, {"intermediate_size": 384}),
         ({}, 512, 2**23, {"vocab_size": 6000}),
         ({}, 6144, 2**30, {}),
+        # A shared block's heads, as wide as the residual, which are not held.
+        ({"d_thin": None}, 6144, 2**23, {"num_attention_heads": 8, "num_key_value_heads": 2}),
         # The sums of a shared block's neurons, more than the clones'.
         (
             {"d_thin": 32, "d_ff_thin": 16, "d_thin_shared": 96, "d_ff_thin_shared": 384},

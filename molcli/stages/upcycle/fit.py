@@ -22,7 +22,7 @@ from molcli.maths.bases import reading_basis
 from molcli.maths.moments import Sample, regression_moments
 from molcli.maths.partition import Part
 from molcli.maths.refit import aligning_turn, least_squares_left, reduced_rank, ridge
-from molcli.model.chunks import Chunk
+from molcli.model.chunks import MOST_HEADS_HELD, Chunk
 from molcli.model.deltanet_start import Site, set_gated_deltanet
 from molcli.model.gated_deltanet import StackedGatedDeltaNet
 from molcli.model.layers import ThinBlocks
@@ -30,7 +30,6 @@ from molcli.model.reading import reading_gram
 from molcli.stages.upcycle.teacher import Teacher
 
 MAX_NORM_WEIGHT = 100.0  # coordinates that hardly vary are not blown up without bound
-MOST_HELD = 0.4  # of a residual's size: wider heads' outputs would take as much as one more of them
 
 
 @dataclass(frozen=True)
@@ -278,7 +277,7 @@ class Family:
     def _given(self) -> Given:
         """All pieces' heads, in one tensor: many of medium size would leave holes in the heap."""
         pieces, width, d_model = self.task.pieces, self.first_out.shape[2], self.task.x.shape[1]
-        if width > MOST_HELD * d_model:
+        if width > MOST_HEADS_HELD * d_model:
             return Anew(pieces, self._heads)
         counts = [len(piece.gate) for piece in pieces]
         out = self.task.x.new_empty(sum(counts), width)

@@ -81,7 +81,7 @@ def test_heads_that_are_held_are_those_computed_anew(
     in_chunks(monkeypatch, 4)
     found = []
     for most in (0.0, 1e9):
-        monkeypatch.setattr("molcli.stages.upcycle.fit.MOST_HELD", most)
+        monkeypatch.setattr("molcli.stages.upcycle.fit.MOST_HEADS_HELD", most)
         found.append(workshop.convert(parent, gated_deltanet=mixer).tensors)
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
