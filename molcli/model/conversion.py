@@ -1,5 +1,6 @@
 """From a recipe and the numbers of a parent to the configuration of the converted model."""
 
+from dataclasses import replace
 from typing import Any
 
 from molcli.config.layer_choice import chosen_layers, refuse_beyond
@@ -31,7 +32,17 @@ def converted_config(dense: dict[str, Any], options: UpcycleConfig) -> MoLConfig
     """
     layers = dense["num_hidden_layers"]
     top_k, shape = options.chosen_top_k, dense_shape(dense)
-    wide, thin = _shapes(options, shape, top_k)
+    if options.splits_shapes:
+        share = ACTIVE_SHARE[options.preset]
+        wide, thin = split_shapes(share, options.num_shared_blocks, top_k, shape)
+        options = replace(
+            options,
+            d_thin_shared=wide.width,
+            d_ff_thin_shared=wide.neurons,
+            num_heads_shared=wide.heads,
+        )
+    else:
+        thin = _thin_shape(options, shape, options.num_shared_blocks + top_k)
     converted = set(range(layers))
     if options.layers == "auto":
         converted = set(middle_layers(layers, options.layers_budget))
@@ -50,14 +61,13 @@ def converted_config(dense: dict[str, Any], options: UpcycleConfig) -> MoLConfig
         "d_ff_thin": thin.neurons,
         "thin_num_attention_heads": thin.heads,
         "thin_num_key_value_heads": thin_kv_heads(thin.heads, shape.heads, shape.kv_heads),
+        "d_thin_shared": options.d_thin_shared,
+        "d_ff_thin_shared": options.d_ff_thin_shared,
     }
-    if wide is not None:
-        changed |= {
-            "d_thin_shared": wide.width,
-            "d_ff_thin_shared": wide.neurons,
-            "shared_num_attention_heads": wide.heads,
-            "shared_num_key_value_heads": thin_kv_heads(wide.heads, shape.heads, shape.kv_heads),
-        }
+    if options.num_heads_shared is not None:
+        heads = options.num_heads_shared
+        changed["shared_num_attention_heads"] = heads
+        changed["shared_num_key_value_heads"] = thin_kv_heads(heads, shape.heads, shape.kv_heads)
     return MoLConfig(**(dense | changed))
 
 
@@ -77,21 +87,6 @@ def dense_shape(dense: dict[str, Any]) -> DenseShape:
         head_dim=dense["head_dim"],
         d_ff=dense["intermediate_size"],
     )
-
-
-def _shapes(
-    options: UpcycleConfig, dense: DenseShape, top_k: int
-) -> tuple[ThinShape | None, ThinShape]:
-    """Of shared blocks, None where it is the routed ones', and of routed blocks."""
-    if options.splits_shapes:
-        share = ACTIVE_SHARE[options.preset]
-        return split_shapes(share, options.num_shared_blocks, top_k, dense)
-    thin = _thin_shape(options, dense, options.num_shared_blocks + top_k)
-    own = options.d_thin_shared, options.num_heads_shared, options.d_ff_thin_shared
-    if own == (None, None, None):
-        return None, thin
-    numbers = zip(own, (thin.width, thin.heads, thin.neurons), strict=True)
-    return ThinShape(*(there if mine is None else mine for mine, there in numbers)), thin
 
 
 def _thin_shape(options: UpcycleConfig, dense: DenseShape, active: int) -> ThinShape:
