@@ -1,8 +1,10 @@
 import importlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from molcli.kernels import backend
 
@@ -29,3 +31,28 @@ def _range(*bounds: Any) -> range:
     """Interpreted scalars are arrays of one element: NumPy 2.4 makes no int of them, as Triton
     before 3.7 would have it."""
     return range(*(x.handle.data.item() if hasattr(x, "handle") else x for x in bounds))
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """What a kernel leaves out of its outputs is NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def check() -> Callable[[str, Iterable[Tensor], Iterable[Tensor], Iterable[Tensor]], None]:
+    """check(names, found, eager, truth): at most twice as far off as elementary operations in the
+    same dtype; two last bits of float32, whose error depends on the order of sums, are free."""
+
+    def compare(
+        names: str, found: Iterable[Tensor], eager: Iterable[Tensor], truth: Iterable[Tensor]
+    ) -> None:
+        for name, a, e, b in zip(names.split(), found, eager, truth, strict=True):
+            error, allowed = (((x.double() - b).norm() / b.norm()).item() for x in (a, e))
+            print(f"{name}: {error:.2e} (eager {allowed:.2e})")
+            assert a.shape == b.shape and a.dtype == e.dtype
+            assert error <= 2 * allowed + 2.5e-7
+
+    return compare
