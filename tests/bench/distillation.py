@@ -34,12 +34,24 @@ from molcli.stages.train.optimizer import make_optimizer
 from molcli.stages.train.update import update
 
 PEAK_FLOPS = 989e12
+THIN = {
+    "num_blocks": 9,
+    "num_shared_blocks": 1,
+    "num_blocks_per_tok": 1,
+    "d_thin": 192,
+    "d_ff_thin": 496,
+    "thin_num_attention_heads": 1,
+    "thin_num_key_value_heads": 1,
+    "d_thin_shared": 256,
+    "d_ff_thin_shared": 784,
+    "shared_num_attention_heads": 9,
+    "shared_num_key_value_heads": 3,
+}
 
 
 def config(layer_kind: str) -> MoLConfig:
-    thin = {"num_blocks": 9, "num_shared_blocks": 1, "num_blocks_per_tok": 2}
-    if layer_kind == "dense":
-        thin = {}
+    """As the recipe smollm2-135m converts it; the parent, where layer_kind is "dense"."""
+    thin = {} if layer_kind == "dense" else dict(THIN)
     return MoLConfig(
         vocab_size=49_152,
         hidden_size=576,
@@ -49,10 +61,6 @@ def config(layer_kind: str) -> MoLConfig:
         head_dim=64,
         intermediate_size=1536,
         layer_kinds=[layer_kind] * 30,
-        d_thin=192,
-        d_ff_thin=512,
-        thin_num_attention_heads=3,
-        thin_num_key_value_heads=1,
         tie_word_embeddings=True,
         **thin,
     )
