@@ -197,6 +197,10 @@ class TrainConfig:
     checkpoint_every: optimiser steps between checkpoints; 0 writes none.
     compile: torch.compile for layers and loss, which takes a minute, and, in one process without
         Gated DeltaNet, CUDA graphs; "auto": on a GPU, in long runs that keep one number of blocks.
+    sharding: between several processes. "full": each holds a share of weights, gradients and
+        moments. "optimizer": of moments, and of weights between steps; while a step lasts, weights
+        and gradients are whole on each, so that they are exchanged once in it and not in every
+        micro-batch. "auto": "optimizer" where both take at most a third of a GPU's memory.
     max_skipped: the run stops after so many steps in a row whose gradient was not finite.
     trackers: that show the log as it grows, in OUT/molcli (tensorboard) or where the service keeps
         it, under the project molcli.
@@ -235,6 +239,7 @@ class TrainConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     compile: Literal["auto"] | bool = "auto"
     gradient_checkpointing: bool = False
+    sharding: Literal["auto", "full", "optimizer"] = "auto"
     seed: int = 0
     stages: Literal["auto"] | list[StageConfig] | None = None
 

@@ -45,6 +45,7 @@ def training_memory(
     recompute: bool = False,
     compiled: bool = False,
     ranks: int = 1,
+    whole: bool = False,
 ) -> Memory:
     """Of a step with float32 weights and AdamW.
 
@@ -53,7 +54,7 @@ def training_memory(
     layerwise: alignment, which holds one layer's activations and no logits. recompute: gradient
     checkpointing, which holds the layers' inputs and one layer's activations. compiled: on a GPU.
     ranks: that share weights, gradients and moments; beside its share, each has a layer that runs,
-    the one that is fetched for it, and what is outside the layers.
+    the one that is fetched for it, and what is outside the layers. whole: each has all layers then.
     """
     count = count_parameters(config)
     routers = sum(not kind.startswith("dense") for kind in config.layer_kinds)
@@ -73,7 +74,8 @@ def training_memory(
     gathered = 0
     if ranks > 1:
         outside = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
-        gathered = outside + 2 * (count.total - outside) // len(a_token)
+        of_layers = count.total - outside
+        gathered = outside + (of_layers if whole else 2 * of_layers // len(a_token))
     return Memory(
         weights=_FP32 * (count.total // ranks + biases + gathered),
         gradients=_FP32 * (trainable // ranks + min(gathered, trainable)),

@@ -179,7 +179,7 @@ def weak(args: argparse.Namespace, lines: Lines, folder: Path) -> None:
     for count, gpus in ((1, "0"), (2, "0,1")):
         command: list[object] = [*launch, f"--nproc-per-node={count}"] if count > 1 else []
         command += [WORKER, "--rows", args.rows, "--timed", args.timed]
-        command += ["--compile", args.compile]
+        command += ["--compile", args.compile, "--sharding", args.sharding]
         with Processes(folder, args.limit) as processes:
             printed = processes.start(f"weak-{count}", gpus, command).finish().splitlines()
         figures = json.loads(next(line for line in printed if line.startswith("{")))
@@ -209,6 +209,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8, help="of weak scaling, for each GPU a step")
     parser.add_argument("--timed", type=int, default=6, help=argparse.SUPPRESS)
     parser.add_argument("--compile", choices=["on", "off"], default="off", help="of weak scaling")
+    parser.add_argument(
+        "--sharding", choices=["auto", "full", "optimizer"], default="auto", help="of weak scaling"
+    )
     parser.add_argument("--only", choices=["curves", "weak"])
     parser.add_argument("--limit", type=float, default=600, help="seconds for each process")
     parser.add_argument("--out", type=Path)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from molcli.config.recipe import load_recipe
 from molcli.io.packing import pack
+from molcli.maths.parameters import count_parameters
 from molcli.model import MoLForCausalLM
 from molcli.model.compiled import compile_layers
 from molcli.stages.init import untrained_config
@@ -17,6 +19,7 @@ from molcli.stages.train.micro_batches import micro_batches
 from molcli.stages.train.objective import Objective, Weights
 from molcli.stages.train.optimizer import make_optimizer
 from molcli.stages.train.ranks import make_student, open_ranks
+from molcli.stages.train.sharding import keeps_whole
 from molcli.stages.train.update import update
 
 WARM_UP = 3  # steps
@@ -26,6 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, required=True, help="for each GPU a step")
     parser.add_argument("--timed", type=int, required=True, help="steps")
+    parser.add_argument("--sharding", choices=["auto", "full", "optimizer"], required=True)
     parser.add_argument("--compile", choices=["on", "off"], required=True)
     args = parser.parse_args()
     kind = "gated_deltanet" if find_spec("fla") else "softmax"
@@ -35,11 +39,15 @@ def main() -> None:
     with accelerator.device:
         model = MoLForCausalLM(untrained_config(recipe.model)).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    student = make_student(model, torch.bfloat16, accelerator)
+    settings = replace(recipe.train, sharding=args.sharding)
+    parameters, ranks = count_parameters(model.config).total, accelerator.num_processes
+    whole = keeps_whole(settings, parameters, accelerator.device, ranks)
+    student = make_student(model, torch.bfloat16, accelerator, whole=whole)
     if compiled:
         compile_layers(model)
     optimizer = make_optimizer(model, recipe.train)
-    objective = Objective(student, None, Weights(ce=1.0, kl=0.0, compiled=compiled), 0.0)
+    weights = Weights(ce=1.0, kl=0.0, compiled=compiled)
+    objective = Objective(student, None, weights, 0.0, whole=whole)
     length, count = recipe.train.context_length, args.rows * accelerator.num_processes
     documents = torch.randint(recipe.model.vocab_size, (2 * count * length,), dtype=torch.int32)
     rows = pack(list(documents.split(length // 2)), length, seed=0)
@@ -68,7 +76,8 @@ def main() -> None:
             "tokens_per_second": round(args.timed * count * length / seconds),
             "layer_kind": kind,
             "compiled": compiled,
-            "parameters": sum(p.numel() for p in model.parameters()),
+            "sharding": "optimizer" if whole else "full",
+            "parameters": parameters,
             "rows_a_gpu": args.rows,
             "context_length": length,
             "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1),

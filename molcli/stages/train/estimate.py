@@ -19,6 +19,7 @@ from molcli.model.flops import training_flops
 from molcli.model.precision import matmul_dtype
 from molcli.stages.train.compiling import worth_compiling
 from molcli.stages.train.optimizer import set_trainable
+from molcli.stages.train.sharding import keeps_whole
 from molcli.stages.train.steps import step_tokens, steps_of
 
 # Of a large matrix product's speed, what a step of many small ones gets: SmolLM2-135M on an
@@ -113,6 +114,7 @@ def _stage(
         recompute=settings.gradient_checkpointing,
         compiled=compiled,
         ranks=ranks,
+        whole=keeps_whole(settings, count_parameters(model).total, device, ranks),
     )
     steps = steps_of(settings)
     seconds = steps * step_tokens(settings) * flops / speed

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from molcli.stages.train.ranks import local
+from molcli.stages.train.sharding import let_go
 
 
 def origin(model: nn.Module, forward: Callable[[], bool], accelerator: Accelerator) -> str:
@@ -40,6 +41,7 @@ def _place(
     eager = torch.compiler.set_stance("force_eager")
     with eager, torch.no_grad(), _watched(model) as seen:
         finite = forward()
+    let_go(model)
     weights = dict(model.named_parameters())
     for number, name in enumerate(parameters):
         if not local(weights[name]).isfinite().all():

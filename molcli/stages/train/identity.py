@@ -15,7 +15,7 @@ DATA = "the data"  # of the stage at hand: its rows' fingerprint
 # is taken).
 _FREE_SETTINGS = (
     *("data", "logits", "checkpoint_every", "log_every", "max_skipped", "trackers"),
-    *("micro_batch_size", "gradient_checkpointing", "compile"),
+    *("micro_batch_size", "gradient_checkpointing", "compile", "sharding"),
 )
 
 

@@ -10,6 +10,7 @@ from molcli.config.stages import Stage, resolve
 from molcli.io.logits import LogitCache
 from molcli.io.parent import Parent
 from molcli.io.tensors import TensorReader
+from molcli.maths.parameters import count_parameters
 from molcli.model import MoLForCausalLM
 from molcli.model.checkpoint import open_checkpoint, open_config
 from molcli.model.compiled import compile_layers
@@ -30,6 +31,7 @@ from molcli.stages.train.plan import Situation, plan
 from molcli.stages.train.ranks import make_student, open_ranks
 from molcli.stages.train.rows import open_cache, stage_rows
 from molcli.stages.train.saver import open_saver
+from molcli.stages.train.sharding import keeps_whole
 from molcli.stages.train.state import (
     TrainState,
     load_checkpoint,
@@ -93,14 +95,16 @@ def train(
     torch.manual_seed(config.seed)
 
     # Where processes share the weights, none of their GPUs ever holds all of them.
-    whole = accelerator.device if accelerator.num_processes == 1 else torch.device("cpu")
-    model = open_checkpoint(checkpoint, whole).train()
+    device = accelerator.device if accelerator.num_processes == 1 else torch.device("cpu")
+    model = open_checkpoint(checkpoint, device).train()
     model.to(torch.float32)  # master weights: bf16 would swallow small updates
     check_top_k(config, model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     dtype = matmul_dtype(config, accelerator.device)
-    student = make_student(model, dtype, accelerator)
+    parameters, ranks = count_parameters(model.config).total, accelerator.num_processes
+    whole = keeps_whole(config, parameters, accelerator.device, ranks)
+    student = make_student(model, dtype, accelerator, whole=whole)
     teacher = None if parent is None else open_teacher(parent, model, dtype)
     if teacher is not None and any(stage.kind == "align" for stage in stages):
         check_alignable(model, teacher)
@@ -142,7 +146,9 @@ def train(
             refuse_another_run(here, identity)
         learned = teacher if stage.settings.logits is None else cache
         graphs = compiled and worth_recording(stage.settings, model.config, accelerator)
-        objective = _objective(stage, student, learned, compiled=compiled, graphs=graphs)
+        objective = _objective(
+            stage, student, learned, compiled=compiled, graphs=graphs, whole=whole
+        )
         if accelerator.is_main_process:
             out.mkdir(parents=True, exist_ok=True)
         run_stage(run, stage, objective, rows, identity)
@@ -165,6 +171,7 @@ def _objective(
     *,
     compiled: bool,
     graphs: bool,
+    whole: bool,
 ) -> Objective | Alignment:
     config = stage.settings
     balance_weight = config.balance_weight if config.balance == "loss" else 0.0
@@ -179,7 +186,7 @@ def _objective(
     )
     taught = parent if stage.kind == "distill" else None
     graph = GradientGraph(student.model) if graphs else None
-    return Objective(student, taught, weights, balance_weight, graph)
+    return Objective(student, taught, weights, balance_weight, graph, whole)
 
 
 def _optimizer(model: MoLForCausalLM, stage: Stage) -> torch.optim.Optimizer:

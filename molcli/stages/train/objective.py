@@ -16,6 +16,7 @@ from molcli.model import MoLForCausalLM
 from molcli.stages.train.balance import RouterLoads
 from molcli.stages.train.gradient_graph import GradientGraph
 from molcli.stages.train.micro_batches import MicroBatches
+from molcli.stages.train.sharding import exchange
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ class Objective:
 
     parent: the dense model whose predictions are learned, in evaluation mode; its predictions for
     the rows, from the disk; or None. graph: repeats micro-batches, in one process and without
-    predictions from the disk; or None.
+    predictions from the disk; or None. whole: processes exchange gradients after the last
+    micro-batch of a step, not after each (`sharding.keeps_whole`).
     """
 
     student: Student
@@ -86,6 +88,7 @@ class Objective:
     weights: Weights
     balance_weight: float
     graph: GradientGraph | None = None
+    whole: bool = False
 
     @property
     def measures(self) -> tuple[str, ...]:
@@ -101,7 +104,9 @@ class Objective:
         device = accelerator.device
         count = torch.full((), step.predicted, dtype=torch.float32, device=device)
         parts = torch.zeros(4, device=device)
-        for index, batch in step.batches:
+        for number, (index, batch) in enumerate(step.batches, start=1):
+            if self.whole:
+                exchange(self.student, now=number == len(step))
             both = partial(self._add_gradient, index, len(step), accelerator)
             parts += both(batch, count) if self.graph is None else self.graph(both, batch, count)
         return parts
@@ -120,8 +125,7 @@ class Objective:
         losses, balance = self.student(batch, self._predictions(batch, index), self.weights)
         balance = balance / (micro_batches * ranks)
         loss = losses.loss / count + self.balance_weight * balance
-        # FSDP averages over ranks; this is a sum. It does so for every micro-batch: gradients
-        # that waited for the last one would be whole ones, on every rank.
+        # FSDP averages over ranks; this is a sum.
         accelerator.backward(loss * ranks)
         means = (losses.cross_entropy / count, losses.kl / count)
         return torch.stack([loss, *means, balance]).detach()

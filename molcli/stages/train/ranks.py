@@ -52,8 +52,11 @@ def open_ranks(config: TrainConfig, out: Path) -> Accelerator:
     )
 
 
-def make_student(model: MoLForCausalLM, dtype: torch.dtype, accelerator: Accelerator) -> Student:
-    """The model with its losses; several processes share it, each on its device.
+def make_student(
+    model: MoLForCausalLM, dtype: torch.dtype, accelerator: Accelerator, *, whole: bool = False
+) -> Student:
+    """The model with its losses; several processes share it, each on its device. whole: a layer's
+    weights stay on each of them until the backward pass (`sharding.keeps_whole`).
 
     Weights are gathered in float32, and autocast as in one process: router, norms and decay are
     float32 there, too. Every parameter must take a gradient at this point.
@@ -69,7 +72,7 @@ def make_student(model: MoLForCausalLM, dtype: torch.dtype, accelerator: Acceler
         return Shard(shared_dimension(parameter.shape, ranks))
 
     for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh, shard_placement_fn=placement)
+        fully_shard(layer, mesh=mesh, shard_placement_fn=placement, reshard_after_forward=not whole)
     student = Student(model, dtype, RouterLoads(model))
     # What is kept after a forward pass without a backward pass would be stale after the next step.
     fully_shard(student, mesh=mesh, shard_placement_fn=placement, reshard_after_forward=True)

@@ -99,14 +99,17 @@ def test_two_ranks_learn_what_one_learns(
 
     save_recipe(recipe, tmp_path / "recipe.yaml")
     save_recipe(staged, tmp_path / "stages.yaml")
+    # Two micro-batches a step on each rank, of which the first exchanges nothing.
+    once = replace(recipe, train=replace(again, sharding="optimizer"))
+    save_recipe(once, tmp_path / "once-stages.yaml")
     arguments = [checkpoint, data, dense_parent.folder]
     arguments += ["recipe.yaml", "two", "fresh", "stages.yaml", "two-staged", "fresh"]
     arguments += ["recipe.yaml", "two-resumed", "resume"]
     arguments += ["recipe.yaml", "two-stopped", "stop", "recipe.yaml", "two-stopped", "resume"]
-    arguments += ["stages.yaml", "one-resumed", "stop"]
+    arguments += ["stages.yaml", "one-resumed", "stop", "once-stages.yaml", "two-once", "fresh"]
     run_ranks(2, tmp_path, arguments, {"CUDA_VISIBLE_DEVICES": ""})
     train(checkpoint, tmp_path / "one-resumed", data, staged, dense_parent, resume=True)
-    for two in ("two-staged", "one-resumed"):
+    for two in ("two-staged", "one-resumed", "two-once"):
         compare(tmp_path / "one-staged", tmp_path / two)
     for two in ("two", "two-resumed", "two-stopped"):
         compare(tmp_path / "one", tmp_path / two)
