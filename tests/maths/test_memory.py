@@ -155,6 +155,10 @@ def test_ranks_share_all_but_what_runs() -> None:
     for kind in ("weights", "gradients"):
         assert getattr(shared, kind) == pytest.approx(4 * total / 4 + running, rel=0.01), kind
     assert shared.activations == alone.activations
+    whole = memory(c, trainable=total, ranks=4, whole=True)
+    for kind in ("weights", "gradients"):
+        assert getattr(whole, kind) == pytest.approx(4 * (total / 4 + total), rel=0.01), kind
+    assert whole.optimizer == shared.optimizer
 
 
 SMOLLM2 = dict(

@@ -1,0 +1,55 @@
+"""Which processes keep weights and gradients whole, and when they exchange them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from molcli.config.sections import Recipe, TrainConfig
+from molcli.stages.train import loop, objective, train
+from molcli.stages.train.sharding import keeps_whole
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("sharding", "ranks", "whole"),
+    [("optimizer", 2, True), ("optimizer", 1, False), ("full", 2, False), ("auto", 2, False)],
+)
+def test_the_recipe_decides_and_one_process_shares_nothing(
+    sharding: str, ranks: int, whole: bool
+) -> None:
+    config = TrainConfig(sharding=sharding)  # type: ignore[arg-type]
+    assert keeps_whole(config, 10, CPU, ranks) is whole
+
+
+@pytest.mark.parametrize(("parameters", "whole"), [(3_000_000, True), (4_000_000, False)])
+def test_auto_asks_for_a_third_of_a_gpu(
+    parameters: int, whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights and gradients are 8 bytes a parameter."""
+    about = SimpleNamespace(total_memory=80_000_000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
+    assert keeps_whole(TrainConfig(), parameters, GPU, 2) is whole
+
+
+def test_the_last_micro_batch_of_a_step_exchanges(
+    tiny_mol: Callable[..., Path],
+    corpus: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What one process would tell the others."""
+    told = []
+
+    def exchange(student: nn.Module, *, now: bool) -> None:
+        told.append(now)
+
+    monkeypatch.setattr(loop, "keeps_whole", lambda *given: True)
+    monkeypatch.setattr(objective, "exchange", exchange)
+    steps = TrainConfig(tokens=2 * 6 * 16, context_length=16, batch_size=6, micro_batch_size=2)
+    train(tiny_mol(), tmp_path / "out", corpus(), Recipe(train=steps))
+    assert told == [False, False, True] * 2
