@@ -57,23 +57,25 @@ def set_gated_deltanet(
 ) -> None:
     """Sets everything but q, k, v (already fitted) and o (fitted next).
 
-    sites: the whole text, in order. Convolutions pass their input through; decay and beta are
-    searched. The gate is half constant, and half the softmax head's output in size, which the
-    normalised read-out cannot follow: as far as a linear map of the input gives either.
+    sites: the whole text, in order. Convolutions pass their input through, at the size that SiLU
+    wants; decay and beta are searched. The gate is half constant, and half the softmax head's
+    output in size, which the normalised read-out cannot follow: as far as a linear map of the input
+    gives either. Convolutions and the read-out's norm take the sizes, so that q, k, v and o are as
+    large as with softmax: Adam's steps are as long for a small weight as for a large one.
     """
     count = sum(len(site.read) for site in sites)
     for name in ("q", "k", "v"):
         weight, conv = getattr(mixer, f"{name}_proj"), getattr(mixer, f"{name}_conv")
         products = (grouped_linear(site.read, weight, site.rows) for site in sites)
         energy = torch.stack([made.square().sum() for made in products]).sum()
-        weight.mul_(INPUT_RMS / (energy / (count * weight.shape[1])).sqrt())
         conv.zero_()
-        conv[..., -1] = 1.0
+        conv[..., -1] = INPUT_RMS / (energy / (count * weight.shape[1])).sqrt()
     mixer.a_proj.zero_()
     mixer.A_log.zero_()
-    mixer.o_norm.fill_(1.0)
     sizes = [site.wanted.norm(dim=-1, keepdim=True) for site in sites]
     mean = (torch.stack([size.sum(0) for size in sizes]).sum(0) / count).clamp(min=1e-30)
+    of_a_number = (mean.mean() / math.sqrt(mixer.o_norm.shape[1])).clamp(min=1e-6)
+    mixer.o_norm.copy_(of_a_number.expand_as(mixer.o_norm))
     gates = (
         (s.read, ((1 + size / mean) / 2).expand_as(s.wanted).flatten(1), s.rows.offsets)
         for s, size in zip(sites, sizes, strict=True)

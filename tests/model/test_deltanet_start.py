@@ -100,16 +100,20 @@ def test_it_finds_the_memories_behind_what_it_is_to_give() -> None:
 
 
 def test_convolutions_pass_the_newest_token_on_and_silu_is_nearly_linear() -> None:
+    """Weights stay as they were, and the read-out is as large as what is wanted."""
     where, mixer = site(), random_mixer()
+    weights = {name: getattr(mixer, f"{name}_proj").clone() for name in ("q", "k", "v")}
     start(mixer, where)
-    for name in ("q", "k", "v"):
+    for name, weight in weights.items():
+        assert torch.equal(getattr(mixer, f"{name}_proj"), weight)
         conv = getattr(mixer, f"{name}_conv")
-        assert torch.equal(conv[..., -1], torch.ones_like(conv[..., -1]))
+        assert torch.equal(conv[..., -1], conv[:1, :1, -1].expand_as(conv[..., -1]))
         assert not conv[..., :-1].any()
-        made = grouped_linear(where.read, getattr(mixer, f"{name}_proj"), where.rows)
+        made = grouped_linear(where.read, weight, where.rows) * conv[0, 0, -1]
         assert made.square().mean().sqrt().item() == pytest.approx(INPUT_RMS, rel=1e-5)
     assert not mixer.a_proj.any()
-    assert torch.equal(mixer.o_norm, torch.ones(BLOCKS, HEAD_DIM))
+    size = where.wanted.norm(dim=-1).mean() / math.sqrt(HEAD_DIM)
+    torch.testing.assert_close(mixer.o_norm, size.expand(BLOCKS, HEAD_DIM))
 
 
 def test_the_gate_follows_the_size_of_what_is_wanted() -> None:

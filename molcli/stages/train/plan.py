@@ -7,14 +7,20 @@ from molcli.errors import MolError
 from molcli.maths.parameters import count_parameters
 from molcli.model.configuration_mol import MoLConfig
 
-# A model of this many parameters takes the learning rates as they are; others by the square root
-# of the ratio, which leads to what distillations of 7B models use (arXiv 2505.03005).
+# A model of this many parameters takes the learning rates as they are.
 _REFERENCE = 135e6
-_LEARNING_RATE, _NEW_LEARNING_RATE = 1e-4, 3e-5
+# Of inherited and of new weights. In 0.5M tokens SmolLM2-135M learns most at the first pair, in 6M
+# and more at the second. Larger models take less: in long runs in proportion to their size, else to
+# its square root. Both lead to what distillations of 7B models use (arXiv 2505.03005).
+_SHORT, _LONG = (1e-4, 3e-5), (6e-4, 1e-4)
+_LONG_FROM = 3_000_000  # tokens
 _FROM_SCRATCH = 3e-4
-_LONG_RUN = 500_000_000  # tokens, from which a last stretch at a long context is affordable
+_ENDING_FROM = 500_000_000  # tokens: a last stretch at a long context is affordable
 _MIN_STEPS = 200
-_ROWS_AT_ONCE = 8
+# Of a micro-batch, of models with less than _SMALL parameters and of others. With the first, a
+# converted SmolLM2-135M (0.2B) and its parent take 17 GB.
+_SMALL = 500e6
+_TOKENS_AT_ONCE = {True: 2**14, False: 2**13}
 
 
 @dataclass(frozen=True)
@@ -41,17 +47,21 @@ def plan(config: TrainConfig, model: MoLConfig, situation: Situation) -> TrainCo
             hint="--set train.stages=null",
         )
     total = count_parameters(model).total
-    shrink = min(1.0, (_REFERENCE / total) ** 0.5)
-    rate = _LEARNING_RATE if situation.converted or situation.has_parent else _FROM_SCRATCH
-    new = _NEW_LEARNING_RATE if rate == _LEARNING_RATE else rate
+    ratio = min(1.0, _REFERENCE / total)
+    short = [rate * ratio**0.5 for rate in _SHORT]
+    if not situation.converted and not situation.has_parent:
+        rate = new = _FROM_SCRATCH * ratio**0.5
+    else:
+        rate, new = short if config.tokens < _LONG_FROM else [rate * ratio for rate in _LONG]
     context, rows = _shape(config.tokens, total, model.max_position_embeddings)
+    at_once = _TOKENS_AT_ONCE[total < _SMALL]
     config = replace(
         config,
         context_length=context,
         batch_size=rows,
-        micro_batch_size=_divisor(rows // situation.ranks, _ROWS_AT_ONCE),
-        learning_rate=_round(rate * shrink),
-        new_learning_rate=_round(new * shrink),
+        micro_batch_size=_divisor(rows // situation.ranks, at_once // context),
+        learning_rate=_round(rate),
+        new_learning_rate=_round(new),
     )
     if not situation.has_parent:
         return replace(config, stages=[StageConfig("pretrain", tokens=config.tokens)])
@@ -65,13 +75,13 @@ def plan(config: TrainConfig, model: MoLConfig, situation: Situation) -> TrainCo
                 StageConfig(
                     "align",
                     tokens=tokens,
-                    learning_rate=_round(5 * config.learning_rate),
-                    new_learning_rate=_round(5 * config.new_learning_rate),
+                    learning_rate=_round(5 * short[0]),
+                    new_learning_rate=_round(5 * short[1]),
                 )
             )
             left -= tokens
     longest = min(4096, model.max_position_embeddings)
-    ending = left // 20 if config.tokens >= _LONG_RUN and longest > context else 0
+    ending = left // 20 if config.tokens >= _ENDING_FROM and longest > context else 0
     stages.append(StageConfig("distill", tokens=left - ending))
     if ending:
         rows = max(1, rows * context // longest)
@@ -81,9 +91,7 @@ def plan(config: TrainConfig, model: MoLConfig, situation: Situation) -> TrainCo
                 tokens=ending,
                 context_length=longest,
                 batch_size=rows,
-                micro_batch_size=_divisor(
-                    rows // situation.ranks, _ROWS_AT_ONCE * context // longest
-                ),
+                micro_batch_size=_divisor(rows // situation.ranks, at_once // longest),
                 learning_rate=_round(config.learning_rate / 10),
                 new_learning_rate=_round(config.new_learning_rate / 10),
             )

@@ -55,9 +55,10 @@ def test_larger_models_learn_slower_and_fresh_ones_faster() -> None:
     large = MoLConfig(hidden_size=4096, num_hidden_layers=32, d_thin=1024, d_ff_thin=4096)
     config = TrainConfig(tokens=10**9)
     converted, fresh = Situation(True, True), Situation(False, False)
-    assert plan(config, small, converted).learning_rate == 1e-4
-    assert plan(config, large, converted).learning_rate < 3e-5
+    assert plan(config, small, converted).learning_rate == 6e-4
+    assert 5e-6 < plan(config, large, converted).learning_rate < 3e-5
     assert plan(config, small, fresh).learning_rate == 3e-4
+    assert plan(TrainConfig(tokens=10**6), small, converted).learning_rate == 1e-4
     long = resolve(plan(config, DELTANET, converted), has_parent=True)
     assert [stage.kind for stage in long] == ["align", "distill", "distill"]
     assert long[-1].settings.context_length == 4096
