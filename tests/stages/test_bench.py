@@ -45,7 +45,8 @@ def test_every_section_has_its_rows_for_both_kinds_of_routing(config):
     report = bench(contest, SECTIONS)
     works = [row.work for row in report.rows]
     assert len(works) == len(set(works)) == 2 * (1 + 2 + 1 + 1 + 1)
-    assert all(row.mol > 0 for row in report.rows)
+    # A step's time is the difference of two; on a busy machine that may have any sign.
+    assert all(row.mol > 0 or row.unit == "ms a token" for row in report.rows)
     without = {row.peer_name for row in report.rows if row.peer is None}
     assert without == {"fla-core"}, "which a CPU has no use for"
     assert set(report.loads) == {"even", "skewed"}
