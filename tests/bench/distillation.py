@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,12 +21,14 @@ from accelerate import Accelerator
 sys.path.insert(0, str(Path(__file__).parent))
 from machine import machine
 
+from molcli.config.recipe import load_recipe
 from molcli.config.sections import TrainConfig
 from molcli.io.packing import pack
 from molcli.maths.parameters import count_parameters
 from molcli.model import MoLForCausalLM
 from molcli.model.compiled import compile_layers
 from molcli.model.configuration_mol import MoLConfig
+from molcli.model.conversion import converted_config
 from molcli.stages.train.balance import RouterLoads
 from molcli.stages.train.gradient_graph import GradientGraph
 from molcli.stages.train.micro_batches import MicroBatches, micro_batches
@@ -34,36 +37,25 @@ from molcli.stages.train.optimizer import make_optimizer
 from molcli.stages.train.update import update
 
 PEAK_FLOPS = 989e12
-THIN = {
-    "num_blocks": 9,
-    "num_shared_blocks": 1,
-    "num_blocks_per_tok": 1,
-    "d_thin": 192,
-    "d_ff_thin": 496,
-    "thin_num_attention_heads": 1,
-    "thin_num_key_value_heads": 1,
-    "d_thin_shared": 256,
-    "d_ff_thin_shared": 784,
-    "shared_num_attention_heads": 9,
-    "shared_num_key_value_heads": 3,
+DENSE = {
+    "vocab_size": 49_152,
+    "hidden_size": 576,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "intermediate_size": 1536,
+    "tie_word_embeddings": True,
 }
 
 
 def config(layer_kind: str) -> MoLConfig:
     """As the recipe smollm2-135m converts it; the parent, where layer_kind is "dense"."""
-    thin = {} if layer_kind == "dense" else dict(THIN)
-    return MoLConfig(
-        vocab_size=49_152,
-        hidden_size=576,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        head_dim=64,
-        intermediate_size=1536,
-        layer_kinds=[layer_kind] * 30,
-        tie_word_embeddings=True,
-        **thin,
-    )
+    if layer_kind == "dense":
+        return MoLConfig(**DENSE, layer_kinds=["dense"] * DENSE["num_hidden_layers"])
+    kind = "all" if layer_kind == "gated_deltanet" else "none"
+    options = replace(load_recipe("smollm2-135m").upcycle, gated_deltanet=kind)
+    return converted_config(DENSE, options)
 
 
 def main() -> None:

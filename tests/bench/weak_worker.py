@@ -40,14 +40,12 @@ def main() -> None:
         model = MoLForCausalLM(untrained_config(recipe.model)).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     settings = replace(recipe.train, sharding=args.sharding)
-    parameters, ranks = count_parameters(model.config).total, accelerator.num_processes
-    whole = keeps_whole(settings, parameters, accelerator.device, ranks)
+    whole = keeps_whole(settings, model.config, accelerator.device, accelerator.num_processes)
     student = make_student(model, torch.bfloat16, accelerator, whole=whole)
     if compiled:
         compile_layers(model)
     optimizer = make_optimizer(model, recipe.train)
-    weights = Weights(ce=1.0, kl=0.0, compiled=compiled)
-    objective = Objective(student, None, weights, 0.0, whole=whole)
+    objective = Objective(student, None, Weights(ce=1.0, kl=0.0, compiled=compiled), 0.0)
     length, count = recipe.train.context_length, args.rows * accelerator.num_processes
     documents = torch.randint(recipe.model.vocab_size, (2 * count * length,), dtype=torch.int32)
     rows = pack(list(documents.split(length // 2)), length, seed=0)
@@ -77,7 +75,7 @@ def main() -> None:
             "layer_kind": kind,
             "compiled": compiled,
             "sharding": "optimizer" if whole else "full",
-            "parameters": parameters,
+            "parameters": count_parameters(model.config).total,
             "rows_a_gpu": args.rows,
             "context_length": length,
             "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1),

@@ -114,7 +114,7 @@ def _stage(
         recompute=settings.gradient_checkpointing,
         compiled=compiled,
         ranks=ranks,
-        whole=keeps_whole(settings, count_parameters(model).total, device, ranks),
+        whole=keeps_whole(settings, model, device, ranks),
     )
     steps = steps_of(settings)
     seconds = steps * step_tokens(settings) * flops / speed

@@ -10,7 +10,6 @@ from molcli.config.stages import Stage, resolve
 from molcli.io.logits import LogitCache
 from molcli.io.parent import Parent
 from molcli.io.tensors import TensorReader
-from molcli.maths.parameters import count_parameters
 from molcli.model import MoLForCausalLM
 from molcli.model.checkpoint import open_checkpoint, open_config
 from molcli.model.compiled import compile_layers
@@ -102,8 +101,7 @@ def train(
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     dtype = matmul_dtype(config, accelerator.device)
-    parameters, ranks = count_parameters(model.config).total, accelerator.num_processes
-    whole = keeps_whole(config, parameters, accelerator.device, ranks)
+    whole = keeps_whole(config, model.config, accelerator.device, accelerator.num_processes)
     student = make_student(model, dtype, accelerator, whole=whole)
     teacher = None if parent is None else open_teacher(parent, model, dtype)
     if teacher is not None and any(stage.kind == "align" for stage in stages):
@@ -146,9 +144,7 @@ def train(
             refuse_another_run(here, identity)
         learned = teacher if stage.settings.logits is None else cache
         graphs = compiled and worth_recording(stage.settings, model.config, accelerator)
-        objective = _objective(
-            stage, student, learned, compiled=compiled, graphs=graphs, whole=whole
-        )
+        objective = _objective(stage, student, learned, compiled=compiled, graphs=graphs)
         if accelerator.is_main_process:
             out.mkdir(parents=True, exist_ok=True)
         run_stage(run, stage, objective, rows, identity)
@@ -171,7 +167,6 @@ def _objective(
     *,
     compiled: bool,
     graphs: bool,
-    whole: bool,
 ) -> Objective | Alignment:
     config = stage.settings
     balance_weight = config.balance_weight if config.balance == "loss" else 0.0
@@ -186,7 +181,7 @@ def _objective(
     )
     taught = parent if stage.kind == "distill" else None
     graph = GradientGraph(student.model) if graphs else None
-    return Objective(student, taught, weights, balance_weight, graph, whole)
+    return Objective(student, taught, weights, balance_weight, graph)
 
 
 def _optimizer(model: MoLForCausalLM, stage: Stage) -> torch.optim.Optimizer:

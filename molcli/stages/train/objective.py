@@ -34,12 +34,20 @@ class Student(nn.Module):
     forward brings together those of embeddings, final norm and head, a layer's its own.
 
     dtype: of its matrix products, float32 or bfloat16; the weights stay as they are.
-    loads: counts the routing.
+    loads: counts the routing. whole: processes exchange gradients after the last micro-batch of a
+    step, not after each (`sharding.keeps_whole`).
     """
 
-    def __init__(self, model: MoLForCausalLM, dtype: torch.dtype, loads: RouterLoads) -> None:
+    def __init__(
+        self,
+        model: MoLForCausalLM,
+        dtype: torch.dtype,
+        loads: RouterLoads,
+        *,
+        whole: bool = False,
+    ) -> None:
         super().__init__()
-        self.model, self.dtype, self.loads = model, dtype, loads
+        self.model, self.dtype, self.loads, self.whole = model, dtype, loads, whole
 
     def begin(self, anything: Tensor) -> None:
         """Does nothing: a first forward of the whole, before that of any part. Without an argument
@@ -79,8 +87,7 @@ class Objective:
 
     parent: the dense model whose predictions are learned, in evaluation mode; its predictions for
     the rows, from the disk; or None. graph: repeats micro-batches, in one process and without
-    predictions from the disk; or None. whole: processes exchange gradients after the last
-    micro-batch of a step, not after each (`sharding.keeps_whole`).
+    predictions from the disk; or None.
     """
 
     student: Student
@@ -88,7 +95,6 @@ class Objective:
     weights: Weights
     balance_weight: float
     graph: GradientGraph | None = None
-    whole: bool = False
 
     @property
     def measures(self) -> tuple[str, ...]:
@@ -105,7 +111,7 @@ class Objective:
         count = torch.full((), step.predicted, dtype=torch.float32, device=device)
         parts = torch.zeros(4, device=device)
         for number, (index, batch) in enumerate(step.batches, start=1):
-            if self.whole:
+            if self.student.whole:
                 exchange(self.student, now=number == len(step))
             both = partial(self._add_gradient, index, len(step), accelerator)
             parts += both(batch, count) if self.graph is None else self.graph(both, batch, count)

@@ -20,7 +20,7 @@ _MIN_STEPS = 200
 # Of a micro-batch, of models with less than _SMALL parameters and of others. With the first, a
 # converted SmolLM2-135M (0.2B) and its parent take 17 GB.
 _SMALL = 500e6
-_TOKENS_AT_ONCE = {True: 2**14, False: 2**13}
+_OF_SMALL, _OF_OTHERS = 2**14, 2**13  # tokens
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ def plan(config: TrainConfig, model: MoLConfig, situation: Situation) -> TrainCo
     total = count_parameters(model).total
     ratio = min(1.0, _REFERENCE / total)
     short = [rate * ratio**0.5 for rate in _SHORT]
-    if not situation.converted and not situation.has_parent:
-        rate = new = _FROM_SCRATCH * ratio**0.5
-    else:
+    if situation.converted or situation.has_parent:
         rate, new = short if config.tokens < _LONG_FROM else [rate * ratio for rate in _LONG]
+    else:
+        rate = new = _FROM_SCRATCH * ratio**0.5
     context, rows = _shape(config.tokens, total, model.max_position_embeddings)
-    at_once = _TOKENS_AT_ONCE[total < _SMALL]
+    at_once = _OF_SMALL if total < _SMALL else _OF_OTHERS
     config = replace(
         config,
         context_length=context,

@@ -63,7 +63,7 @@ def make_student(
     """
     ranks = accelerator.num_processes
     if ranks == 1:
-        return Student(model, dtype, RouterLoads(model))
+        return Student(model, dtype, RouterLoads(model), whole=whole)
     mesh = init_device_mesh(accelerator.device.type, (ranks,))
 
     # accelerate would prepare the model, too, but along the first dimension of each weight alone,
@@ -73,7 +73,7 @@ def make_student(
 
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, shard_placement_fn=placement, reshard_after_forward=not whole)
-    student = Student(model, dtype, RouterLoads(model))
+    student = Student(model, dtype, RouterLoads(model), whole=whole)
     # What is kept after a forward pass without a backward pass would be stale after the next step.
     fully_shard(student, mesh=mesh, shard_placement_fn=placement, reshard_after_forward=True)
     # FSDP takes the first module that runs for the whole; alignment runs layers alone.

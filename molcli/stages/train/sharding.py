@@ -9,20 +9,23 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from molcli.config.sections import TrainConfig
+from molcli.maths.parameters import count_parameters
+from molcli.model import MoLConfig
 
 # Of a GPU's memory: what weights and gradients may take, so that activations keep the most of it.
 _SHARE = 1 / 3
 _FP32 = 4
 
 
-def keeps_whole(config: TrainConfig, parameters: int, device: torch.device, ranks: int) -> bool:
+def keeps_whole(config: TrainConfig, model: MoLConfig, device: torch.device, ranks: int) -> bool:
     """Whether processes keep both whole from a step's first micro-batch to its last: as
     `train.sharding` says, and where it is "auto" if a GPU has the room."""
     if ranks == 1 or config.sharding != "auto":
         return ranks > 1 and config.sharding == "optimizer"
     if device.type != "cuda":
         return False
-    return 2 * _FP32 * parameters <= _SHARE * torch.cuda.get_device_properties(device).total_memory
+    both = 2 * _FP32 * count_parameters(model).total
+    return both <= _SHARE * torch.cuda.get_device_properties(device).total_memory
 
 
 def exchange(student: nn.Module, *, now: bool) -> None:

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from molcli.config.sections import Recipe, TrainConfig
+from molcli.maths.parameters import count_parameters
+from molcli.model import MoLConfig
 from molcli.stages.train import loop, objective, train
 from molcli.stages.train.sharding import keeps_whole
 
@@ -23,17 +25,18 @@ def test_the_recipe_decides_and_one_process_shares_nothing(
     sharding: str, ranks: int, whole: bool
 ) -> None:
     config = TrainConfig(sharding=sharding)  # type: ignore[arg-type]
-    assert keeps_whole(config, 10, CPU, ranks) is whole
+    assert keeps_whole(config, MoLConfig(), CPU, ranks) is whole
 
 
-@pytest.mark.parametrize(("parameters", "whole"), [(3_000_000, True), (4_000_000, False)])
+@pytest.mark.parametrize(("share", "whole"), [(0.3, True), (0.4, False)])
 def test_auto_asks_for_a_third_of_a_gpu(
-    parameters: int, whole: bool, monkeypatch: pytest.MonkeyPatch
+    share: float, whole: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights and gradients are 8 bytes a parameter."""
-    about = SimpleNamespace(total_memory=80_000_000)
+    model = MoLConfig()
+    about = SimpleNamespace(total_memory=8 * count_parameters(model).total / share)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
-    assert keeps_whole(TrainConfig(), parameters, GPU, 2) is whole
+    assert keeps_whole(TrainConfig(), model, GPU, 2) is whole
 
 
 def test_the_last_micro_batch_of_a_step_exchanges(
