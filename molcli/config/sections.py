@@ -182,7 +182,8 @@ class TrainConfig:
     logits: a folder of `molcli data cache-logits`, which stands for both data and parent in stages
         without data of their own; not for align, and at temperature 1 alone.
     tokens: training tokens in all. context_length: tokens in a packed row.
-    batch_size: rows in an optimiser step. micro_batch_size: rows in a forward pass.
+    batch_size: rows in an optimiser step. micro_batch_size: rows in a forward pass, at most: where
+        processes share a batch, each takes its rows at once if they are fewer.
     learning_rate: peak, for inherited weights; new_learning_rate for the router, thin_in and
         thin_out, and DeltaNet's gates and convolutions. Cosine to min_learning_rate_ratio of it.
     kl_weight: weight of the forward KL to the parent; ce_weight of the next-token loss.

@@ -6,6 +6,7 @@ from molcli.errors import MolError
 from molcli.io.data import check_data
 from molcli.model import MoLForCausalLM
 from molcli.stages.train.balance import routers
+from molcli.stages.train.steps import rows_at_once
 
 
 def check_stages(config: TrainConfig, stages: list[Stage], ranks: int, *, has_parent: bool) -> None:
@@ -15,8 +16,7 @@ def check_stages(config: TrainConfig, stages: list[Stage], ranks: int, *, has_pa
     stages: of `config`. ranks: processes that share a batch.
     """
     for number, stage in enumerate(stages):
-        settings = stage.settings
-        name = "train" if config.stages is None else f"train.stages.{number}"
+        settings, name = stage.settings, _name(config, number)
         if settings.logits is not None:
             _check_cached(name, stage)
         elif stage.kind != "pretrain" and not has_parent:
@@ -31,14 +31,26 @@ def check_stages(config: TrainConfig, stages: list[Stage], ranks: int, *, has_pa
             )
         else:
             check_data(settings.data)
-        share = settings.micro_batch_size * ranks
-        if settings.batch_size % share:
+    check_batches(config, stages, ranks)
+
+
+def check_batches(config: TrainConfig, stages: list[Stage], ranks: int) -> None:
+    """Raises MolError for a stage of `config` whose batch `ranks` processes cannot share."""
+    for number, stage in enumerate(stages):
+        settings, name = stage.settings, _name(config, number)
+        rows, at_once = settings.batch_size, rows_at_once(settings, ranks)
+        if rows % ranks or rows // ranks % at_once:
+            step = settings.micro_batch_size * ranks
             raise MolError(
-                f"`{name}.batch_size` is {settings.batch_size}, for {ranks} processes with a "
+                f"`{name}.batch_size` is {rows}, for {ranks} processes with a "
                 f"`{name}.micro_batch_size` of {settings.micro_batch_size}",
-                allowed=f"multiples of {share}",
-                hint=f"--set {name}.batch_size={-(-settings.batch_size // share) * share}",
+                allowed="the same number of rows for each, in micro-batches of one size",
+                hint=f"--set {name}.batch_size={-(-rows // step) * step}",
             )
+
+
+def _name(config: TrainConfig, number: int) -> str:
+    return "train" if config.stages is None else f"train.stages.{number}"
 
 
 def _check_cached(name: str, stage: Stage) -> None:

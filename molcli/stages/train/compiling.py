@@ -1,7 +1,6 @@
 """Whether a run's layers and loss are compiled, and its micro-batches recorded."""
 
 import torch
-from accelerate import Accelerator
 
 from molcli.config.sections import TrainConfig
 from molcli.model import MoLConfig
@@ -20,12 +19,14 @@ def worth_compiling(config: TrainConfig, tokens: int, device: torch.device) -> b
     return device.type == "cuda" and tokens >= COMPILED_FROM and same_top_k
 
 
-def worth_recording(config: TrainConfig, model: MoLConfig, accelerator: Accelerator) -> bool:
+def worth_recording(
+    config: TrainConfig, model: MoLConfig, device: torch.device, ranks: int
+) -> bool:
     """Whether compiled micro-batches are repeated from a CUDA graph (`GradientGraph`): not where
     processes wait for one another, where the disk or the largest position has a say, where layers
     run twice, or change, nor with Gated DeltaNet, whose gradients have not been seen in a graph.
     """
-    alone = accelerator.device.type == "cuda" and accelerator.num_processes == 1
+    alone = device.type == "cuda" and ranks == 1
     told = config.logits is not None or reads_positions_back(model)
     twice = config.gradient_checkpointing or config.start_top_k is not None
     recurrent = any(kind.endswith("gated_deltanet") for kind in model.layer_kinds)

@@ -17,14 +17,18 @@ from molcli.model.checkpoint import default_device, open_config
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.flops import training_flops
 from molcli.model.precision import matmul_dtype
-from molcli.stages.train.compiling import worth_compiling
+from molcli.stages.train.checks import check_batches
+from molcli.stages.train.compiling import worth_compiling, worth_recording
 from molcli.stages.train.optimizer import set_trainable
 from molcli.stages.train.sharding import keeps_whole
-from molcli.stages.train.steps import step_tokens, steps_of
+from molcli.stages.train.steps import rows_at_once, step_tokens, steps_of
 
 # Of a large matrix product's speed, what a step of many small ones gets: SmolLM2-135M on an
 # H100, and its last layers, the others frozen, on two CPU cores.
 _UTILISATION = {"cuda": 0.2, "cpu": 0.19}
+# Seconds that a layer's forward and backward pass take, its parent's with them, however few rows
+# they have, where no CUDA graph repeats them: SmolLM2-135M compiled on an H100.
+_LAUNCHES = 0.008
 _GEMM = {"cuda": 8192, "cpu": 1024}  # rows and columns of the product that is timed
 
 
@@ -62,13 +66,14 @@ def estimate(
 ) -> Estimate:
     """Of `train` with the same arguments on `ranks` such devices. Writes and trains nothing.
 
-    Raises MolError for a folder that is no checkpoint.
+    Raises MolError for a folder that is no checkpoint, and a batch that they cannot share.
     """
     model = open_config(checkpoint)
     dense = None if parent is None else MoLConfig(**parent.mol_config_kwargs())
     count, device = count_parameters(model), default_device()
     speed = _products_per_second(device, matmul_dtype(config, device)) * _UTILISATION[device.type]
     resolved = resolve(config, has_parent=parent is not None)
+    check_batches(config, resolved, ranks)
     tokens = sum(steps_of(s.settings) * step_tokens(s.settings) for s in resolved)
     # On a CPU they keep what eager ones do, as far as is known.
     compiled = device.type == "cuda" and worth_compiling(config, tokens, device)
@@ -93,6 +98,7 @@ def _stage(
     compiled: bool,
 ) -> StageEstimate:
     settings, align = stage.settings, stage.kind == "align"
+    at_once = rows_at_once(settings, ranks)
     parent = None if stage.kind == "pretrain" else dense
     trainable = _trainable(model, "mol" if align else settings.trainable)
     flops = training_flops(
@@ -106,7 +112,7 @@ def _stage(
     memory = training_memory(
         model,
         trainable=trainable,
-        tokens=settings.micro_batch_size * settings.context_length,
+        tokens=at_once * settings.context_length,
         product_bytes=matmul_dtype(settings, device).itemsize,
         parent=dense,  # in memory in every stage
         logits_at_once=LOGITS_AT_ONCE[device.type],
@@ -117,8 +123,17 @@ def _stage(
         whole=keeps_whole(settings, model, device, ranks),
     )
     steps = steps_of(settings)
-    seconds = steps * step_tokens(settings) * flops / speed
-    return StageEstimate(stage, steps, trainable, memory, flops, seconds)
+    seconds = step_tokens(settings) * flops / speed
+    recorded = compiled and not align and worth_recording(settings, model, device, ranks)
+    if device.type == "cuda" and not recorded:
+        seconds = max(seconds, launch_seconds(settings, model.num_hidden_layers, ranks))
+    return StageEstimate(stage, steps, trainable, memory, flops, steps * seconds)
+
+
+def launch_seconds(settings: TrainConfig, layers: int, ranks: int) -> float:
+    """What a step takes to launch on a GPU where no CUDA graph repeats it: the least it takes."""
+    micro_batches = settings.batch_size // (ranks * rows_at_once(settings, ranks))
+    return micro_batches * layers * _LAUNCHES
 
 
 def _trainable(config: MoLConfig, part: str) -> int:

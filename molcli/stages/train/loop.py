@@ -143,7 +143,9 @@ def train(
         if here is not None:
             refuse_another_run(here, identity)
         learned = teacher if stage.settings.logits is None else cache
-        graphs = compiled and worth_recording(stage.settings, model.config, accelerator)
+        graphs = compiled and worth_recording(
+            stage.settings, model.config, accelerator.device, accelerator.num_processes
+        )
         objective = _objective(stage, student, learned, compiled=compiled, graphs=graphs)
         if accelerator.is_main_process:
             out.mkdir(parents=True, exist_ok=True)

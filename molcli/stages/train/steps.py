@@ -52,6 +52,11 @@ def step_tokens(config: TrainConfig) -> int:
     return config.batch_size * config.context_length
 
 
+def rows_at_once(config: TrainConfig, ranks: int) -> int:
+    """Rows in a forward pass of one of `ranks` processes: no more than its share of the batch."""
+    return min(config.micro_batch_size, config.batch_size // ranks)
+
+
 def run_stage(
     run: Run,
     stage: Stage,

@@ -96,9 +96,9 @@ def test_a_model_that_waits_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> 
 def test_what_changes_or_waits_is_not_recorded(
     kind: str, processes: int, settings: dict[str, Any], worth: bool
 ) -> None:
-    accelerator: Any = SimpleNamespace(device=torch.device(kind), num_processes=processes)
     model = MoLConfig(num_hidden_layers=2, layer_kinds=["softmax", "dense"])
-    assert worth_recording(TrainConfig(**settings), model, accelerator) is worth
+    device = torch.device(kind)
+    assert worth_recording(TrainConfig(**settings), model, device, processes) is worth
 
 
 @pytest.mark.parametrize(
@@ -110,9 +110,9 @@ def test_what_changes_or_waits_is_not_recorded(
     ],
 )
 def test_models_that_are_not_recorded(settings: dict[str, Any]) -> None:
-    accelerator: Any = SimpleNamespace(device=torch.device("cuda"), num_processes=1)
     shape = {"num_hidden_layers": 2, "layer_kinds": ["softmax", "dense"]}
-    assert not worth_recording(TrainConfig(), MoLConfig(**(shape | settings)), accelerator)
+    model = MoLConfig(**(shape | settings))
+    assert not worth_recording(TrainConfig(), model, torch.device("cuda"), 1)
 
 
 def packed_rows(vocabulary: int) -> TokenRows:

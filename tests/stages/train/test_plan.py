@@ -13,9 +13,10 @@ from molcli.config.ranges import validate
 from molcli.config.recipe import load_recipe
 from molcli.config.sections import Recipe, TrainConfig
 from molcli.config.stages import resolve
+from molcli.errors import MolError
 from molcli.io.parent import Parent
 from molcli.model import MoLConfig
-from molcli.stages.train.estimate import estimate
+from molcli.stages.train.estimate import estimate, launch_seconds
 from molcli.stages.train.plan import Situation, plan
 from molcli.stages.train.steps import step_tokens
 
@@ -75,6 +76,17 @@ def test_an_estimate_has_every_stage(tiny_mol: Callable[..., Path], dense_parent
     assert with_parent.memory.parent > 0
     frozen = estimate(checkpoint, TrainConfig(trainable="mol"), None).stages[0]
     assert frozen.memory.gradients == 4 * frozen.trainable < one.memory.gradients
+
+
+def test_a_step_is_launched_once_for_each_micro_batch_of_a_process() -> None:
+    settings = TrainConfig(batch_size=32, micro_batch_size=8)
+    assert launch_seconds(settings, 30, 1) == 2 * launch_seconds(settings, 30, 2)
+    assert launch_seconds(settings, 30, 4) == launch_seconds(settings, 30, 8) > 0
+
+
+def test_an_estimate_refuses_what_training_refuses(tiny_mol: Callable[..., Path]) -> None:
+    with pytest.raises(MolError, match=r"batch_size. is 16, for 3 processes"):
+        estimate(tiny_mol(), TrainConfig(), None, ranks=3)
 
 
 def molcli(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:

@@ -102,7 +102,11 @@ def test_two_ranks_learn_what_one_learns(
     # Two micro-batches a step on each rank, of which the first exchanges nothing.
     once = replace(recipe, train=replace(again, sharding="optimizer"))
     save_recipe(once, tmp_path / "once-stages.yaml")
-    arguments = [checkpoint, data, dense_parent.folder]
+    # A process's share is fewer rows, two, than it may take at once.
+    wide = [replace(recipe, train=replace(recipe.train, micro_batch_size=n)) for n in (2, 4)]
+    train(checkpoint, tmp_path / "one-wide", data, wide[0])
+    save_recipe(wide[1], tmp_path / "wide.yaml")
+    arguments = [checkpoint, data, dense_parent.folder, "wide.yaml", "two-wide", "fresh"]
     arguments += ["recipe.yaml", "two", "fresh", "stages.yaml", "two-staged", "fresh"]
     arguments += ["recipe.yaml", "two-resumed", "resume"]
     arguments += ["recipe.yaml", "two-stopped", "stop", "recipe.yaml", "two-stopped", "resume"]
@@ -113,6 +117,7 @@ def test_two_ranks_learn_what_one_learns(
         compare(tmp_path / "one-staged", tmp_path / two)
     for two in ("two", "two-resumed", "two-stopped"):
         compare(tmp_path / "one", tmp_path / two)
+    compare(tmp_path / "one-wide", tmp_path / "two-wide")
     # Model and moments are cut in two, shared blocks and the dense layer with them.
     parts = (tmp_path / "two" / "checkpoints" / "step-00000004").glob("*.distcp")
     smaller, larger = sorted(part.stat().st_size for part in parts)
