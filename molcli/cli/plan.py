@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -118,6 +118,8 @@ def _table(found: "Plan") -> "Table":
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
+    from molcli.stages.plan import PRESETS
+
     gpu = found.gpu
     table = Table(
         title=f"Parent: {found.parent_total / 1e6:,.1f}M parameters, "
@@ -135,7 +137,7 @@ def _table(found: "Plan") -> "Table":
     for name in (["KL"] if forecast else []) + names:
         table.add_column(name, justify="right", no_wrap=True)
     for c in found.candidates:
-        name = c.name if "×" in c.name else f"{c.name}, {_shapes(c.settings)}"
+        name = f"{c.name}, {_shapes(c.settings)}" if c.name in PRESETS else c.name
         cells = [
             name if c.name != found.recommended else f"[bold]{name}[/bold]",
             _count_of(c.total),
@@ -151,7 +153,7 @@ def _table(found: "Plan") -> "Table":
     return table
 
 
-def _shapes(settings: dict[str, int]) -> str:
+def _shapes(settings: dict[str, Any]) -> str:
     wide = settings.get("d_thin_shared"), settings.get("d_ff_thin_shared")
     thin = settings["d_thin"], settings["d_ff_thin"]
     return ", ".join(f"{width}×{neurons}" for width, neurons in (wide, thin) if width)

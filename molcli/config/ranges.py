@@ -50,15 +50,15 @@ def _upcycle(c: UpcycleConfig) -> None:
     if c.layers == "auto" and c.method != "fitted":
         raise MolError(
             f"`upcycle.layers` is auto, `upcycle.method` {c.method}: auto compares fits",
-            allowed="all or a list of layers, where nothing is fitted",
-            hint="upcycle.layers=all",
+            allowed="all, middle or a list of layers, where nothing is fitted",
+            hint="upcycle.layers=middle",
         )
     if not isinstance(c.gated_deltanet, str):
         _indices("upcycle.gated_deltanet", c.gated_deltanet)
-        if c.layers == "auto":
+        if c.layers in ("middle", "auto"):
             raise MolError(
-                f"`upcycle.gated_deltanet` is {c.gated_deltanet}, `upcycle.layers` auto, which may "
-                "keep these dense",
+                f"`upcycle.gated_deltanet` is {c.gated_deltanet}, `upcycle.layers` {c.layers}, "
+                "which may keep these dense",
                 allowed="all, none, every:N or auto, among the layers that upcycle.layers takes",
                 hint="upcycle.gated_deltanet=auto",
             )

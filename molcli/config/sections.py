@@ -31,10 +31,11 @@ class UpcycleConfig:
         neurons; its query heads, at most the parent's. null leaves them to the preset.
     d_thin_shared, d_ff_thin_shared, num_heads_shared: the same of a shared block; where another
         number is set, null is as in a routed one.
-    layers: which parent layers become Mixture of Layers: "all", a list of indices, or "auto": those
-        that cost least. The cost of a layer is KL(parent || model) with that layer alone converted,
-        its attention softmax, on calibration text kept from its fit.
-    layers_budget: share of the parent's layers that "auto" takes.
+    layers: which parent layers become Mixture of Layers: "all", a list of indices, "middle": those
+        halfway between input and output, or "auto": those that cost least. The cost of a layer is
+        KL(parent || model) with that layer alone converted, its attention softmax, on calibration
+        text kept from its fit.
+    layers_budget: share of the parent's layers that "middle" and "auto" take.
     gated_deltanet: layers whose routed blocks use Gated DeltaNet instead of softmax attention:
         "all", "none", "every:N" (of N neighbouring ones the last), a list of layers, or "auto":
         those that cost least. The cost of a layer is what it adds to KL(parent || model) with that
@@ -60,7 +61,7 @@ class UpcycleConfig:
     d_thin_shared: int | None = None
     d_ff_thin_shared: int | None = None
     num_heads_shared: int | None = None
-    layers: Literal["all", "auto"] | list[int] = "all"
+    layers: Literal["all", "middle", "auto"] | list[int] = "all"
     layers_budget: float = 0.5
     gated_deltanet: LayerChoice = "none"
     gated_deltanet_budget: float = 0.5

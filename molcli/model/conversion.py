@@ -44,7 +44,7 @@ def converted_config(dense: dict[str, Any], options: UpcycleConfig) -> MoLConfig
     else:
         thin = _thin_shape(options, shape, options.num_shared_blocks + top_k)
     converted = set(range(layers))
-    if options.layers == "auto":
+    if options.layers in ("middle", "auto"):
         converted = set(middle_layers(layers, options.layers_budget))
     elif not isinstance(options.layers, str):
         converted = set(options.layers)

@@ -6,6 +6,7 @@ statistics and the parent's weights, the spectra of what its layers read forecas
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from math import ceil
 from typing import Any, Literal
 
 import torch
@@ -16,7 +17,7 @@ from molcli.errors import MolError
 from molcli.maths.parameters import count_parameters
 from molcli.maths.shapes import DenseShape, ThinShape, split_shapes, thin_shape, widths_near
 from molcli.model.configuration_mol import MoLConfig
-from molcli.model.conversion import converted_config, dense_shape
+from molcli.model.conversion import ACTIVE_SHARE, converted_config, dense_shape
 from molcli.model.costs import Cost, Gpu, conversion_cost, parent_of, training_cost
 from molcli.model.flops import count_flops
 from molcli.model.predictors import FORECAST, predictors
@@ -95,7 +96,7 @@ def plan(
         found.append(
             Candidate(
                 name=name,
-                settings=_settings(config),
+                settings=_settings(config, options),
                 total=count.total,
                 active=count.active,
                 share=(count.active - count.embedding) / parent.non_embedding,
@@ -132,7 +133,10 @@ def _shapes(
     )
     for preset in PRESETS:
         yield preset, replace(free, preset=preset)
-    found = [*_split(free, dense_shape(dense), share), *_alike(free, dense_shape(dense), share)]
+    shape = dense_shape(dense)
+    found = [*_split(free, shape, share), *_alike(free, shape, share)]
+    if options.layers == "all":
+        found = [*_of_some_layers(free, dense["num_hidden_layers"], share), *found]
     if not found:
         raise MolError(
             f"--active is {share:.1%}, which leaves no room for neurons beside the parent's heads",
@@ -140,6 +144,20 @@ def _shapes(
             hint="--active 50%",
         )
     yield from found
+
+
+def _of_some_layers(
+    free: UpcycleConfig, layers: int, share: float
+) -> Iterator[tuple[str, UpcycleConfig]]:
+    """Presets below the share, in as many of the middle layers as they take; the others stay
+    dense."""
+    for preset in PRESETS:
+        saved = 1 - ACTIVE_SHARE[preset]
+        few = ceil(layers * (1 - share) / saved)
+        if 0 < few < layers:
+            budget = round(few / layers, 4)
+            options = replace(free, preset=preset, layers="middle", layers_budget=budget)
+            yield f"{preset} in {few} of {layers} layers", options
 
 
 def _split(
@@ -192,7 +210,8 @@ def _with_blocks(
     )
 
 
-def _settings(config: MoLConfig) -> dict[str, int]:
+def _settings(config: MoLConfig, options: UpcycleConfig) -> dict[str, Any]:
+    middle = {"layers": "middle", "layers_budget": options.layers_budget}
     own = {
         "d_thin_shared": config.d_thin_shared,
         "d_ff_thin_shared": config.d_ff_thin_shared,
@@ -206,6 +225,7 @@ def _settings(config: MoLConfig) -> dict[str, int]:
         "d_ff_thin": config.d_ff_thin,
         "num_heads_thin": config.thin_num_attention_heads,
         **{key: number for key, number in own.items() if number is not None},
+        **(middle if options.layers == "middle" else {}),
     }
 
 

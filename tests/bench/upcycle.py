@@ -30,7 +30,6 @@ from lines import Lines
 from molcli.cli.plan import parse_count
 from molcli.config.sections import Recipe
 from molcli.io.parent import open_parent
-from molcli.model.conversion import middle_layers
 
 BASELINES = "pca", "svd", "random", "skipped", "depth_pruned"
 
@@ -42,9 +41,7 @@ def default_cases(layers: int) -> list[Case]:
         "75%:preset=quality",
         f"upper-half:layers={list(range(layers // 2, layers))}",
         f"every-other:layers={list(range(1, layers, 2))}",
-        # Converted alone, the first layers and the last ones of SmolLM2-135M cost up to 20 times as
-        # much as those between: half of the layers are its layers 8 to 22.
-        f"middle:layers={list(middle_layers(layers, 0.5))}",
+        "middle:layers=middle",
         "auto:layers=auto",
         *(f"{method}:method={method}" for method in BASELINES),
     ]

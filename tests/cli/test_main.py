@@ -121,7 +121,7 @@ def test_the_users_error_is_told_in_three_lines(
     assert status == 2
     assert text.splitlines() == [
         "error: `upcycle.layers` is [0, 'x']",
-        "allowed: all, auto or a list of integers such as [0, 2]",
+        "allowed: all, middle, auto or a list of integers such as [0, 2]",
     ]
     status, text = stopped(monkeypatch, capsys, "upcycle", "P", "O", "--set", "upcyle.layers=all")
     assert text.splitlines()[-1] == "try: upcycle"

@@ -101,8 +101,8 @@ DATA = "text or a mapping to numbers such as {a.jsonl: 0.7, b.txt: 0.3} or null"
         ("upcycle.num_blocks='9'", "an integer"),
         ("upcycle.num_blocks=", "an integer"),
         ("upcycle.d_thin=wide", "an integer or null"),
-        ("upcycle.layers=[0, true]", "all, auto or a list of integers such as [0, 2]"),
-        ("upcycle.layers=3", "all, auto or a list of integers such as [0, 2]"),
+        ("upcycle.layers=[0, true]", "all, middle, auto or a list of integers such as [0, 2]"),
+        ("upcycle.layers=3", "all, middle, auto or a list of integers such as [0, 2]"),
         ("train.data={a.txt: much}", DATA),
         ("calibrate.data=7", DATA),
         ("train.learning_rate=true", "a finite number"),
@@ -173,11 +173,12 @@ def test_gated_deltanet_may_not_name_a_dense_layer() -> None:
     assert "[3]" in error.found
 
 
-def test_gated_deltanet_may_not_name_a_layer_that_auto_may_keep_dense() -> None:
-    error = refusal("upcycle.layers=auto", "upcycle.gated_deltanet=[2, 3]")
+@pytest.mark.parametrize("layers", ["middle", "auto"])
+def test_gated_deltanet_may_not_name_a_layer_that_may_stay_dense(layers: str) -> None:
+    error = refusal(f"upcycle.layers={layers}", "upcycle.gated_deltanet=[2, 3]")
     assert "may keep these dense" in error.found
     assert error.hint is not None
-    load_recipe(None, ["upcycle.layers=auto", error.hint])
+    load_recipe(None, [f"upcycle.layers={layers}", error.hint])
 
 
 @pytest.mark.parametrize("method", ["random", "svd", "pca"])

@@ -1,6 +1,6 @@
 """From recipe and parent to the converted model's shape, without any weights."""
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -165,11 +165,14 @@ def test_an_unknown_preset_is_refused() -> None:
     assert caught.value.hint == "upcycle.preset=quality"
 
 
+@pytest.mark.parametrize("layers", ["middle", "auto"])
 @pytest.mark.parametrize("count, budget", [(30, 0.5), (1, 0.5), (1, 1.0), (4, 0.0), (5, 0.7)])
-def test_before_auto_measures_it_counts_as_many_layers(count: int, budget: float) -> None:
-    """Neighbours, with as many layers above them as below, or one fewer."""
+def test_the_middle_stands_for_auto_until_that_measures(
+    layers: Literal["middle", "auto"], count: int, budget: float
+) -> None:
+    """As many layers: neighbours, with as many above them as below, or one fewer."""
     dense = PARENTS["SmolLM2-135M"] | {"num_hidden_layers": count}
-    kinds = converted_config(dense, UpcycleConfig(layers="auto", layers_budget=budget)).layer_kinds
+    kinds = converted_config(dense, UpcycleConfig(layers=layers, layers_budget=budget)).layer_kinds
     taken = [i for i, kind in enumerate(kinds) if kind != "dense"]
     assert len(taken) == len(cheapest(dict.fromkeys(range(count), 0.0), budget))
     if taken:

@@ -34,7 +34,7 @@ DENSE = {name: value for name, value in SMOLLM2.items() if name != "dtype"}
 def test_candidates_keep_to_the_share_and_say_how_to_make_them() -> None:
     found = plan(SMOLLM2, Recipe(), 0.6, 10**6, GPUS["h100"])
     assert [c.name for c in found.candidates[:3]] == list(PRESETS)
-    assert len(found.candidates) == 3 + 2 + 6
+    assert len(found.candidates) == 3 + 2 + 2 + 6
     for candidate in found.candidates:
         config = converted_config(DENSE, UpcycleConfig(**candidate.settings))
         count = count_parameters(config)
@@ -43,6 +43,31 @@ def test_candidates_keep_to_the_share_and_say_how_to_make_them() -> None:
         assert candidate.name in PRESETS or 0.57 <= candidate.share <= 0.61
     assert found.parent_total == count_parameters(parent_of(config)).total
     assert found.recommended == found.candidates[3].name
+
+
+@pytest.mark.parametrize(
+    ("share", "some"),
+    [
+        (0.8, {"quality in 24 of 30", "balanced in 13 of 30", "fast in 10 of 30"}),
+        (0.6, {"balanced in 26 of 30", "fast in 20 of 30"}),
+        (0.5, {"fast in 24 of 30"}),
+        (0.3, set()),
+    ],
+)
+def test_presets_below_the_share_fit_some_layers(share: float, some: set[str]) -> None:
+    """As many of them as bring the model down to it, and no more."""
+    found = plan(SMOLLM2, Recipe(), share, 10**6, GPUS["h100"]).candidates
+    partial = [c for c in found if "layers" in c.settings]
+    assert {c.name.removesuffix(" layers") for c in partial} == some
+    for candidate in partial:
+        fewer = replace(
+            UpcycleConfig(**candidate.settings),
+            layers_budget=candidate.settings["layers_budget"] - 1 / 30,
+        )
+        assert candidate.share <= share + 0.01  # a layer's share differs a little from its preset's
+        count = count_parameters(converted_config(DENSE, fewer))
+        parent = count_parameters(parent_of(converted_config(DENSE, fewer)))
+        assert (count.active - count.embedding) / parent.non_embedding > share
 
 
 def test_only_layers_and_mixers_of_the_recipe_count() -> None:
