@@ -28,6 +28,11 @@ def resolve(train: TrainConfig, *, has_parent: bool) -> list[Stage]:
     return [Stage(stage.kind, merged(train, stage)) for stage in train.stages]
 
 
+def section(train: TrainConfig, number: int) -> str:
+    """Where in a recipe a stage's own values are: what its keys are called."""
+    return "train" if train.stages is None else f"train.stages.{number}"
+
+
 def merged(train: TrainConfig, stage: StageConfig) -> TrainConfig:
     """The train section as it counts in this stage. Its own data leaves no use for `logits`."""
     own = {field.name: getattr(stage, field.name) for field in fields(stage)}

@@ -150,8 +150,9 @@ def _of_some_layers(
     free: UpcycleConfig, layers: int, share: float
 ) -> Iterator[tuple[str, UpcycleConfig]]:
     """Presets below the share, in as many of the middle layers as they take; the others stay
-    dense."""
-    for preset in PRESETS:
+    dense. Of SmolLM2-135M, the thinner in fewer layers keep more right after conversion
+    (tests/bench/results/shared-shape.md)."""
+    for preset in reversed(PRESETS):
         saved = 1 - ACTIVE_SHARE[preset]
         few = ceil(layers * (1 - share) / saved)
         if 0 < few < layers:

@@ -1,7 +1,7 @@
 """What can be refused before any work."""
 
 from molcli.config.sections import TrainConfig
-from molcli.config.stages import Stage
+from molcli.config.stages import Stage, section
 from molcli.errors import MolError
 from molcli.io.data import check_data
 from molcli.model import MoLForCausalLM
@@ -16,7 +16,7 @@ def check_stages(config: TrainConfig, stages: list[Stage], ranks: int, *, has_pa
     stages: of `config`. ranks: processes that share a batch.
     """
     for number, stage in enumerate(stages):
-        settings, name = stage.settings, _name(config, number)
+        settings, name = stage.settings, section(config, number)
         if settings.logits is not None:
             _check_cached(name, stage)
         elif stage.kind != "pretrain" and not has_parent:
@@ -37,7 +37,7 @@ def check_stages(config: TrainConfig, stages: list[Stage], ranks: int, *, has_pa
 def check_batches(config: TrainConfig, stages: list[Stage], ranks: int) -> None:
     """Raises MolError for a stage of `config` whose batch `ranks` processes cannot share."""
     for number, stage in enumerate(stages):
-        settings, name = stage.settings, _name(config, number)
+        settings, name = stage.settings, section(config, number)
         rows, at_once = settings.batch_size, rows_at_once(settings, ranks)
         if rows % ranks or rows // ranks % at_once:
             step = settings.micro_batch_size * ranks
@@ -47,10 +47,6 @@ def check_batches(config: TrainConfig, stages: list[Stage], ranks: int) -> None:
                 allowed="the same number of rows for each, in micro-batches of one size",
                 hint=f"--set {name}.batch_size={-(-rows // step) * step}",
             )
-
-
-def _name(config: TrainConfig, number: int) -> str:
-    return "train" if config.stages is None else f"train.stages.{number}"
 
 
 def _check_cached(name: str, stage: Stage) -> None:

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from molcli.config.sections import TrainConfig
-from molcli.config.stages import Stage
+from molcli.config.stages import Stage, section
 from molcli.errors import MolError
 from molcli.stages.train.state import Checkpoint
 
@@ -28,7 +28,7 @@ def run_identity(
     """
     identity: dict[str, Any] = {"the checkpoint": checkpoint, "the parent": parent}
     for number, stage in enumerate(stages):
-        name = "train" if config.stages is None else f"train.stages.{number}"
+        name = section(config, number)
         identity[f"`{name}.kind`"] = stage.kind
         settings = asdict(replace(stage.settings, stages=None))
         identity |= {f"`{name}.{k}`": v for k, v in settings.items() if k not in _FREE_SETTINGS}
