@@ -49,11 +49,11 @@ def main() -> None:
     length, count = recipe.train.context_length, args.rows * accelerator.num_processes
     documents = torch.randint(recipe.model.vocab_size, (2 * count * length,), dtype=torch.int32)
     rows = pack(list(documents.split(length // 2)), length, seed=0)
-    micro = min(args.rows, recipe.train.micro_batch_size)
 
     def step(number: int) -> None:
         index = torch.arange(count) + (number % 2) * count
-        objective.backward(micro_batches(rows, index, micro, accelerator), accelerator)
+        batches = micro_batches(rows, index, recipe.train.micro_batch_size, accelerator)
+        objective.backward(batches, accelerator)
         update(model, optimizer, 1.0, accelerator)
         student.loads.update(1e-3, accelerator)
         optimizer.zero_grad()
