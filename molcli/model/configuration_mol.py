@@ -48,7 +48,7 @@ class MoLConfig(PreTrainedConfig):
     """
 
     model_type = "mol"
-    keys_to_ignore_at_inference = ["past_key_values", "router_logits", "routing"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "router_logits", "routing"]
 
     def __init__(
         self,
@@ -132,6 +132,16 @@ class MoLConfig(PreTrainedConfig):
     @property
     def num_routed_blocks(self) -> int:
         return self.num_blocks - self.num_shared_blocks
+
+    @property
+    def num_experts(self) -> int:
+        """`num_routed_blocks`, by the name that transformers' and trl's balance losses read."""
+        return self.num_routed_blocks
+
+    @property
+    def num_experts_per_tok(self) -> int:
+        """`num_blocks_per_tok`, by the name that transformers' and trl's balance losses read."""
+        return self.num_blocks_per_tok
 
     def is_dense(self, layer: int) -> bool:
         """Whether layer `layer` is one full-width block."""

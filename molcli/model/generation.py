@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from molcli.model.forward_inputs import CACHE_FIELD
 from molcli.model.static_cache import MoLStaticCache, StaticStore
 
 # Lengths are rounded up to this, so that prompts of about one length share tensors and graph.
@@ -57,8 +58,55 @@ class StepGraph:
         return self.logits
 
 
+# Ways to generate that take tokens back from the cache, and what to use instead of them.
+_TAKES_BACK = ("prompt_lookup_num_tokens", "assistant_early_exit", "penalty_alpha", "dola_layers")
+_CACHES = (None, "dynamic", "static")
+
+
 class MoLGenerationMixin(GenerationMixin):
     """`generate`, with `cache_implementation="static"`."""
+
+    def generate(
+        self: Any,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate as transformers does, and refuse what a recurrent state cannot do.
+
+        Raises:
+            ValueError: for assisted, contrastive and similar decoding, which takes tokens back, and
+                for caches other than the growing and the static one.
+        """
+        asked = kwargs.get("assistant_model") is not None
+        for config in (self.generation_config, generation_config):
+            asked |= any(kwargs.get(n, getattr(config, n, None)) is not None for n in _TAKES_BACK)
+        if asked:
+            raise ValueError(
+                "assisted and contrastive decoding take tokens back, which a recurrent state "
+                "cannot; leave assistant_model, prompt_lookup_num_tokens, penalty_alpha and the "
+                "like out: sampling and beam search work"
+            )
+        config = self.generation_config if generation_config is None else generation_config
+        chosen = kwargs.get("cache_implementation", config.cache_implementation)
+        if chosen not in _CACHES:
+            raise ValueError(
+                f"cache_implementation={chosen!r} has no place for the states of thin blocks; use "
+                '"static", or leave it out for a cache that grows'
+            )
+        parent: Any = super()
+        return parent.generate(inputs, generation_config, *args, **kwargs)
+
+    def generate_batch(self, *_: Any, **__: Any) -> NoReturn:
+        """Refuse continuous batching, whose paged cache has no place for the states of blocks."""
+        raise NotImplementedError(
+            "continuous batching is not supported; call generate with a left-padded batch"
+        )
+
+    def init_continuous_batching(self, *_: Any, **__: Any) -> NoReturn:
+        """Refuse continuous batching, as `generate_batch` does."""
+        self.generate_batch()
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self: Any,
@@ -70,7 +118,7 @@ class MoLGenerationMixin(GenerationMixin):
     ) -> None:
         """As transformers, whose later releases let the caller ask for `max_cache_len` too."""
         static = generation_config.cache_implementation == "static"
-        fresh = model_kwargs.get("past_key_values") is None
+        fresh = model_kwargs.get(CACHE_FIELD) is None
         if not (static and fresh) or generation_config.use_cache is False:
             parent: Any = super()
             parent._prepare_cache_for_generation(
@@ -79,7 +127,7 @@ class MoLGenerationMixin(GenerationMixin):
             return
         copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         length = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
-        model_kwargs["past_key_values"] = static_cache(self, batch_size * copies, length)
+        model_kwargs[CACHE_FIELD] = static_cache(self, batch_size * copies, length)
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -99,19 +147,17 @@ class MoLGenerationMixin(GenerationMixin):
 
         def call(
             input_ids: Tensor | None = None,
-            past_key_values: Any = None,
             attention_mask: Tensor | None = None,
             position_ids: Tensor | None = None,
             **kwargs: Any,
         ) -> Any:
-            cache = past_key_values
+            cache = kwargs.get(CACHE_FIELD)
             one = input_ids is not None and input_ids.shape[1] == 1
             if not (one and isinstance(cache, MoLStaticCache) and cache.store.warm):
                 if one and isinstance(cache, MoLStaticCache):
                     cache.store.warm = True  # kernels are compiled now, not while recording
                 return model(
                     input_ids=input_ids,
-                    past_key_values=cache,
                     attention_mask=attention_mask,
                     position_ids=position_ids,
                     **kwargs,
@@ -123,7 +169,8 @@ class MoLGenerationMixin(GenerationMixin):
                 store.graph = StepGraph(model, store)
             logits = store.graph(input_ids, position_ids, attention_mask, store.clock.counts)
             cache.clock.seen += 1
-            return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+            found: dict[str, Any] = {CACHE_FIELD: cache}
+            return CausalLMOutputWithPast(logits=logits, **found)
 
         return call
 

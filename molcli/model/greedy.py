@@ -17,8 +17,7 @@ def continue_greedily(
     prompt: at least one token. The text ends early at an end-of-text token.
     """
     ids = torch.tensor([prompt], device=model.device)
-    # transformers types the receiver as a protocol that none of its own models satisfies.
-    out = model.generate(  # type: ignore[misc]
+    out = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=new_tokens,

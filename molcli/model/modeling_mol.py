@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.utils import can_return_tuple
 
 from molcli.kernels.rows import all_rows
 from molcli.maths.balance import cv_squared
@@ -17,6 +18,17 @@ from molcli.model.branch import Branch
 from molcli.model.cache import MoLCache
 from molcli.model.compiled import compile_layers
 from molcli.model.configuration_mol import MoLConfig
+from molcli.model.forward_inputs import (
+    CACHE_FIELD,
+    IGNORED,
+    LOSS,
+    PACKED,
+    check_mask,
+    given_cache,
+    packed_documents,
+    refuse_attentions,
+    refuse_unknown,
+)
 from molcli.model.gated_deltanet import StackedGatedDeltaNet
 from molcli.model.generation import MoLGenerationMixin
 from molcli.model.graphs import ForwardGraphs
@@ -29,25 +41,33 @@ from molcli.model.tokens import token_stream
 
 
 @dataclass
-class MoLModelOutput(ModelOutput):
-    """last_hidden_state: (B, T, d_model). routing: one per MoL layer that routes.
-    router_logits: those layers' (n, R) float32 logits, where asked for."""
+class MoLModelOutput(MoeModelOutputWithPast):
+    """The outputs of `MoLModel`, transformers' own and the routing.
 
-    last_hidden_state: Tensor | None = None
-    past_key_values: MoLCache | None = None
-    router_logits: tuple[Tensor, ...] | None = None
+    Args:
+        last_hidden_state: (B, T, d_model), zeros at padding.
+        hidden_states: the input of each layer and, last, the final norm's output, each (B, T,
+            d_model), where asked for.
+        router_logits: of each layer that routes, (B * T, R) float32, zeros at padding, where asked
+            for.
+        routing: of each layer that routes, its decisions about the tokens that are not padding.
+    """
+
     routing: tuple[Routing, ...] | None = None
 
 
 @dataclass
-class MoLCausalLMOutput(ModelOutput):
-    """logits: (B, T or logits_to_keep, V). aux_loss: the balance loss, part of loss."""
+class MoLCausalLMOutput(MoeCausalLMOutputWithPast):
+    """The outputs of `MoLForCausalLM`, transformers' own and the routing.
 
-    loss: Tensor | None = None
-    aux_loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: MoLCache | None = None
-    router_logits: tuple[Tensor, ...] | None = None
+    Args:
+        loss: next-token loss, where labels are given, with the balance loss where router logits
+            are asked for.
+        aux_loss: the balance loss, where router logits are asked for.
+        logits: (B, T or logits_to_keep, V).
+        hidden_states, router_logits, routing: as in `MoLModelOutput`.
+    """
+
     routing: tuple[Routing, ...] | None = None
 
 
@@ -122,6 +142,7 @@ class MoLModel(MoLPreTrainedModel):
         self.run_layer: Any = operator.call  # `ForwardGraphs` calls layers in another way
         self.post_init()
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -129,61 +150,109 @@ class MoLModel(MoLPreTrainedModel):
         position_ids: Tensor | None = None,
         past_key_values: MoLCache | None = None,
         inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        *,
+        cache: MoLCache | None = None,
         document_ids: Tensor | None = None,
         num_documents: int | None = None,
-        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         output_router_logits: bool | None = None,
+        **kwargs: Any,
     ) -> MoLModelOutput:
-        """input_ids: (B, T). attention_mask: (B, past + T), 0 where padded. document_ids: (B, T),
-        packed documents as runs of one id: attention, convolution and state stay inside them.
-        num_documents: how many runs, if the caller knows; counting them waits for the device.
+        """Compute the final hidden states of a batch.
+
+        Args:
+            input_ids: (B, T) int64; or inputs_embeds: (B, T, d_model).
+            attention_mask: (B, past + T), 0 at padding.
+            position_ids: (B or 1, T); documents packed into a row start again at 0.
+            past_key_values, cache: a cache that an earlier call returned, under either name.
+            use_cache: whether to return a cache; None is the configuration's choice, and none in
+                training or for packed documents.
+            document_ids: (B, T) int, packed documents as runs of one number. Attention,
+                convolutions and states stay inside a document.
+            num_documents: how many runs there are, if the caller knows; counting waits for the
+                device.
+            output_hidden_states, output_router_logits: whether the output has them; None is the
+                configuration's choice.
+            kwargs: `cu_seq_lens_q`, `cu_seq_lens_k` or `seq_idx`, boundaries of packed documents.
+
+        Raises:
+            TypeError: for an unknown keyword, or a cache of another kind.
+            ValueError: for attention weights, for a mask of pairs of tokens, and for a cache
+                together with packed documents.
         """
+        refuse_unknown(kwargs, IGNORED | PACKED)
+        config = self.config
+        wanted = config.output_attentions if output_attentions is None else output_attentions
+        refuse_attentions(wanted)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        cache = past_key_values
-        if isinstance(cache, MoLStaticCache):
-            cache.clock.room_for(embeds.shape[0], embeds.shape[1])
-            if embeds.shape[1] == 1 and document_ids is None and not torch.is_grad_enabled():
-                return self._one_step(embeds, cache, attention_mask, position_ids)
-        if use_cache and cache is None and not self.training:
-            cache = MoLCache(self.config)
+        shape = embeds.shape[0], embeds.shape[1]
+        held = given_cache(past_key_values, cache)
+        past_length = 0 if held is None else held.seen
+        check_mask(attention_mask, shape[0], past_length + shape[1])
+        if document_ids is None:
+            document_ids = packed_documents(shape, kwargs)
+        with_logits, with_hidden = output_router_logits, output_hidden_states
+        with_logits = config.output_router_logits if with_logits is None else with_logits
+        with_hidden = config.output_hidden_states if with_hidden is None else with_hidden
+        if isinstance(held, MoLStaticCache):
+            held.clock.room_for(*shape)
+            plain = document_ids is None and not with_hidden and not torch.is_grad_enabled()
+            if shape[1] == 1 and plain:
+                return self._one_step(embeds, held, attention_mask, position_ids, with_logits)
         stream = token_stream(
-            (embeds.shape[0], embeds.shape[1]),
+            shape,
             embeds.device,
-            past_length=0 if cache is None else cache.seen,
+            past_length=past_length,
             attention_mask=attention_mask,
             position_ids=position_ids,
             document_ids=document_ids,
             num_documents=num_documents,
         )
+        if stream.packed and (held is not None or use_cache):
+            raise ValueError(
+                "packed documents cannot fill a cache; call without one and with use_cache=False, "
+                "or give each document a row of its own"
+            )
+        if use_cache is None:
+            use_cache = config.use_cache and not self.training and not stream.packed
+        if self.gradient_checkpointing and self.training and (use_cache or held is not None):
+            raise ValueError(
+                "gradient checkpoints compute a layer twice, and a cache would hold its tokens "
+                "twice; call with use_cache=False and without a cache"
+            )
+        if use_cache and held is None:
+            held = MoLCache(config)
         x = stream.flatten(embeds)
         cos, sin = self.rotary_emb(x, stream.position[None])
         rotary = cos[0], sin[0]
-        shape = stream.document, stream.num_documents
+        sizes = stream.document, stream.num_documents
         rows = {
-            count: all_rows(*shape, count, stream.length)
-            for count in {1, self.config.num_shared_blocks} - {0}
+            count: all_rows(*sizes, count, stream.length)
+            for count in {1, config.num_shared_blocks} - {0}
         }
-        routings = []
+        routings, hidden = [], []
         for i, layer in enumerate(self.layers):
-            always = rows[1 if self.config.is_dense(i) else max(1, self.config.num_shared_blocks)]
-            states = None if cache is None else cache.layers[i]
+            always = rows[1 if config.is_dense(i) else max(1, config.num_shared_blocks)]
+            states = None if held is None else held.layers[i]
+            if with_hidden:
+                hidden.append(stream.unflatten(x))
             x, routing = self.run_layer(layer, x, always, rotary, stream, states)
             if routing is not None:
                 routings.append(routing)
-        if cache is not None:
-            cache.advance(stream)
-        wanted = output_router_logits
-        if wanted is None:
-            wanted = self.config.output_router_logits
-        return MoLModelOutput(
-            last_hidden_state=stream.unflatten(self.norm(x)),
-            past_key_values=cache,
-            router_logits=tuple(r.logits for r in routings) if wanted else None,
-            routing=tuple(routings),
-        )
+        if held is not None:
+            held.advance(stream)
+        last = stream.unflatten(self.norm(x))
+        found: dict[str, Any] = {CACHE_FIELD: held}
+        if with_hidden:
+            found["hidden_states"] = (*hidden, last)
+        if with_logits:
+            logits = (stream.unflatten(r.logits).flatten(0, 1) for r in routings)
+            found["router_logits"] = tuple(logits)
+        return MoLModelOutput(last_hidden_state=last, routing=tuple(routings), **found)
 
     def _one_step(
         self,
@@ -191,6 +260,7 @@ class MoLModel(MoLPreTrainedModel):
         cache: MoLStaticCache,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
+        with_logits: bool,
     ) -> MoLModelOutput:
         """embeds: (B, 1, d_model); the rest as `forward` has it."""
         store, batch = cache.store, embeds.shape[0]
@@ -203,12 +273,10 @@ class MoLModel(MoLPreTrainedModel):
         with torch.cuda.device_of(embeds):  # Triton launches on the current device
             hidden, routing = self.step(embeds[:, 0], position, active, store)
         cache.clock.seen += 1
-        return MoLModelOutput(
-            last_hidden_state=hidden[:, None],
-            past_key_values=cache,
-            router_logits=tuple(r.logits for r in routing),
-            routing=routing,
-        )
+        found: dict[str, Any] = {CACHE_FIELD: cache}
+        if with_logits:
+            found["router_logits"] = tuple(r.logits for r in routing)
+        return MoLModelOutput(last_hidden_state=hidden[:, None], routing=routing, **found)
 
     def step(
         self, x: Tensor, position: Tensor, active: Tensor, store: StaticStore
@@ -249,6 +317,7 @@ class MoLForCausalLM(MoLGenerationMixin, MoLPreTrainedModel):
         if graphs:
             self._compiled_call_impl = ForwardGraphs(self)
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -257,43 +326,69 @@ class MoLForCausalLM(MoLGenerationMixin, MoLPreTrainedModel):
         past_key_values: MoLCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        *,
+        cache: MoLCache | None = None,
         document_ids: Tensor | None = None,
         num_documents: int | None = None,
-        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         output_router_logits: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> MoLCausalLMOutput:
-        """labels: (B, T), -100 where ignored; the shift by one happens here. With router logits
-        asked for, the loss has the balance loss (CV^2, arXiv 2605.09516) added.
+        """Predict the next token at every position of a batch.
+
+        Args:
+            labels: (B, T) int64, -100 where ignored; the shift by one happens here.
+            logits_to_keep: compute logits of the last so many positions only, or of these
+                positions; 0 is all.
+            kwargs: boundaries of packed documents, as in `MoLModel.forward`, and what the loss
+                functions of transformers take: `num_items_in_batch`, `shift_labels`,
+                `ignore_index`.
+
+        The other arguments and errors are those of `MoLModel.forward`. With router logits asked
+        for, the loss has the balance loss (CV^2, arXiv 2605.09516) added.
         """
+        refuse_unknown(kwargs, IGNORED | PACKED | LOSS)
+        for_loss = {name: x for name, x in kwargs.items() if name in LOSS}
+        packing = {name: x for name, x in kwargs.items() if name in PACKED}
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             document_ids=document_ids,
             num_documents=num_documents,
             use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
             output_router_logits=output_router_logits,
+            return_dict=True,
+            **packing,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, kept])
         loss = aux_loss = None
-        if labels is not None:
+        if labels is not None or for_loss.get("shift_labels") is not None:
             loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **for_loss
             )
-            if out.router_logits:
-                terms = [cv_squared(r.weights, r.blocks, r.logits.shape[1]) for r in out.routing]
-                aux_loss = torch.stack(terms).mean()
+        if output_router_logits and out.routing:
+            terms = [cv_squared(r.weights, r.blocks, r.logits.shape[1]) for r in out.routing]
+            aux_loss = torch.stack(terms).mean()
+            if loss is not None:
                 loss = loss + self.config.router_aux_loss_coef * aux_loss
         return MoLCausalLMOutput(
             loss=loss,
             aux_loss=aux_loss,
             logits=logits,
-            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
             router_logits=out.router_logits,
             routing=out.routing,
+            **{CACHE_FIELD: out.get(CACHE_FIELD)},
         )

@@ -16,6 +16,7 @@ from molcli.errors import MolError
 from molcli.io.parent import Parent
 from molcli.io.text import read_documents, tokenize
 from molcli.model.checkpoint import default_device
+from molcli.model.forward_inputs import CACHE_FIELD
 from molcli.model.precision import fast_dtype
 from molcli.progress import Progress, silent
 
@@ -144,9 +145,9 @@ def _documents(
     for step in range(known, config.length):
         out = model(
             input_ids=ids[running, read:step],
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{CACHE_FIELD: cache},
         )
         read, is_given = step, step < given[running]
         odds = (out.logits[:, -1].float() / config.temperature).softmax(-1)

@@ -27,7 +27,8 @@ def test_save_and_load_are_bit_equal_across_shards(make_model, tmp_path, shared)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     ids = torch.randint(0, 97, (2, 9))
-    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    # A loaded tensor may lie at another alignment, with sums in another order.
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
 
@@ -117,7 +118,10 @@ def test_a_checkpoint_from_before_shared_shapes_loads_as_it_was(make_model, tmp_
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.config.shared_spec() == replace(loaded.config.routed_spec(0), num_blocks=2)
     ids = torch.randint(0, 97, (2, 9))
-    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    state = loaded.state_dict()
+    assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
+    # A loaded tensor may lie at another alignment, with sums in another order.
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
 
 
 def test_config_round_trip(tmp_path, make_model):

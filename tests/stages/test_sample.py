@@ -88,12 +88,13 @@ class Chained:
     def __call__(
         self,
         input_ids: torch.Tensor,
-        past_key_values: DynamicCache,
         use_cache: bool,
         logits_to_keep: int,
+        **cache: DynamicCache,
     ) -> SimpleNamespace:
         new = input_ids[:, None, :, None].float()
-        seen = past_key_values.update(new, new, 0)[0][:, 0, :, 0].long()
+        (held,) = cache.values()  # under the name that the installed transformers has for it
+        seen = held.update(new, new, 0)[0][:, 0, :, 0].long()
         logits = torch.zeros(len(seen), 1, self.vocab_size)
         if seen.shape[1] > 1:
             for row, tokens in enumerate(seen.tolist()):

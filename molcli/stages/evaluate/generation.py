@@ -79,8 +79,7 @@ def _continuations(
 ) -> Tensor:
     """(n, tokens) -> (n, length): after its end, a continuation is filled with one token."""
     filler = 0 if ends is None else ends[0] if isinstance(ends, list) else ends
-    # transformers types the receiver as a protocol that none of its own models satisfies.
-    ids = model.generate(  # type: ignore[misc]
+    ids = model.generate(
         prompts,
         attention_mask=torch.ones_like(prompts),
         max_new_tokens=length,
