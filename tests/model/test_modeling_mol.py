@@ -116,8 +116,13 @@ def test_a_checkpoint_from_before_shared_shapes_loads_as_it_was(make_model, tmp_
     file.write_text(json.dumps({k: v for k, v in settings.items() if k not in WIDE_SHARED}))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.config.shared_spec() == replace(loaded.config.routed_spec(0), num_blocks=2)
+    wanted = model.state_dict()
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, wanted[name])
     ids = torch.randint(0, 97, (2, 9))
-    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    # Not bit for bit: weights mapped from the file may lie at another alignment, where the CPU's
+    # matrix products add up in another order.
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
 
 
 def test_config_round_trip(tmp_path, make_model):
