@@ -1,11 +1,11 @@
 """The `molcli` command: its subcommands, and the one place that turns an error into words."""
 
+import os
 import sys
 from typing import Annotated
 
 import typer
 
-from molcli import __version__
 from molcli.cli.bench import bench
 from molcli.cli.calibrate import calibrate
 from molcli.cli.convert import convert
@@ -17,31 +17,51 @@ from molcli.cli.init import init
 from molcli.cli.inspect import inspect
 from molcli.cli.launch import Told
 from molcli.cli.plan import plan
+from molcli.cli.ranks import is_main
 from molcli.cli.train import train
 from molcli.cli.upcycle import upcycle
+
+_HELP = ["-h", "--help"]
+_CHECKED = "MOLCLI_VERSIONS_CHECKED"  # in the environment: also for the processes of --gpus N
 
 app = typer.Typer(
     name="molcli",
     help="Turn a dense language model into a Mixture of Layers model, train it, look inside.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": _HELP},
 )
 
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"molcli {__version__}")
+        from molcli.config.versions import version_report
+
+        typer.echo(version_report())
         raise typer.Exit()
 
 
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show versions.")
     ] = False,
 ) -> None:
-    """Options of `molcli` itself."""
+    """Options of `molcli` itself, before a command."""
+    # The command line of a command's help comes by here, too; completion does not.
+    if not set(_HELP) & set(sys.argv):
+        _warn_of_untested_versions()
+
+
+def _warn_of_untested_versions() -> None:
+    """One line on stderr, once for all processes of a run."""
+    if not is_main() or os.environ.get(_CHECKED):
+        return
+    os.environ[_CHECKED] = "1"
+    from molcli.config.versions import untested_versions
+
+    if found := untested_versions():
+        typer.echo(f"warning: {found}", err=True)
 
 
 app.command("demo")(demo)

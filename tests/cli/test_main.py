@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ COMMANDS = [
     "data",
     "calibrate",
 ]
+CHECKED = "MOLCLI_VERSIONS_CHECKED"
 HEAVY = ["torch", "transformers", "datasets", "accelerate", "numpy"]
 
 
@@ -98,7 +100,46 @@ def test_the_shell_gets_its_completion_script() -> None:
 
 
 def test_version() -> None:
-    assert run("--version").stdout.startswith(f"molcli {__version__}\n")
+    done = run("--version")
+    *lines, heavy = done.stdout.splitlines()
+    assert heavy == "heavy: []"
+    assert lines[0] == f"molcli {__version__}"
+    names = ["molcli", "Python", "torch", "triton", "transformers", "fla-core"]
+    assert [line.split()[0] for line in lines] == names
+    assert f"torch {version('torch')}" in lines
+
+
+@pytest.mark.parametrize(
+    "arguments, environment, warnings",
+    [
+        (["upcycle", "PARENT", "OUT", "--recipe", "nowhere.yaml"], {}, 1),
+        (["data", "tokenize", "DATA"], {}, 1),
+        (["upcycle", "PARENT", "OUT", "--recipe", "nowhere.yaml"], {"RANK": "0"}, 1),
+        (["upcycle", "PARENT", "OUT", "--recipe", "nowhere.yaml"], {"RANK": "1"}, 0),
+        (["upcycle", "PARENT", "OUT", "--recipe", "nowhere.yaml"], {CHECKED: "1"}, 0),
+        (["upcycle", "--help"], {}, 0),
+        (["upcycle", "-h"], {}, 0),
+        (["--help"], {}, 0),
+        (["--version"], {}, 0),
+    ],
+    ids=str,
+)
+def test_versions_that_were_not_tested_are_told_once(
+    tmp_path: Path, arguments: list[str], environment: dict[str, str], warnings: int
+) -> None:
+    # Found before the real metadata, as if the installed pytest were too new.
+    about = tmp_path / f"molcli-{__version__}.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(
+        f"Metadata-Version: 2.4\nName: molcli\nVersion: {__version__}\n"
+        "Requires-Dist: pytest<2,>=1\n"
+    )
+    paths = [str(tmp_path), os.environ.get("PYTHONPATH", "")]
+    path = os.pathsep.join(filter(None, paths))
+    done = run(*arguments, **{"PYTHONPATH": path, CHECKED: ""} | environment)
+    told = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+    assert len(told) == warnings
+    assert all(line.endswith("try: pip install 'pytest>=1,<2'") for line in told)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
