@@ -46,7 +46,7 @@ def bench(
     """
     from rich.console import Console
 
-    from molcli.cli.bench_table import bench_tables
+    from molcli.report.tables import bench_tables
 
     def save(report: "Report") -> None:
         if json_file is not None:
@@ -82,7 +82,7 @@ def run_bench(
 
     settings = None if recipe is None else load_recipe(recipe, overrides or ())
     from molcli.model.checkpoint import default_device
-    from molcli.stages.bench import SECTIONS, bench, open_contest
+    from molcli.stages.bench import SECTIONS, bench, open_benchmark_pair
     from molcli.stages.init import untrained_config
 
     sections = SECTIONS if only is None else [name for name in only.split(",") if name]
@@ -93,6 +93,6 @@ def run_bench(
         )
     config = None if settings is None else untrained_config(settings.model)
     dense = None if parent is None else open_dense(parent).config
-    contest = open_contest(config, checkpoint, dense, default_device())
+    contest = open_benchmark_pair(config, checkpoint, dense, default_device())
     with bar("timing") as progress:
         return bench(contest, sections, seed=seed, compiled=compiled, progress=progress, save=save)

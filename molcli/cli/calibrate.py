@@ -17,7 +17,7 @@ from molcli.config.sections import CalibrateConfig, Recipe
 from molcli.config.sections import Data as DataSpec
 
 if TYPE_CHECKING:  # torch comes with it
-    from molcli.io.parent import Parent as DenseParent
+    from molcli.families.parent import Parent as DenseParent
 
 
 def calibrate(

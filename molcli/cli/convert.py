@@ -25,7 +25,7 @@ from molcli.config.sections import Recipe
 from molcli.errors import MolError
 
 if TYPE_CHECKING:  # torch comes with it
-    from molcli.io.parent import Parent as DenseParent
+    from molcli.families.parent import Parent as DenseParent
     from molcli.stages.convert import Source, Text
 
 Layers = Annotated[
@@ -57,9 +57,9 @@ def convert(
     settings = with_data(recipe_for(recipe, overrides, checkpoint), data_for(data))
     if gated_deltanet is not None:
         settings = _with_layers(settings, gated_deltanet)
-    from molcli.io.folder import refuse_taken
+    from molcli.files.folders import refuse_existing
 
-    refuse_taken(out)
+    refuse_existing(out)
     dense = None if parent is None else open_dense(parent)
     known = None if data else calibration
     run_convert(checkpoint, settings, out, parent=dense, calibration=known)
@@ -97,8 +97,8 @@ def _text(
     calibration: Path | None,
     scratch: Path,
 ) -> "Text":
-    from molcli.io.calibration import open_calibration, split_text, text_hash
-    from molcli.io.tokenizer import open_tokenizer
+    from molcli.data.tokenizer import open_tokenizer
+    from molcli.fitting.calibration import open_calibration, split_text, text_hash
     from molcli.stages.convert import Text
 
     size = source.config.vocab_size

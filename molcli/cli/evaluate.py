@@ -22,7 +22,7 @@ from molcli.config.sections import EvaluateConfig
 from molcli.errors import MolError
 
 if TYPE_CHECKING:  # torch comes with them
-    from molcli.io.parent import Parent as DenseParent
+    from molcli.families.parent import Parent as DenseParent
     from molcli.stages.evaluate import Evaluation, Report
 
 TaskNames = Annotated[
@@ -55,7 +55,7 @@ def evaluate(
     settings = recipe_for(recipe, overrides, checkpoint).evaluate
     from rich.console import Console
 
-    from molcli.cli.evaluate_tables import report_tables
+    from molcli.report.tables import report_tables
 
     dense = None if parent is None else open_dense(parent)
     names = None if tasks is None else [name for name in tasks.split(",") if name]

@@ -4,7 +4,7 @@ import os
 import re
 import traceback
 
-from molcli.cli.ranks import one_speaks
+from molcli.cli.distributed import one_speaks
 from molcli.errors import Interrupted, MolError
 
 DEBUG = "MOLCLI_DEBUG"

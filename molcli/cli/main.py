@@ -11,13 +11,12 @@ from molcli.cli.calibrate import calibrate
 from molcli.cli.convert import convert
 from molcli.cli.data import app as data
 from molcli.cli.demo import demo
+from molcli.cli.distributed import ChildExit, is_main
 from molcli.cli.evaluate import evaluate
 from molcli.cli.failures import explain
 from molcli.cli.init import init
 from molcli.cli.inspect import inspect
-from molcli.cli.launch import Told
 from molcli.cli.plan import plan
-from molcli.cli.ranks import is_main
 from molcli.cli.train import train
 from molcli.cli.upcycle import upcycle
 
@@ -86,7 +85,7 @@ def main() -> None:
         app()
     except SystemExit as stop:
         # typer turns an interrupt into this status without a word.
-        if stop.code == 130 and not isinstance(stop, Told):
+        if stop.code == 130 and not isinstance(stop, ChildExit):
             explain(KeyboardInterrupt())
         raise
     except (Exception, KeyboardInterrupt) as error:

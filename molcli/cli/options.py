@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # imported when needed: help answers without a YAML parser
 
 def complete_recipe(incomplete: str) -> list[str]:
     """Names of bundled recipes, for the shell."""
-    from molcli.config.find import bundled_recipes
+    from molcli.config.recipe import bundled_recipes
 
     return [name for name in bundled_recipes() if name.startswith(incomplete)]
 

@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:  # torch comes with it
-    from molcli.io.parent import Parent
+    from molcli.families.parent import Parent
 
 
 def open_dense(spec: str) -> "Parent":
     """The parent, checked; a limit that the user should hear of goes to stderr."""
-    from molcli.io.parent import open_parent
+    from molcli.families.parent import open_parent
 
     parent = open_parent(spec)
     if parent.note:

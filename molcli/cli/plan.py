@@ -65,10 +65,10 @@ def run_plan(
     parent: str, recipe: "Recipe", share: float, tokens: int, gpu: str, calibration: Path | None
 ) -> "Plan":
     """Reads the parent's weights only where there is a calibration."""
-    from molcli.io.parent import open_parent, outline
-    from molcli.model.conversion import converted_config
-    from molcli.model.costs import GPUS
-    from molcli.model.predictors import layer_spectra
+    from molcli.estimate.forecast import layer_spectra
+    from molcli.estimate.time import GPUS
+    from molcli.families.parent import open_parent, outline
+    from molcli.fitting.shapes import converted_config
     from molcli.stages.plan import plan as make
 
     if gpu.lower() not in GPUS:
@@ -76,7 +76,7 @@ def run_plan(
     chosen = GPUS[gpu.lower()]
     if calibration is None:
         return make(outline(parent), recipe, share, tokens, chosen)
-    from molcli.io.calibration import open_calibration
+    from molcli.fitting.calibration import open_calibration
 
     dense = open_parent(parent)
     text = open_calibration(calibration, dense)

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from molcli.cli.bars import bar, no_bar
-from molcli.cli.launch import Told, check_gpus, check_run, launch
+from molcli.cli.distributed import (
+    ChildExit,
+    check_gpus,
+    check_run,
+    follow_errors,
+    is_launched,
+    is_main,
+    launch,
+    leave_together,
+    ranks,
+)
 from molcli.cli.options import (
     Checkpoint,
     Data,
@@ -22,14 +32,13 @@ from molcli.cli.options import (
     recipe_for,
 )
 from molcli.cli.parents import open_dense
-from molcli.cli.ranks import follow_errors, is_launched, is_main, leave_together, ranks
 from molcli.config.sections import Data as DataSpec
 from molcli.config.sections import Recipe, TrainConfig
 from molcli.config.stages import resolve
 from molcli.errors import Interrupted, MolError
 
 if TYPE_CHECKING:  # torch comes with it
-    from molcli.io.parent import Parent as DenseParent
+    from molcli.families.parent import Parent as DenseParent
 
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on from the last checkpoint of a stopped run in OUT.")
@@ -112,7 +121,7 @@ def train(
         check_gpus(processes)
         has = {"parent": dense is not None, "resume": resume}
         check_run(checkpoint, out, settings.train, processes, **has)
-        raise Told(launch(processes, ["-m", "molcli", *sys.argv[1:]]))
+        raise ChildExit(launch(processes, ["-m", "molcli", *sys.argv[1:]]))
     if ranks() > 1:
         follow_errors()
     try:
@@ -164,8 +173,8 @@ def _planned(
     """The recipe with stages planned for the model, which are printed where wanted."""
     from rich.console import Console
 
-    from molcli.cli.train_tables import stages_table
     from molcli.model.checkpoint import open_config
+    from molcli.report.tables import stages_table
     from molcli.stages.train.plan import Situation, plan
 
     converted = (checkpoint / "receipt.json").is_file()
@@ -183,7 +192,7 @@ def _show_estimate(
 ) -> None:
     from rich.console import Console
 
-    from molcli.cli.train_tables import estimate_tables
+    from molcli.report.tables import estimate_tables
     from molcli.stages.train.estimate import estimate
 
     if is_main():

@@ -21,7 +21,7 @@ from molcli.cli.parents import open_dense
 from molcli.config.sections import Recipe
 
 if TYPE_CHECKING:  # torch comes with it
-    from molcli.io.parent import Parent as DenseParent
+    from molcli.families.parent import Parent as DenseParent
 
 Calibration = Annotated[
     Path | None,
@@ -47,11 +47,11 @@ def upcycle(
     --data is the text to calibrate on; without it, the text is sampled from the parent itself.
     """
     settings = with_data(recipe_for(recipe, overrides, preset=preset), data_for(data))
-    from molcli.io.folder import refuse_taken
+    from molcli.files.folders import refuse_existing
 
-    refuse_taken(out)
+    refuse_existing(out)
     run_upcycle(open_dense(parent), settings, out, calibration=calibration)
-    from molcli.cli.receipt import show_receipt
+    from molcli.report.tables import show_receipt
 
     show_receipt(out)
 
@@ -64,8 +64,8 @@ def run_upcycle(
     Where blocks are not fitted to text, none is sampled for them, and the receipt of a conversion
     without text has no held-out figures.
     """
+    from molcli.fitting.shapes import mol_config, needs_text
     from molcli.stages.upcycle import upcycle as convert
-    from molcli.stages.upcycle.shape import mol_config, needs_text
 
     # Before the long calibration: a recipe that does not fit the parent is refused here.
     needed = needs_text(mol_config(parent, recipe.upcycle), recipe.upcycle)

@@ -1,17 +1,114 @@
-"""Read a recipe from YAML and `--set`, and write the resolved one."""
+"""Find a recipe, read it from YAML and `--set`, and write the resolved one."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import yaml
+
 from molcli import __version__
-from molcli.config import yaml_text
-from molcli.config.find import find_recipe
+from molcli.config import recipe as yaml_text
 from molcli.config.ranges import validate
 from molcli.config.sections import Recipe
 from molcli.config.typed import build, nearest
 from molcli.errors import MolError
+
+# PyYAML follows YAML 1.1, where a float needs a dot and a signed exponent: `1e-4` is text there.
+_FLOAT = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+")
+
+
+class _Loader(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise MolError(
+                    f"a key is not a word (line {key.start_mark.line + 1})",
+                    allowed="`key: value` lines",
+                )
+            if key.value in seen:
+                raise MolError(
+                    f"key `{key.value}` comes twice (line {key.start_mark.line + 1})",
+                    allowed="each key once",
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what the loader would read as a number."""
+
+
+# YAML has no tuples.
+_Dumper.add_representer(tuple, yaml.SafeDumper.represent_list)
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+def parse(text: str, origin: str) -> Any:
+    """The YAML document as plain Python values.
+
+    origin: where the text came from, for the error. Raises MolError if it is not YAML.
+    """
+    try:
+        # A subclass of SafeLoader: it builds plain values only.
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError) as error:
+        place = getattr(error, "problem_mark", None)
+        line = f", line {place.line + 1}" if place is not None else ""
+        raise MolError(
+            f"{origin} is not YAML{line}: {getattr(error, 'problem', None) or error}",
+            allowed="`key: value` lines under the names of sections",
+        ) from error
+
+
+def dump(value: Any) -> str:
+    """YAML text that `parse` reads back as the same value.
+
+    In ASCII: PyYAML writes some of Unicode's line breaks so that they read back as spaces.
+    """
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=False)
+
+
+# Built wheels carry the recipes inside the package; in a source checkout they lie beside it.
+_FOLDERS = (
+    Path(__file__).parent.parent / "recipes",
+    Path(__file__).parent.parent.parent / "recipes",
+)
+
+
+def bundled_recipes() -> dict[str, Path]:
+    """Name -> file of every recipe that ships with the package, sorted by name."""
+    for folder in _FOLDERS:
+        if files := sorted(folder.glob("*.yaml"), key=lambda file: file.stem):
+            return {file.stem: file for file in files}
+    return {}
+
+
+def find_recipe(name: str) -> Path:
+    """The file that `--recipe` means: a path, or a bundled name with or without .yaml.
+
+    Raises MolError, naming the nearest bundled recipe and all of them.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    bundled = bundled_recipes()
+    stem = path.name.removesuffix(".yaml")
+    # `recipes/demo.yaml` works away from the source tree, too: it is how the README writes it.
+    if path.parent in (Path(), Path("recipes")) and stem in bundled:
+        return bundled[stem]
+    guess = nearest(stem, list(bundled))
+    found = f"recipe `{name}` is a folder" if path.is_dir() else f"there is no recipe `{name}`"
+    raise MolError(
+        found,
+        allowed=f"a .yaml file, or one of: {', '.join(bundled)}",
+        hint=f"--recipe {guess}" if guess else "",
+    )
+
 
 RECIPE_FILE = "recipe.yaml"
 """The resolved recipe's name in every folder that molcli writes."""

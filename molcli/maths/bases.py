@@ -1,4 +1,4 @@
-"""Which directions of the residual stream a thin block reads."""
+"""Directions of the residual stream: those that blocks read, and those that truncation keeps."""
 
 from dataclasses import dataclass
 
@@ -43,3 +43,34 @@ def reading_basis(gram: Tensor, root: Tensor, inverse_root: Tensor, rank: int) -
     half = root @ orthonormal
     variances, axes = torch.linalg.eigh(half.mT @ half)
     return ReadingBasis((orthonormal @ axes.flip(1)).mT, variances.flip(0), retained)
+
+
+def leading_directions(gram: Tensor, rank: int) -> tuple[Tensor, float]:
+    """The `rank` directions that hold most of a second moment, and the share they hold.
+
+    gram: (d, d) float64, symmetric, not negative. Returns (d, rank) with orthonormal columns,
+    largest first.
+    """
+    energy, directions = torch.linalg.eigh(gram)
+    retained = (energy[-rank:].sum() / energy.sum()).item()
+    return directions[:, -rank:].flip(1), min(1.0, retained)
+
+
+def procrustes_rotation(basis: Tensor, wanted: Tensor) -> Tensor:
+    """basis @ R for the orthogonal R that brings it nearest to `wanted` (Procrustes).
+
+    basis, wanted: (d, r) with orthonormal columns. Where both span the same space, this is
+    `wanted`.
+    """
+    left, _, right = torch.linalg.svd(basis.mT @ wanted)
+    return basis @ (left @ right)
+
+
+def unit_trace(gram: Tensor) -> Tensor:
+    """gram: (d, d), scaled to trace 1; zeros stay zeros."""
+    return gram / gram.trace().clamp(min=1e-30)
+
+
+def trace_normalised_sum(attention: Tensor, neurons: Tensor) -> Tensor:
+    """(d, d), sum of W^T W over what attention and FFN read, (p, d) and (q, d), each of trace 1."""
+    return unit_trace(attention.mT @ attention) + unit_trace(neurons.mT @ neurons)

@@ -40,7 +40,7 @@ def add_cross_moments(total: Tensor, x: Tensor, y: Tensor, offsets: Tensor) -> N
             own += a.mT @ b
 
 
-def drawn_together(own: Tensor, shrinkage: float) -> Tensor:
+def shrink_to_pooled(own: Tensor, shrinkage: float) -> Tensor:
     """own: (B, p, q), a moment per block -> (1 - shrinkage) own + shrinkage the sum of all, in
     place.
 
@@ -53,7 +53,7 @@ def drawn_together(own: Tensor, shrinkage: float) -> Tensor:
 
 
 def regression_moments(samples: Iterable[Sample], shrinkage: float) -> tuple[Tensor, Tensor]:
-    """The second moment of the features and the cross moment of both, `drawn_together`.
+    """The second moment of the features and the cross moment of both, `shrink_to_pooled`.
 
     samples: of one text, a chunk at a time, at least one. Returns (B, p, p), (B, p, q) float64.
     """
@@ -69,7 +69,7 @@ def regression_moments(samples: Iterable[Sample], shrinkage: float) -> tuple[Ten
             )
         for total, (x, y) in zip(sums, pairs, strict=True):
             add_cross_moments(total, x, y, offsets)
-    gram, cross = (drawn_together(total, shrinkage) for total in sums)
+    gram, cross = (shrink_to_pooled(total, shrinkage) for total in sums)
     return gram, cross
 
 

@@ -4,7 +4,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.modeling_mol import MoLForCausalLM, MoLModel
-from molcli.model.router import Routing
+from molcli.model.routing.router import Routing
 
 __all__ = ["MoLConfig", "MoLForCausalLM", "MoLModel", "Routing"]
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from molcli.maths.architecture import BlockShape, routed_shape, shared_shape
+from molcli.model.shapes import BlockShape, routed_shape, shared_shape
 
 # The mixer of a dense layer's one block, by the layer's kind.
 DENSE_KINDS = {"dense": "softmax", "dense_gated_deltanet": "gated_deltanet"}
@@ -38,8 +38,8 @@ class MoLConfig(PreTrainedConfig):
         (shared blocks always use softmax attention).
     num_blocks, num_shared_blocks, num_blocks_per_tok: N thin blocks, S of them on every token, K of
         the other N - S on each token.
-    d_thin, d_ff_thin, thin_num_attention_heads, thin_num_key_value_heads: shape of a thin block.
-    d_thin_shared, d_ff_thin_shared, shared_num_attention_heads, shared_num_key_value_heads: shape
+    d_thin, d_ff_thin, num_heads_thin, num_kv_heads_thin: shape of a thin block.
+    d_thin_shared, d_ff_thin_shared, num_heads_shared, num_kv_heads_shared: shape
         of a shared block; None is as in a routed one.
     restrict_attention: false runs every routed block on every token and uses the K outputs.
     router_aux_loss_coef: weight of the CV^2 balance loss where router logits are asked for.
@@ -74,12 +74,12 @@ class MoLConfig(PreTrainedConfig):
         num_blocks_per_tok: int = 3,
         d_thin: int = 256,
         d_ff_thin: int = 1024,
-        thin_num_attention_heads: int | None = None,
-        thin_num_key_value_heads: int | None = None,
+        num_heads_thin: int | None = None,
+        num_kv_heads_thin: int | None = None,
         d_thin_shared: int | None = None,
         d_ff_thin_shared: int | None = None,
-        shared_num_attention_heads: int | None = None,
-        shared_num_key_value_heads: int | None = None,
+        num_heads_shared: int | None = None,
+        num_kv_heads_shared: int | None = None,
         restrict_attention: bool = True,
         router_aux_loss_coef: float = 0.05,
         output_router_logits: bool = False,
@@ -112,12 +112,12 @@ class MoLConfig(PreTrainedConfig):
         self.num_blocks_per_tok = num_blocks_per_tok
         self.d_thin = d_thin
         self.d_ff_thin = d_ff_thin
-        self.thin_num_attention_heads = thin_num_attention_heads or d_thin // head_dim
-        self.thin_num_key_value_heads = thin_num_key_value_heads or self.thin_num_attention_heads
+        self.num_heads_thin = num_heads_thin or d_thin // head_dim
+        self.num_kv_heads_thin = num_kv_heads_thin or self.num_heads_thin
         self.d_thin_shared = d_thin_shared
         self.d_ff_thin_shared = d_ff_thin_shared
-        self.shared_num_attention_heads = shared_num_attention_heads
-        self.shared_num_key_value_heads = shared_num_key_value_heads
+        self.num_heads_shared = num_heads_shared
+        self.num_kv_heads_shared = num_kv_heads_shared
         self.restrict_attention = restrict_attention
         self.router_aux_loss_coef = router_aux_loss_coef
         self.output_router_logits = output_router_logits

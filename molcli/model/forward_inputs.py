@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from molcli.model.cache import MoLCache
+from molcli.model.decoding.cache import MoLCache
 
 # The name of the cache in the installed transformers' outputs and `generate`.
 CACHE_FIELD = (

@@ -5,11 +5,11 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from molcli.kernels.grouped_linear import grouped_linear
-from molcli.kernels.rows import Rows, all_rows, routed_rows
-from molcli.model.block_stack import BlockStack
-from molcli.model.cache import AttentionState, MoLCacheLayer, RecurrentState
+from molcli.kernels.packed_rows import PackedRows, all_rows, routed_rows
+from molcli.model.blocks import BlockStack
 from molcli.model.configuration_mol import BlockSpec, MoLConfig
-from molcli.model.router import Router, Routing
+from molcli.model.decoding.cache import AttentionState, MoLCacheLayer, RecurrentState
+from molcli.model.routing.router import Router, Routing
 from molcli.model.tokens import TokenStream
 
 
@@ -31,7 +31,7 @@ class ThinBlocks(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rows: Rows,
+        rows: PackedRows,
         gate: Tensor | None,
         rotary: tuple[Tensor, Tensor],
         stream: TokenStream,
@@ -58,7 +58,7 @@ class DenseLayer(GradientCheckpointingLayer):
     def forward(
         self,
         x: Tensor,
-        rows: Rows,
+        rows: PackedRows,
         rotary: tuple[Tensor, Tensor],
         stream: TokenStream,
         states: MoLCacheLayer | None = None,
@@ -83,7 +83,7 @@ class MoLLayer(GradientCheckpointingLayer):
     def forward(
         self,
         x: Tensor,
-        rows: Rows,
+        rows: PackedRows,
         rotary: tuple[Tensor, Tensor],
         stream: TokenStream,
         states: MoLCacheLayer | None = None,
@@ -100,7 +100,7 @@ class MoLLayer(GradientCheckpointingLayer):
     def with_shared(
         self,
         x: Tensor,
-        rows: Rows,
+        rows: PackedRows,
         rotary: tuple[Tensor, Tensor],
         stream: TokenStream,
         states: MoLCacheLayer | None,
@@ -116,7 +116,7 @@ class MoLLayer(GradientCheckpointingLayer):
         rotary: tuple[Tensor, Tensor],
         stream: TokenStream,
         states: MoLCacheLayer | None,
-    ) -> tuple[Tensor, Rows, Routing]:
+    ) -> tuple[Tensor, PackedRows, Routing]:
         """What every routed block computes of its tokens, w / K times: (M, d_model), for these
         rows to combine."""
         assert self.routed is not None and self.router is not None
@@ -125,7 +125,7 @@ class MoLLayer(GradientCheckpointingLayer):
         found = self.routed(x, rows, gate, rotary, stream, states and states.routed)
         return found, rows, routing
 
-    def route(self, routing: Routing, stream: TokenStream) -> tuple[Rows, Tensor]:
+    def route(self, routing: Routing, stream: TokenStream) -> tuple[PackedRows, Tensor]:
         """The rows of the routed blocks, and w / K for each."""
         count = routing.logits.shape[1]
         weights = routing.weights / self.top_k

@@ -11,13 +11,15 @@ from transformers import initialization as init
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.utils import can_return_tuple
 
-from molcli.kernels.rows import all_rows
-from molcli.maths.balance import cv_squared
-from molcli.model.block_stack import BlockStack, StackedAttention, StackedMLP, rms_norm
-from molcli.model.branch import Branch
-from molcli.model.cache import MoLCache
+from molcli.kernels.packed_rows import all_rows
+from molcli.model.blocks import Attention, BlockStack, FeedForward, rms_norm
 from molcli.model.compiled import compile_layers
 from molcli.model.configuration_mol import MoLConfig
+from molcli.model.decoding.cache import MoLCache
+from molcli.model.decoding.generation import MoLGenerationMixin
+from molcli.model.decoding.graphs import ForwardGraphs, SideStream
+from molcli.model.decoding.static_cache import MoLStaticCache, StaticStore
+from molcli.model.decoding.step import Step, step_layer
 from molcli.model.forward_inputs import (
     CACHE_FIELD,
     IGNORED,
@@ -29,14 +31,11 @@ from molcli.model.forward_inputs import (
     refuse_attentions,
     refuse_unknown,
 )
-from molcli.model.gated_deltanet import StackedGatedDeltaNet
-from molcli.model.generation import MoLGenerationMixin
-from molcli.model.graphs import ForwardGraphs
 from molcli.model.layers import ThinBlocks, new_layer
+from molcli.model.mixers.gated_deltanet import GatedDeltaNet
 from molcli.model.rotary import rotary_embedding
-from molcli.model.router import Router, Routing
-from molcli.model.static_cache import MoLStaticCache, StaticStore
-from molcli.model.step import Step, step_layer
+from molcli.model.routing.balance import cv_squared
+from molcli.model.routing.router import Router, Routing
 from molcli.model.tokens import token_stream
 
 
@@ -111,7 +110,7 @@ class MoLPreTrainedModel(PreTrainedModel):
         elif isinstance(module, (BlockStack, FinalNorm)):
             for parameter in module.parameters(recurse=False):
                 init.ones_(parameter)
-        elif isinstance(module, (StackedAttention, StackedMLP, StackedGatedDeltaNet)):
+        elif isinstance(module, (Attention, FeedForward, GatedDeltaNet)):
             for name, parameter in module.named_parameters(recurse=False):
                 if name.endswith("_norm"):
                     init.ones_(parameter)
@@ -119,7 +118,7 @@ class MoLPreTrainedModel(PreTrainedModel):
                     init.zeros_(parameter)
                 else:
                     init.normal_(parameter, mean=0.0, std=std)
-        if isinstance(module, StackedGatedDeltaNet):
+        if isinstance(module, GatedDeltaNet):
             bound = module.q_conv.shape[-1] ** -0.5
             for conv in (module.q_conv, module.k_conv, module.v_conv):
                 init.uniform_(conv, -bound, bound)
@@ -288,7 +287,7 @@ class MoLModel(MoLPreTrainedModel):
         """
         cos, sin = self.rotary_emb(x, position[:, None])
         step = Step(cos[:, 0].contiguous(), sin[:, 0].contiguous(), active, store)
-        branch, routings = Branch(x.device), []
+        branch, routings = SideStream(x.device), []
         layers: list[Any] = list(self.layers)
         for layer, states in zip(layers, store.layers, strict=True):
             x, routing = step_layer(layer, x, step, states, branch)

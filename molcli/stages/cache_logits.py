@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from molcli.config.sections import Data, TrainConfig
+from molcli.data.logits import FORMAT, SHARD_BYTES, write_logits
+from molcli.data.mixture import load_rows
+from molcli.data.tokenizer import tokenizer_fingerprint
 from molcli.errors import MolError
-from molcli.io.data import load_rows
-from molcli.io.folder import refuse_taken
-from molcli.io.logits import FORMAT, SHARD_BYTES, write_logits
-from molcli.io.parent import Parent
-from molcli.io.tokenizer import tokenizer_fingerprint
+from molcli.families.parent import Parent
+from molcli.files.folders import refuse_existing
 from molcli.maths.losses import Head, top_k_predictions
 from molcli.model.checkpoint import default_device
-from molcli.model.from_parent import load_dense
+from molcli.model.parent import load_dense
 from molcli.model.precision import matmul_dtype
 from molcli.progress import Progress, silent
 
@@ -40,7 +40,7 @@ def cache_logits(
     resume another cache.
     """
     if not resume:
-        refuse_taken(out)  # before anything is read
+        refuse_existing(out)  # before anything is read
     vocabulary = parent.config.vocab_size
     if not 1 <= top_k <= vocabulary:
         raise MolError(f"--top-k is {top_k}", allowed=f"1 to {vocabulary}, the parent's vocabulary")

@@ -13,17 +13,16 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from molcli.config.sections import CalibrateConfig
+from molcli.data.packing import TokenRows
 from molcli.errors import MolError
-from molcli.io.calibration import moments_file, split_text, text_hash
-from molcli.io.folder import output_folder
-from molcli.io.packing import TokenRows
-from molcli.io.parent import Parent
-from molcli.io.unfinished import Unfinished
+from molcli.families.parent import Parent
+from molcli.files.folders import Unfinished, output_folder
+from molcli.fitting.calibration import moments_file, split_text, text_hash
+from molcli.fitting.chunks import chunk_text
 from molcli.maths.moments import second_moment, unit_rms
 from molcli.model.checkpoint import default_device
-from molcli.model.chunks import chunk_text
 from molcli.model.configuration_mol import MoLConfig
-from molcli.model.from_parent import dense_layer
+from molcli.model.parent import dense_layer
 from molcli.progress import Progress, silent
 
 

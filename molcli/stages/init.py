@@ -6,7 +6,7 @@ import torch
 
 from molcli.config.recipe import RECIPE_FILE, save_recipe
 from molcli.config.sections import ModelConfig, Recipe
-from molcli.io.folder import output_folder
+from molcli.files.folders import output_folder
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.modeling_mol import MoLForCausalLM
 

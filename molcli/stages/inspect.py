@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from molcli.config.sections import InspectConfig
+from molcli.data.mixture import load_rows
+from molcli.data.packing import Batch
+from molcli.data.tokenizer import open_tokenizer
 from molcli.errors import MolError
-from molcli.io.data import load_rows
-from molcli.io.packing import Batch
-from molcli.io.tokenizer import open_tokenizer
 from molcli.maths.routing_stats import RoutingCounts, RoutingSummary, count_routing, summarise
 from molcli.model.checkpoint import default_device, open_checkpoint
 from molcli.model.configuration_mol import DENSE_KINDS

@@ -14,13 +14,21 @@ from torch import Tensor
 
 from molcli.config.sections import Recipe, UpcycleConfig
 from molcli.errors import MolError
-from molcli.maths.parameters import count_parameters
-from molcli.maths.shapes import DenseShape, ThinShape, split_shapes, thin_shape, widths_near
+from molcli.estimate.flops import count_flops
+from molcli.estimate.forecast import FORECAST, predictors
+from molcli.estimate.parameters import count_parameters
+from molcli.estimate.time import Cost, Gpu, conversion_cost, parent_of, training_cost
+from molcli.fitting.shapes import (
+    ACTIVE_SHARE,
+    DenseShape,
+    ThinShape,
+    converted_config,
+    dense_shape,
+    split_shapes,
+    thin_shape,
+    widths_near,
+)
 from molcli.model.configuration_mol import MoLConfig
-from molcli.model.conversion import ACTIVE_SHARE, converted_config, dense_shape
-from molcli.model.costs import Cost, Gpu, conversion_cost, parent_of, training_cost
-from molcli.model.flops import count_flops
-from molcli.model.predictors import FORECAST, predictors
 
 PRESETS: tuple[Literal["quality", "balanced", "fast"], ...] = ("quality", "balanced", "fast")
 # num_blocks, num_shared_blocks, top_k: of shapes that differ, and of one shape
@@ -78,9 +86,10 @@ def plan(
 ) -> Plan:
     """The presets, and shapes of about `share` active parameters.
 
-    outline: of `molcli.io.parent.outline`. tokens: of the training budget. spectra: `layer_spectra`
-    by layer; fit_tokens: of the calibration, if not those of the recipe. Of recipe.upcycle counts
-    what is no matter of shape: layers and mixers. Raises MolError where it does not fit the parent.
+    outline: of `molcli.families.parent.outline`. tokens: of the training budget. spectra:
+    `layer_spectra` by layer; fit_tokens: of the calibration, if not those of the recipe. Of
+    recipe.upcycle counts what is no matter of shape: layers and mixers. Raises MolError where
+    it does not fit the parent.
     """
     dense = {name: value for name, value in outline.items() if name != "dtype"}
     dtype = outline["dtype"] or torch.bfloat16
@@ -216,7 +225,7 @@ def _settings(config: MoLConfig, options: UpcycleConfig) -> dict[str, Any]:
     own = {
         "d_thin_shared": config.d_thin_shared,
         "d_ff_thin_shared": config.d_ff_thin_shared,
-        "num_heads_shared": config.shared_num_attention_heads,
+        "num_heads_shared": config.num_heads_shared,
     }
     return {
         "num_blocks": config.num_blocks,
@@ -224,7 +233,7 @@ def _settings(config: MoLConfig, options: UpcycleConfig) -> dict[str, Any]:
         "top_k": config.num_blocks_per_tok,
         "d_thin": config.d_thin,
         "d_ff_thin": config.d_ff_thin,
-        "num_heads_thin": config.thin_num_attention_heads,
+        "num_heads_thin": config.num_heads_thin,
         **{key: number for key, number in own.items() if number is not None},
         **(middle if options.layers == "middle" else {}),
     }

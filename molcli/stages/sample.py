@@ -12,9 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from molcli.config.sections import SampleConfig
+from molcli.data.documents import read_documents, tokenize
 from molcli.errors import MolError
-from molcli.io.parent import Parent
-from molcli.io.text import read_documents, tokenize
+from molcli.families.parent import Parent
 from molcli.model.checkpoint import default_device
 from molcli.model.forward_inputs import CACHE_FIELD
 from molcli.model.precision import fast_dtype

@@ -17,19 +17,19 @@ from transformers.utils import logging
 
 from molcli.config.recipe import load_recipe
 from molcli.config.sections import Data, EvaluateConfig, Recipe
-from molcli.io.calibration import Calibration, open_calibration
-from molcli.io.data import load_documents
-from molcli.io.parent import Parent
-from molcli.io.token_folder import write_token_folder
-from molcli.maths.parameters import count_parameters
+from molcli.data.mixture import load_documents
+from molcli.data.token_folder import write_token_folder
+from molcli.estimate.parameters import count_parameters
+from molcli.families.parent import Parent
+from molcli.fitting.calibration import Calibration, open_calibration
+from molcli.fitting.shapes import mol_config
 from molcli.model import MoLConfig, MoLForCausalLM
 from molcli.model.checkpoint import default_device, open_checkpoint
-from molcli.model.from_parent import load_dense
+from molcli.model.parent import load_dense
 from molcli.stages.calibrate import calibrate
 from molcli.stages.evaluate import Models, measure
 from molcli.stages.train import train
 from molcli.stages.upcycle import upcycle
-from molcli.stages.upcycle.shape import mol_config
 
 logging.disable_progress_bar()  # lines of bars around each line of figures
 

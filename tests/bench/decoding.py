@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from machine import machine
 
 from molcli.config.recipe import load_recipe
-from molcli.maths.parameters import count_parameters
-from molcli.model import generation
-from molcli.stages.bench import open_contest
+from molcli.estimate.parameters import count_parameters
+from molcli.model.decoding import generation
+from molcli.stages.bench import open_benchmark_pair
 from molcli.stages.init import untrained_config
 
 
@@ -37,7 +37,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     config = untrained_config(load_recipe(args.recipe).model)
-    model = open_contest(config, None, None, torch.device("cuda")).mol(torch.bfloat16)
+    model = open_benchmark_pair(config, None, None, torch.device("cuda")).mol(torch.bfloat16)
     ids = torch.randint(config.vocab_size, (args.batch, args.context), device="cuda")
 
     def seconds(count: int) -> float:
@@ -70,7 +70,7 @@ def main() -> None:
     target = torch.empty_like(source)
     copied = 2 * source.numel() / do_bench(lambda: target.copy_(source), return_mode="median")
     per_token = config.num_hidden_layers * max(1, config.num_shared_blocks) * 4
-    cache = per_token * config.thin_num_key_value_heads * config.head_dim * args.context
+    cache = per_token * config.num_kv_heads_thin * config.head_dim * args.context
     floor = (2 * count_parameters(config).active + args.batch * cache) / copied
     figures = {
         "command": "python " + " ".join(sys.argv),

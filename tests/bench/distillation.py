@@ -23,18 +23,17 @@ from machine import machine
 
 from molcli.config.recipe import load_recipe
 from molcli.config.sections import TrainConfig
-from molcli.io.packing import pack
-from molcli.maths.parameters import count_parameters
+from molcli.data.packing import pack
+from molcli.estimate.parameters import count_parameters
+from molcli.fitting.shapes import converted_config
 from molcli.model import MoLForCausalLM
 from molcli.model.compiled import compile_layers
 from molcli.model.configuration_mol import MoLConfig
-from molcli.model.conversion import converted_config
 from molcli.stages.train.balance import RouterLoads
+from molcli.stages.train.batches import MicroBatches, micro_batches
 from molcli.stages.train.gradient_graph import GradientGraph
-from molcli.stages.train.micro_batches import MicroBatches, micro_batches
 from molcli.stages.train.objective import Objective, Student, Weights
-from molcli.stages.train.optimizer import make_optimizer
-from molcli.stages.train.update import update
+from molcli.stages.train.optimizer import make_optimizer, update
 
 PEAK_FLOPS = 989e12
 DENSE = {

@@ -33,8 +33,8 @@ from upcycle import add_common, chosen, table
 
 from molcli.config.layer_choice import parse_choice
 from molcli.config.sections import Recipe
-from molcli.io.calibration import text_hash
-from molcli.io.parent import open_parent
+from molcli.families.parent import open_parent
+from molcli.fitting.calibration import text_hash
 from molcli.stages.convert import Text, convert, open_source
 
 RANDOM = "-random"

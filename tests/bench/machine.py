@@ -1,7 +1,7 @@
 """What a figure was measured with."""
 
-from molcli.io.machine import commit, device_name, versions
 from molcli.model.checkpoint import default_device
+from molcli.report.machine import commit, device_name, versions
 
 
 def machine() -> dict[str, str]:

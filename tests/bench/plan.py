@@ -5,7 +5,7 @@
 Converts the parent in shapes, with tokens and in layers that differ (`--case name:key=value,...`
 for others), one JSON line each with the predictors and the measured KL, right after conversion, on
 --heldout, else on the rows that calibration held out. The last line has Spearman's rank correlation
-of the measured KL with the constants in molcli/model/predictors.py, with constants fitted to these
+of the measured KL with the constants in molcli/estimate/forecast.py, with constants fitted to these
 conversions, and with those where each is forecast from the others alone: the bar is 0.9. Paste
 `constants` where the code has them, if the last of these is the better one. With --out, lines are
 appended, and what is there already is not run again.
@@ -28,16 +28,18 @@ from machine import machine
 from upcycle import chosen
 
 from molcli.config.sections import Recipe
-from molcli.io.parent import Parent, open_parent
-from molcli.maths.forecast import (
+from molcli.estimate.forecast import (
+    FORECAST,
     Predictors,
     fit_forecast,
+    layer_spectra,
     left_out_forecasts,
+    predictors,
     rank_correlation,
 )
+from molcli.estimate.time import GPUS, conversion_cost
+from molcli.families.parent import Parent, open_parent
 from molcli.model.configuration_mol import MoLConfig
-from molcli.model.costs import GPUS, conversion_cost
-from molcli.model.predictors import FORECAST, layer_spectra, predictors
 
 BAR = 0.9
 FEWEST = 3  # conversions that have ranks to compare

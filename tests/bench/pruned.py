@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from molcli.io.packing import TokenRows
-from molcli.io.parent import Parent
-from molcli.maths.parameters import count_parameters
+from molcli.data.packing import TokenRows
+from molcli.estimate.parameters import count_parameters
+from molcli.estimate.time import parent_of
+from molcli.families.parent import Parent
 from molcli.model import MoLConfig, MoLForCausalLM
-from molcli.model.costs import parent_of
-from molcli.model.from_parent import load_dense
+from molcli.model.parent import load_dense
 
 Cut = Literal["skipped", "depth_pruned"]
 CUTS: tuple[Cut, ...] = ("skipped", "depth_pruned")

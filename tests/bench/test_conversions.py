@@ -17,10 +17,10 @@ from lines import Lines
 from pruned import influences, kept_layers, write_dense
 
 from molcli.errors import Interrupted
-from molcli.io.parent import open_parent
-from molcli.maths.parameters import count_parameters
+from molcli.estimate.parameters import count_parameters
+from molcli.families.parent import open_parent
+from molcli.fitting.shapes import mol_config
 from molcli.model import MoLConfig
-from molcli.stages.upcycle.shape import mol_config
 
 SMALL = [
     "upcycle.num_blocks=3",

@@ -29,7 +29,7 @@ from lines import Lines
 
 from molcli.cli.plan import parse_count
 from molcli.config.sections import Recipe
-from molcli.io.parent import open_parent
+from molcli.families.parent import open_parent
 
 BASELINES = "pca", "svd", "random", "skipped", "depth_pruned"
 

@@ -35,12 +35,12 @@ from machine import machine
 from transformers import LlamaConfig
 
 from molcli.config.recipe import load_recipe
-from molcli.io.parent import Parent, open_parent
-from molcli.io.tensors import ShardedWriter, TensorReader
+from molcli.families.parent import Parent, open_parent
+from molcli.files.tensors import ShardedWriter, TensorReader
+from molcli.fitting.shapes import mol_config, needs_text
 from molcli.model.checkpoint import default_device
 from molcli.stages.calibrate import calibrate
 from molcli.stages.upcycle import upcycle
-from molcli.stages.upcycle.shape import mol_config, needs_text
 
 # d_model, neurons, query heads, key-value heads, vocabulary, layers, whether the head is tied
 SHAPES = {
@@ -223,7 +223,7 @@ def decompositions(config: Any) -> dict[str, float]:
     """Seconds of one, after a first that is not counted."""
     d, joint = (
         config.hidden_size,
-        config.thin_num_attention_heads * config.head_dim + config.d_ff_thin,
+        config.num_heads_thin * config.head_dim + config.d_ff_thin,
     )
     clones = -(-config.num_routed_blocks // max(1, config.num_blocks_per_tok))
     calls: dict[str, tuple[int, int, Callable[[torch.Tensor], Any]]] = {

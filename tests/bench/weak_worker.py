@@ -10,17 +10,16 @@ from pathlib import Path
 import torch
 
 from molcli.config.recipe import load_recipe
-from molcli.io.packing import pack
-from molcli.maths.parameters import count_parameters
+from molcli.data.packing import pack
+from molcli.estimate.parameters import count_parameters
 from molcli.model import MoLForCausalLM
 from molcli.model.compiled import compile_layers
 from molcli.stages.init import untrained_config
-from molcli.stages.train.micro_batches import micro_batches
+from molcli.stages.train.batches import micro_batches
+from molcli.stages.train.distributed import make_student, open_ranks
 from molcli.stages.train.objective import Objective, Weights
-from molcli.stages.train.optimizer import make_optimizer
-from molcli.stages.train.ranks import make_student, open_ranks
+from molcli.stages.train.optimizer import make_optimizer, update
 from molcli.stages.train.sharding import keeps_whole
-from molcli.stages.train.update import update
 
 WARM_UP = 3  # steps
 

@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from molcli.cli.evaluate_tables import report_tables
+from molcli.report.tables import report_tables
 from molcli.stages.evaluate import Evaluation, Report
 from molcli.stages.evaluate.generation import Generation
 from molcli.stages.evaluate.recall import Recall, RecallScore

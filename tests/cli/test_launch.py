@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
-from molcli.cli import ranks
+from molcli.cli import distributed as ranks
 from molcli.cli import train as command
+from molcli.cli.distributed import check_gpus, check_run, launch
 from molcli.cli.failures import explain
-from molcli.cli.launch import check_gpus, check_run, launch
 from molcli.config.sections import TrainConfig
 from molcli.errors import MolError
 

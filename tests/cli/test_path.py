@@ -12,7 +12,7 @@ from torch import Tensor
 
 from molcli.cli import main as command
 from molcli.config.recipe import load_recipe
-from molcli.io.order import MixedOrder
+from molcli.data.mixture import MixedOrder
 
 SMALL = [
     "upcycle.num_blocks=3",

@@ -37,7 +37,7 @@ def test_the_tables_of_a_full_receipt(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("molcli.stages.upcycle.continuations.NEW_TOKENS", 6)
+    monkeypatch.setattr("molcli.stages.upcycle.comparison.NEW_TOKENS", 6)
     out = tmp_path / "out"
     assert upcycle(monkeypatch, tiny_parent("llama", num_hidden_layers=3), out, *SMALL) == 0
     printed = capsys.readouterr().out

@@ -8,9 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from molcli.config.find import bundled_recipes, find_recipe
 from molcli.config.ranges import validate
-from molcli.config.recipe import RECIPE_FILE, load_recipe, recipe_keys, save_recipe
+from molcli.config.recipe import (
+    RECIPE_FILE,
+    bundled_recipes,
+    find_recipe,
+    load_recipe,
+    recipe_keys,
+    save_recipe,
+)
 from molcli.config.sections import Recipe, StageConfig, TrainConfig, UpcycleConfig
 from molcli.config.stages import Stage, resolve
 from molcli.errors import MolError

@@ -14,7 +14,7 @@ from molcli.kernels.grouped_linear.product import (
     part_ends,
     parts_of_blocks,
 )
-from molcli.kernels.rows import all_rows
+from molcli.kernels.packed_rows import all_rows
 
 
 @given(sizes=st.lists(st.integers(0, 50), min_size=1, max_size=6), parts=st.integers(1, 9))

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from molcli.kernels.packed_rows import routed_rows
 from molcli.kernels.qkv_conv import qkv_conv, qkv_conv_reference
-from molcli.kernels.rows import routed_rows
 
 HEADS = 2
 

@@ -5,7 +5,7 @@ import torch
 
 from molcli.kernels.route import choose
 from molcli.kernels.router_logits import MOST_BLOCKS, router_logits, router_logits_reference
-from molcli.model.router import Router
+from molcli.model.routing.router import Router
 
 
 def case(device, dtype, rows, width, blocks):

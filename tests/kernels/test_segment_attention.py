@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from molcli.kernels.rows import longest_segment, pad_segments, routed_rows, unpad_segments
+from molcli.kernels.packed_rows import longest_segment, pad_segments, routed_rows, unpad_segments
 from molcli.kernels.segment_attention import segment_attention, segment_attention_reference
 from molcli.kernels.segment_attention.reference import PADDED
 

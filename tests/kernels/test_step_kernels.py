@@ -9,8 +9,13 @@ precision is fp16 there.
 import pytest
 import torch
 
-from molcli.kernels.block_plan import block_plan, block_plan_reference
-from molcli.kernels.block_rows import BlockRows, Plan, chosen_rows
+from molcli.kernels.decode_rows import (
+    DecodeRows,
+    Plan,
+    block_plan,
+    block_plan_reference,
+    chosen_rows,
+)
 from molcli.kernels.gated_delta_step import gated_delta_step, gated_delta_step_reference
 from molcli.kernels.indexed_combine import indexed_combine
 from molcli.kernels.indexed_combine.reference import indexed_combine_reference
@@ -54,7 +59,7 @@ def check(found, eager, truth, what=""):
 
 def rows_of(blocks, planned):
     plan = Plan(*block_plan_reference(blocks, BLOCKS)) if planned else None
-    return BlockRows(blocks, 1, BLOCKS, plan)
+    return DecodeRows(blocks, 1, BLOCKS, plan)
 
 
 # Rows without a plan take a program each, planned ones a program per block; 36 rows of a block are

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from molcli.maths.projections import leading_directions, turned_towards, unit_trace
+from molcli.maths.bases import leading_directions, procrustes_rotation, unit_trace
 
 
 def orthonormal(generator: torch.Generator, d: int, r: int) -> torch.Tensor:
@@ -28,14 +28,14 @@ def test_leading_directions_keep_what_the_largest_singular_values_hold(seed: int
 def test_a_turned_basis_spans_the_same_and_is_nearest(seed: int, r: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     basis, wanted, other = (orthonormal(generator, 9, r) for _ in range(3))
-    turned = turned_towards(basis, wanted)
+    turned = procrustes_rotation(basis, wanted)
     torch.testing.assert_close(turned @ turned.mT, basis @ basis.mT)
     best = (turned - wanted).square().sum()
     rotation = orthonormal(generator, r, r)
     for candidate in (basis, basis @ rotation):
         assert best <= (candidate - wanted).square().sum() + 1e-9
     same_space = other @ rotation
-    torch.testing.assert_close(turned_towards(other, same_space), same_space)
+    torch.testing.assert_close(procrustes_rotation(other, same_space), same_space)
 
 
 def test_unit_trace() -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from molcli.model.graphs import ForwardGraphs
+from molcli.model.decoding.graphs import ForwardGraphs
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from molcli.kernels.rows import all_rows, routed_rows
+from molcli.kernels.packed_rows import all_rows, routed_rows
 from molcli.model.layers import MoLLayer
 from molcli.model.tokens import token_stream
 
@@ -48,7 +48,7 @@ def test_decoding_with_a_cache_equals_one_forward_pass_padding_included(make_mod
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_decoding_with_wide_shared_blocks_equals_one_forward_pass(make_model, kind):
-    heads = dict(shared_num_attention_heads=4, shared_num_key_value_heads=2)
+    heads = dict(num_heads_shared=4, num_kv_heads_shared=2)
     shape = dict(d_thin_shared=64, d_ff_thin_shared=16, **heads)
     model = make_model(layer_kinds=[kind, "dense", kind], **shape)
     shared, routed = model.model.layers[0].shared, model.model.layers[0].routed

@@ -10,8 +10,8 @@ from molcli.model import MoLConfig, MoLForCausalLM
 WIDE_SHARED = dict(
     d_thin_shared=48,
     d_ff_thin_shared=8,
-    shared_num_attention_heads=4,
-    shared_num_key_value_heads=2,
+    num_heads_shared=4,
+    num_kv_heads_shared=2,
 )
 
 
@@ -99,8 +99,8 @@ def test_a_training_step_reaches_every_parameter(make_model):
         ({"layer_kinds": ["softmax", "mamba", "dense"]}, "mamba"),
         ({"num_blocks_per_tok": 9}, "num_blocks_per_tok is 9"),
         ({"num_shared_blocks": 8}, "num_shared_blocks is 8"),
-        ({"thin_num_attention_heads": 3, "thin_num_key_value_heads": 2}, "cannot share"),
-        ({"shared_num_attention_heads": 3}, "3 query heads cannot share 2"),
+        ({"num_heads_thin": 3, "num_kv_heads_thin": 2}, "cannot share"),
+        ({"num_heads_shared": 3}, "3 query heads cannot share 2"),
     ],
 )
 def test_contradicting_numbers_are_refused(make_model, changes, message):
@@ -110,7 +110,7 @@ def test_contradicting_numbers_are_refused(make_model, changes, message):
 
 def test_a_checkpoint_from_before_shared_shapes_loads_as_it_was(make_model, tmp_path):
     """Its configuration has no numbers of the shared blocks: they are those of the routed ones."""
-    model = make_model(d_thin=16, thin_num_attention_heads=2, thin_num_key_value_heads=1)
+    model = make_model(d_thin=16, num_heads_thin=2, num_kv_heads_thin=1)
     model.save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     settings = json.loads(file.read_text())

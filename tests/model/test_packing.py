@@ -2,7 +2,7 @@
 
 import torch
 
-from molcli.io.packing import pack
+from molcli.data.packing import pack
 
 
 def packed_batch():

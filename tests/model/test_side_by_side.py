@@ -8,10 +8,8 @@ from torch._dynamo.testing import CompileCounter
 
 from molcli.kernels import backend
 from molcli.kernels.segment_attention import segment_attention_reference
-from molcli.model import side_by_side
-from molcli.model.branch import Branch
-from molcli.model.graphs import ForwardGraphs
-from molcli.model.side_by_side import SideBySide
+from molcli.model.decoding import graphs as side_by_side
+from molcli.model.decoding.graphs import ForwardGraphs, SideBySide, SideStream
 
 
 def parts_by(monkeypatch, compile_part):
@@ -35,7 +33,7 @@ def test_parts_one_after_the_other_are_the_layer(make_model, monkeypatch, change
     ids = torch.randint(97, (2, 24), generator=torch.Generator().manual_seed(0))
     whole = model.model(ids, use_cache=False)
     runner = parts_by(monkeypatch, lambda part: part)
-    model.model.run_layer = partial(runner, Branch(model.device))
+    model.model.run_layer = partial(runner, SideStream(model.device))
     parts = model.model(ids, use_cache=False)
     assert torch.equal(parts.last_hidden_state, whole.last_hidden_state)
     assert len(parts.routing) == len(whole.routing)
@@ -87,7 +85,7 @@ def test_parts_are_whole_graphs_for_all_layers(make_model, monkeypatch):
         eager = run()
         counter = CompileCounter()
         runner = parts_by(monkeypatch, partial(torch.compile, backend=counter, fullgraph=True))
-        model.model.run_layer = partial(runner, Branch(model.device))
+        model.model.run_layer = partial(runner, SideStream(model.device))
         torch.testing.assert_close(run(), eager, rtol=0, atol=0)
     assert counter.frame_count <= 2 * 3  # of each part, for the first length and for any
 

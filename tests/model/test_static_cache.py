@@ -5,10 +5,11 @@ import itertools
 import pytest
 import torch
 
-from molcli.kernels import backend, block_rows
-from molcli.model import generation
-from molcli.model.generation import static_cache
-from molcli.model.static_cache import MoLStaticCache
+from molcli.kernels import backend
+from molcli.kernels import decode_rows as block_rows
+from molcli.model.decoding import generation
+from molcli.model.decoding.generation import static_cache
+from molcli.model.decoding.static_cache import MoLStaticCache
 
 CASES = {
     "softmax": dict(layer_kinds=["softmax", "dense", "softmax"]),
@@ -24,8 +25,8 @@ CASES = {
     "wide shared blocks": dict(
         d_thin_shared=48,
         d_ff_thin_shared=40,
-        shared_num_attention_heads=4,
-        shared_num_key_value_heads=2,
+        num_heads_shared=4,
+        num_kv_heads_shared=2,
     ),
 }
 

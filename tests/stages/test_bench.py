@@ -13,8 +13,10 @@ from molcli.cli import main as command
 from molcli.config.recipe import load_recipe
 from molcli.errors import MolError
 from molcli.model import MoLForCausalLM
-from molcli.model.router import Router
-from molcli.stages.bench import SECTIONS, Row, bench, open_contest, sizes, timing
+from molcli.model.routing.router import Router
+from molcli.stages.bench import SECTIONS, Row, bench, open_benchmark_pair
+from molcli.stages.bench import measure as sizes
+from molcli.stages.bench import measure as timing
 from molcli.stages.bench.models import like, load, routed
 from molcli.stages.init import untrained_config
 
@@ -57,7 +59,7 @@ def little(monkeypatch):
 
 
 def test_every_section_has_its_rows_for_both_kinds_of_routing(config, clock):
-    contest = open_contest(config, None, None, torch.device("cpu"))
+    contest = open_benchmark_pair(config, None, None, torch.device("cpu"))
     report = bench(contest, SECTIONS)
     works = [row.work for row in report.rows]
     assert len(works) == len(set(works)) == 2 * (1 + 2 + 1 + 1 + 1)

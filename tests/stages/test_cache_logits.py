@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from molcli.config.sections import Recipe, StageConfig, TrainConfig
+from molcli.data.logits import open_logits
 from molcli.errors import MolError
-from molcli.io.logits import open_logits
-from molcli.io.parent import Parent, open_parent
+from molcli.families.parent import Parent, open_parent
 from molcli.stages.cache_logits import cache_logits
 from molcli.stages.train import train
 

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from molcli.config.sections import CalibrateConfig
 from molcli.errors import MolError
-from molcli.io import unfinished
-from molcli.io.calibration import moments_file
-from molcli.io.parent import open_parent
+from molcli.families.parent import open_parent
+from molcli.files import folders as unfinished
+from molcli.fitting.calibration import moments_file
 from molcli.stages.calibrate import calibrate
 
 CONFIG = CalibrateConfig(tokens=96, heldout_tokens=32, context_length=16)

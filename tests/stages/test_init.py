@@ -7,10 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from molcli.config.find import bundled_recipes
-from molcli.config.recipe import RECIPE_FILE, load_recipe
+from molcli.config.recipe import RECIPE_FILE, bundled_recipes, load_recipe
 from molcli.config.sections import Recipe
-from molcli.maths.parameters import count_parameters
+from molcli.estimate.parameters import count_parameters
 from molcli.model import MoLForCausalLM
 from molcli.stages.init import init, untrained_config
 

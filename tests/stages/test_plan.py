@@ -10,12 +10,11 @@ import torch
 
 from molcli.config.sections import CalibrateConfig, Recipe, TrainConfig, UpcycleConfig
 from molcli.errors import MolError
-from molcli.io.parent import open_parent, outline
-from molcli.maths.forecast import Forecast
-from molcli.maths.parameters import count_parameters
-from molcli.model.conversion import converted_config
-from molcli.model.costs import GPUS, Cost, conversion_cost, parent_of, training_cost
-from molcli.model.predictors import FORECAST, layer_spectra, predictors
+from molcli.estimate.forecast import FORECAST, Forecast, layer_spectra, predictors
+from molcli.estimate.parameters import count_parameters
+from molcli.estimate.time import GPUS, Cost, conversion_cost, parent_of, training_cost
+from molcli.families.parent import open_parent, outline
+from molcli.fitting.shapes import converted_config
 from molcli.stages.plan import PRESETS, plan
 
 SMOLLM2: dict[str, Any] = {

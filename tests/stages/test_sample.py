@@ -18,9 +18,9 @@ from transformers import (
 )
 
 from molcli.config.sections import SampleConfig
+from molcli.data.mixture import load_rows
 from molcli.errors import MolError
-from molcli.io.data import load_rows
-from molcli.io.parent import open_parent
+from molcli.families.parent import open_parent
 from molcli.stages.sample import _documents, _documents_at_once, _draw, sample
 
 CONFIG = SampleConfig(tokens=600, length=48, batch_size=5, seed=3)

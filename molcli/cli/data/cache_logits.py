@@ -13,7 +13,7 @@ from molcli.config.sections import TrainConfig
 from molcli.errors import MolError
 
 if TYPE_CHECKING:  # torch comes with it
-    from molcli.io.parent import Parent as DenseParent
+    from molcli.families.parent import Parent as DenseParent
 
 TopK = Annotated[int, typer.Option("--top-k", "-k", min=1, help="Tokens kept at a position.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Add what a stopped run did not reach.")]

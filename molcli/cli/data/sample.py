@@ -12,7 +12,7 @@ from molcli.cli.parents import open_dense
 from molcli.config.sections import SampleConfig
 
 if TYPE_CHECKING:  # torch comes with it
-    from molcli.io.parent import Parent as DenseParent
+    from molcli.families.parent import Parent as DenseParent
 
 SampleFile = Annotated[Path, typer.Argument(metavar="OUT", help="The .jsonl file to write.")]
 Prompts = Annotated[

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from molcli.kernels.rows import chunk_table
+from molcli.kernels.packed_rows import chunk_table
 
 CHUNK = 64
 

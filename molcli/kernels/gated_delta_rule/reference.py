@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from molcli.kernels.rows import longest_segment, pad_segments, unpad_segments
+from molcli.kernels.packed_rows import longest_segment, pad_segments, unpad_segments
 
 CHUNK = 64
 

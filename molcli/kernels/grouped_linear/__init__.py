@@ -8,7 +8,7 @@ from torch import Tensor
 
 from molcli.kernels.grouped_linear.product import grouped_product
 from molcli.kernels.grouped_linear.reference import grouped_linear_reference
-from molcli.kernels.rows import Rows
+from molcli.kernels.packed_rows import PackedRows
 
 __all__ = ["grouped_linear", "grouped_linear_reference", "grouped_linears"]
 
@@ -17,7 +17,9 @@ __all__ = ["grouped_linear", "grouped_linear_reference", "grouped_linears"]
 _MANY_ROWS = 1024
 
 
-def grouped_linear(x: Tensor, weight: Tensor, rows: Rows, bias: Tensor | None = None) -> Tensor:
+def grouped_linear(
+    x: Tensor, weight: Tensor, rows: PackedRows, bias: Tensor | None = None
+) -> Tensor:
     """x: (M, in), weight: (B, out, in), bias: (B, out) -> (M, out), in x's dtype or autocast's.
 
     On CUDA in bf16 this is `torch.nn.functional.grouped_mm`; elsewhere a loop over blocks.
@@ -38,7 +40,7 @@ def grouped_linear(x: Tensor, weight: Tensor, rows: Rows, bias: Tensor | None = 
 def grouped_linears(
     x: Tensor,
     weights: Sequence[Tensor],
-    rows: Rows,
+    rows: PackedRows,
     biases: Sequence[Tensor | None] | None = None,
 ) -> tuple[Tensor, ...]:
     """Several linear layers of the same rows.

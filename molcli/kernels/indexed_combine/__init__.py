@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from molcli.kernels import backend
-from molcli.kernels.block_rows import BlockRows
+from molcli.kernels.decode_rows import DecodeRows
 from molcli.kernels.indexed_combine.reference import indexed_combine_reference
 from molcli.kernels.indexed_linear import indexed_linear
 
@@ -14,7 +14,7 @@ __all__ = ["indexed_combine", "indexed_combine_reference"]
 def indexed_combine(
     x: Tensor,
     weight: Tensor,
-    rows: BlockRows,
+    rows: DecodeRows,
     share: Tensor | None,
     base: Tensor,
     scale: float = 1.0,

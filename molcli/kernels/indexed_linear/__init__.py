@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from molcli.kernels import backend
-from molcli.kernels.block_rows import BlockRows
+from molcli.kernels.decode_rows import DecodeRows
 from molcli.kernels.indexed_linear.reference import activate, indexed_linear_reference
 
 __all__ = ["indexed_linear", "indexed_linear_reference"]
@@ -13,7 +13,7 @@ __all__ = ["indexed_linear", "indexed_linear_reference"]
 def indexed_linear(
     x: Tensor,
     weights: list[Tensor],
-    rows: BlockRows,
+    rows: DecodeRows,
     *,
     plus: Tensor | None = None,
     norm: Tensor | None = None,

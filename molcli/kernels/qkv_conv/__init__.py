@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from molcli.kernels.backend import on_triton
+from molcli.kernels.packed_rows import PackedRows
 from molcli.kernels.qkv_conv.reference import qkv_conv_reference
-from molcli.kernels.rows import Rows
 
 __all__ = ["qkv_conv", "qkv_conv_reference"]
 
@@ -15,7 +15,7 @@ __all__ = ["qkv_conv", "qkv_conv_reference"]
 def qkv_conv(
     x: Tensor,
     weights: tuple[Tensor, Tensor, Tensor],
-    rows: Rows,
+    rows: PackedRows,
     start: Tensor,
     index: Tensor,
     state: Tensor | None,

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from molcli.kernels.packed_rows import chunk_table
 from molcli.kernels.qkv_conv.reference import EPS
-from molcli.kernels.rows import chunk_table
 
 WIDTH = 4
 ROWS, TILE = 128, 32  # rows a program takes, and at once

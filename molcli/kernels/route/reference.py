@@ -1,4 +1,4 @@
-"""The routing decision of `molcli.model.router`, over a few tokens."""
+"""The routing decision of `molcli.model.routing.router`, over a few tokens."""
 
 from torch import Tensor
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from molcli.kernels import backend
-from molcli.kernels.rows import Rows
+from molcli.kernels.packed_rows import PackedRows
 from molcli.kernels.segment_attention.packed import LONGEST, WIDTHS, packed_attention
 from molcli.kernels.segment_attention.reference import segment_attention_reference
 
@@ -23,7 +23,7 @@ _CAUSAL: dict[str, Any] = (
 )
 
 
-def segment_attention(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
+def segment_attention(q: Tensor, k: Tensor, v: Tensor, rows: PackedRows) -> Tensor:
     """q: (M, h, d), k and v: (M, kv, d), scaled by d^-1/2 -> (M, h, d).
 
     On CUDA in half precision SDPA where segments are equally long, a Triton kernel where they are

@@ -5,13 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molcli.kernels.rows import Rows
+from molcli.kernels.packed_rows import PackedRows
 
 LONGEST = 1024  # rows of a segment; for longer ones FlashAttention's larger tiles are quicker
 WIDTHS = (16, 32, 64, 128)  # of heads, that a tile can have
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, rows: PackedRows) -> Tensor:
     """q: (M, h, d), k and v: (M, kv, d), d one of WIDTHS -> (M, h, d). One Triton kernel, two for
     the gradients."""
     return _forward(q, k, v, rows.segments, rows.cu_seqlens)[0]

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from molcli.kernels.rows import longest_segment, pad_segments, unpad_segments
+from molcli.kernels.packed_rows import longest_segment, pad_segments, unpad_segments
 
 PADDED = 2  # times as many rows as there are may be padding; beyond, segments go by their length
 

@@ -7,20 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molcli.stages.bench.models import Contest, routed
-from molcli.stages.bench.report import Row
-from molcli.stages.bench.sizes import Sizes
-from molcli.stages.bench.timing import fitting, seconds
+from molcli.stages.bench.measure import Row, Sizes, fitting, seconds
+from molcli.stages.bench.models import BenchmarkPair, routed
 
 
-def prompts(contest: Contest, batch: int, length: int) -> Tensor:
+def prompts(contest: BenchmarkPair, batch: int, length: int) -> Tensor:
     """Random tokens that both models know."""
     vocabulary = min(contest.config.vocab_size, contest.dense.vocab_size)
     return torch.randint(vocabulary, (batch, length), device=contest.device)
 
 
 @torch.no_grad()
-def prefill(contest: Contest, sizes: Sizes, compiled: bool) -> Iterator[Row]:
+def prefill(contest: BenchmarkPair, sizes: Sizes, compiled: bool) -> Iterator[Row]:
     """Tokens a second to the logits of the last token, without a cache."""
 
     def rate(model: Any, length: int, kind: str) -> float:
@@ -48,7 +46,7 @@ def prefill(contest: Contest, sizes: Sizes, compiled: bool) -> Iterator[Row]:
 
 
 @torch.no_grad()
-def decode(contest: Contest, sizes: Sizes) -> Iterator[Row]:
+def decode(contest: BenchmarkPair, sizes: Sizes) -> Iterator[Row]:
     """Milliseconds for the next token of every sequence, by `generate` with a static cache: the
     time for many new tokens less that for one."""
 
@@ -67,7 +65,7 @@ def decode(contest: Contest, sizes: Sizes) -> Iterator[Row]:
 
 
 def _step_time(
-    contest: Contest, sizes: Sizes, model: Any, shape: tuple[int, int], kind: str
+    contest: BenchmarkPair, sizes: Sizes, model: Any, shape: tuple[int, int], kind: str
 ) -> float:
     ids = prompts(contest, *shape)
 

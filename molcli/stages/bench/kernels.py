@@ -12,14 +12,12 @@ from torch import Tensor
 from molcli.kernels.gated_delta_rule import gated_delta_rule
 from molcli.kernels.gated_delta_rule.fla import fla_is_sound
 from molcli.kernels.grouped_linear import grouped_linear
-from molcli.kernels.rows import Rows, routed_rows
-from molcli.stages.bench.models import SKEW, Contest
-from molcli.stages.bench.report import Row
-from molcli.stages.bench.sizes import Sizes
-from molcli.stages.bench.timing import fitting, seconds
+from molcli.kernels.packed_rows import PackedRows, routed_rows
+from molcli.stages.bench.measure import Row, Sizes, fitting, seconds
+from molcli.stages.bench.models import SKEW, BenchmarkPair
 
 
-def layouts(contest: Contest, sizes: Sizes) -> Iterator[tuple[str, Rows]]:
+def layouts(contest: BenchmarkPair, sizes: Sizes) -> Iterator[tuple[str, PackedRows]]:
     """Rows as routers make them out of normal logits, with and without the skew's biases."""
     config = contest.config
     count, slots = config.num_routed_blocks, config.num_blocks_per_tok
@@ -33,11 +31,11 @@ def layouts(contest: Contest, sizes: Sizes) -> Iterator[tuple[str, Rows]]:
         yield kind, routed_rows(chosen, document, 1, count, tokens)
 
 
-def grouped(contest: Contest, sizes: Sizes) -> Iterator[Row]:
+def grouped(contest: BenchmarkPair, sizes: Sizes) -> Iterator[Row]:
     """TFLOP/s of all grouped products of a routed block, forward and backward; the peer is one
     plain product of the same size for each."""
     config = contest.config
-    thin, inner = config.d_thin, config.thin_num_attention_heads * config.head_dim
+    thin, inner = config.d_thin, config.num_heads_thin * config.head_dim
     shapes = [(config.hidden_size, thin), (inner, thin), (config.d_ff_thin, thin)]
     shapes += [(thin, inner)] * 4 + [(thin, config.d_ff_thin)] * (1 + config.mlp_gated)
     shapes += [(thin, config.hidden_size)]
@@ -45,7 +43,7 @@ def grouped(contest: Contest, sizes: Sizes) -> Iterator[Row]:
         count = rows.tokens.shape[0]
         flops = 6 * count * sum(a * b for a, b in shapes)
 
-        def rate(rows: Rows | None, count: int = count, flops: int = flops) -> float:
+        def rate(rows: PackedRows | None, count: int = count, flops: int = flops) -> float:
             spent = {(a, b): _product(contest, sizes, rows, count, a, b) for a, b in set(shapes)}
             return flops / sum(spent[shape] for shape in shapes) / 1e12
 
@@ -60,7 +58,12 @@ def grouped(contest: Contest, sizes: Sizes) -> Iterator[Row]:
 
 
 def _product(
-    contest: Contest, sizes: Sizes, rows: Rows | None, count: int, inputs: int, outputs: int
+    contest: BenchmarkPair,
+    sizes: Sizes,
+    rows: PackedRows | None,
+    count: int,
+    inputs: int,
+    outputs: int,
 ) -> float:
     """Seconds of one product with its gradients; rows: None for a single block."""
 
@@ -80,10 +83,10 @@ def _product(
 
 
 @torch.no_grad()
-def deltanet(contest: Contest, sizes: Sizes) -> Iterator[Row]:
+def deltanet(contest: BenchmarkPair, sizes: Sizes) -> Iterator[Row]:
     """Milliseconds of the gated delta rule over routed rows, forward, beside fla-core's."""
     heads, dim, device = (
-        contest.config.thin_num_attention_heads,
+        contest.config.num_heads_thin,
         contest.config.head_dim,
         contest.device,
     )
@@ -116,5 +119,5 @@ def _fla(inputs: tuple[Tensor, ...], cu_seqlens: Tensor, state: Tensor) -> Any:
     )
 
 
-def _milliseconds(contest: Contest, sizes: Sizes, work: Callable[[], Any]) -> float:
+def _milliseconds(contest: BenchmarkPair, sizes: Sizes, work: Callable[[], Any]) -> float:
     return 1e3 * seconds(work, contest.device, sizes.repeats)

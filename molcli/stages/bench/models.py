@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
-from molcli.maths.balance import bias_step, block_counts
 from molcli.model import MoLConfig, MoLForCausalLM
 from molcli.model.checkpoint import open_checkpoint, open_config, stored_dtype
 from molcli.model.precision import fast_dtype
-from molcli.model.router import Router
+from molcli.model.routing.balance import bias_step, block_counts
+from molcli.model.routing.router import Router
 
 # Logits of an untrained router are normal with a spread of 0.02 sqrt(d_model), about 1; biases from
 # -SKEW to SKEW make the first block the busiest and the last one the least busy.
@@ -22,7 +22,7 @@ SKEW = 0.5
 
 
 @dataclass(frozen=True)
-class Contest:
+class BenchmarkPair:
     """checkpoint: None for random weights. dense: the peer's configuration; its weights are random,
     which costs the same. routings: the kinds of routing to time, see `routed`.
     """
@@ -57,12 +57,12 @@ class Contest:
         )
 
 
-def open_contest(
+def open_benchmark_pair(
     config: MoLConfig | None,
     checkpoint: Path | None,
     dense: PreTrainedConfig | None,
     device: torch.device,
-) -> Contest:
+) -> BenchmarkPair:
     """config: of an untrained model, where there is no checkpoint. dense: of the parent, or None
     for the Llama whose layers are as wide as the model's.
 
@@ -71,7 +71,7 @@ def open_contest(
     if config is None:
         assert checkpoint is not None
         config = open_config(checkpoint)
-    return Contest(config, dense or like(config), checkpoint, device, fast_dtype(device))
+    return BenchmarkPair(config, dense or like(config), checkpoint, device, fast_dtype(device))
 
 
 def like(config: MoLConfig) -> LlamaConfig:

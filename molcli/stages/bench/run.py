@@ -4,19 +4,17 @@ from collections.abc import Callable, Collection, Iterator
 
 import torch
 
-from molcli.maths.parameters import count_parameters
+from molcli.estimate.parameters import count_parameters
 from molcli.progress import Progress, silent
 from molcli.stages.bench.inference import decode, prefill, prompts
 from molcli.stages.bench.kernels import deltanet, grouped
-from molcli.stages.bench.models import Contest, load, routed
-from molcli.stages.bench.report import Report, Row, machine
-from molcli.stages.bench.sizes import SECTIONS, sizes_for
-from molcli.stages.bench.timing import release
+from molcli.stages.bench.measure import SECTIONS, Report, Row, machine, release, sizes_for
+from molcli.stages.bench.models import BenchmarkPair, load, routed
 from molcli.stages.bench.training import train
 
 
 def bench(
-    contest: Contest,
+    contest: BenchmarkPair,
     sections: Collection[str],
     *,
     seed: int = 0,
@@ -59,7 +57,7 @@ def bench(
     return report
 
 
-def _loads(contest: Contest, length: int) -> dict[str, tuple[float, float]]:
+def _loads(contest: BenchmarkPair, length: int) -> dict[str, tuple[float, float]]:
     model = contest.mol(contest.dtype)
     ids = prompts(contest, 1, length)
     found = {}

@@ -9,13 +9,11 @@ import torch
 from molcli.maths.losses import Head, training_loss
 from molcli.model.compiled import compile_layers
 from molcli.stages.bench.inference import prompts
-from molcli.stages.bench.models import Contest, routed
-from molcli.stages.bench.report import Row
-from molcli.stages.bench.sizes import Sizes
-from molcli.stages.bench.timing import fitting, release, seconds
+from molcli.stages.bench.measure import Row, Sizes, fitting, release, seconds
+from molcli.stages.bench.models import BenchmarkPair, routed
 
 
-def train(contest: Contest, sizes: Sizes, compiled: bool) -> Iterator[Row]:
+def train(contest: BenchmarkPair, sizes: Sizes, compiled: bool) -> Iterator[Row]:
     """Tokens a second, of each model at the size that suits it best. Both have compiled layers and
     the loss of `molcli train`."""
 
@@ -48,7 +46,12 @@ def peak(device: torch.device) -> str:
 
 
 def _rate(
-    contest: Contest, sizes: Sizes, model: Any, shape: tuple[int, int], kind: str, compiled: bool
+    contest: BenchmarkPair,
+    sizes: Sizes,
+    model: Any,
+    shape: tuple[int, int],
+    kind: str,
+    compiled: bool,
 ) -> float:
     device, (batch, length) = contest.device, shape
     model.zero_grad(set_to_none=True)

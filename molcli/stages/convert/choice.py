@@ -1,11 +1,19 @@
-"""Which layers are converted."""
+"""Which layers are converted, and what each of them costs."""
 
 import copy
 from dataclasses import dataclass
 
+import torch
+
 from molcli.config.layer_choice import LayerChoice, chosen_layers, refuse_beyond
+from molcli.data.packing import TokenRows
 from molcli.errors import MolError
+from molcli.fitting.streams import Sensitivity, open_streams, split_rows
+from molcli.model.checkpoint import default_device
 from molcli.model.configuration_mol import MoLConfig
+from molcli.progress import Progress
+from molcli.stages.convert.layer import convert_layer
+from molcli.stages.convert.source import Source
 
 NAME = "convert.gated_deltanet"
 
@@ -49,3 +57,29 @@ def converted_config(config: MoLConfig, layers: set[int]) -> MoLConfig:
     for i in layers:
         after.layer_kinds[i] = "dense_gated_deltanet" if config.is_dense(i) else "gated_deltanet"
     return after
+
+
+@torch.no_grad()
+def layer_costs(
+    source: Source, candidates: list[int], rows: TokenRows, penalty: float, progress: Progress
+) -> dict[int, float]:
+    """KL(original || original with one layer converted), nats a token, by candidate.
+
+    Measured on text that the layers are not fitted to: the last of `rows`.
+    """
+    device, config = default_device(), source.config
+    fit, kept = split_rows(rows)
+    embedding = source.embedding()
+    streams = open_streams(fit, config, embedding, device)
+    sensitivity = Sensitivity(kept, config, embedding, device)
+    after = converted_config(config, set(candidates))
+    last = max(candidates)
+    for i in range(config.num_hidden_layers):
+        layer = altered = source.layer(i, device)
+        if i in candidates:
+            altered = convert_layer(after, i, layer, streams.parent, streams.chunks, penalty)
+        sensitivity.advance(i, layer, altered)
+        if i < last:
+            streams.advance(layer, layer)
+        progress(i + 1, config.num_hidden_layers, "measuring each layer alone")
+    return sensitivity.figures(source.ending(device))

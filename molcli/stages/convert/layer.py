@@ -1,20 +1,69 @@
-"""The attention of one layer becomes Gated DeltaNet."""
+"""Turn the attention of one layer into Gated DeltaNet, and train it alone for a few steps."""
 
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from molcli.config.sections import ConvertConfig
+from molcli.data.packing import RowOrder, TokenRows
+from molcli.fitting.chunks import Chunks, Context, token_context
+from molcli.fitting.gated_deltanet import Regress, Site, set_gated_deltanet, unshared
 from molcli.kernels.grouped_linear import grouped_linear
+from molcli.maths.least_squares import ridge
 from molcli.maths.moments import Sample, regression_moments
-from molcli.maths.refit import ridge
-from molcli.model.block_stack import BlockStack, StackedAttention
-from molcli.model.chunks import Chunks
+from molcli.model.blocks import Attention, BlockStack
 from molcli.model.configuration_mol import MoLConfig
-from molcli.model.context import Context
-from molcli.model.deltanet_start import Regress, Site, set_gated_deltanet, unshared
-from molcli.model.gated_deltanet import StackedGatedDeltaNet
 from molcli.model.layers import DenseLayer, Layer, new_layer
+from molcli.model.mixers.gated_deltanet import GatedDeltaNet
+
+TOKENS = 4096  # in a step, at most, where rows are not longer
+INHERITED = ("q_proj", "k_proj", "v_proj")
+
+
+def align(
+    config: MoLConfig,
+    layer: Layer,
+    softmax: Layer,
+    x: Tensor,
+    rows: TokenRows,
+    options: ConvertConfig,
+    seed: int,
+) -> None:
+    """Adam on the converted mixer, q, k and v left as they are, for options.steps steps.
+
+    The loss is the squared error of the layer's output towards what the layer with softmax gives
+    on the same input, relative to what that one adds. x: (n, d_model), the residual of `rows`
+    before the layer.
+    """
+    mixer = converted_block(layer).mixer
+    trained = [p for n, p in mixer.named_parameters() if n not in INHERITED]
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.Adam(trained, lr=options.learning_rate)
+    length = rows.input_ids.shape[1]
+    at_once = min(len(rows), max(1, TOKENS // length))
+    order = RowOrder(len(rows), seed)
+    residual = x.unflatten(0, (len(rows), length))
+    for step in range(options.steps):
+        index = order.take(step * at_once, at_once)
+        context = _context(config, rows, index, x.device)
+        inputs = residual[index.to(x.device)].flatten(0, 1)
+        with torch.no_grad():
+            wanted = context.run(softmax, inputs)
+            size = (wanted - inputs).square().sum()
+        loss = (context.run(layer, inputs) - wanted).square().sum() / size
+        optimizer.zero_grad()
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = options.learning_rate * (1 - step / options.steps)
+        optimizer.step()
+    layer.requires_grad_(False)
+
+
+def _context(config: MoLConfig, rows: TokenRows, index: Tensor, device: torch.device) -> Context:
+    batch = rows.batch(index)
+    return token_context(config, batch.document_ids, batch.position_ids, device)
 
 
 @torch.no_grad()
@@ -31,7 +80,7 @@ def convert_layer(
     kept = {n: y for n, y in softmax.state_dict().items() if not n.startswith(prefix)}
     layer.load_state_dict(kept, strict=False)
     old, new = converted_block(softmax).mixer, converted_block(layer).mixer
-    assert isinstance(old, StackedAttention) and isinstance(new, StackedGatedDeltaNet)
+    assert isinstance(old, Attention) and isinstance(new, GatedDeltaNet)
     sites = [_site(softmax, old, x[chunk.tokens], chunk.context) for chunk in chunks]
 
     def regress(samples: Iterator[Sample]) -> Tensor:
@@ -57,7 +106,7 @@ def converted_block(layer: Layer) -> BlockStack:
     return layer.routed.block
 
 
-def _site(layer: Layer, mixer: StackedAttention, x: Tensor, context: Context) -> Site:
+def _site(layer: Layer, mixer: Attention, x: Tensor, context: Context) -> Site:
     """Where the converted blocks stand, on a chunk of the text: x (tokens, d_model)."""
     block = converted_block(layer)
     if isinstance(layer, DenseLayer):
@@ -70,9 +119,7 @@ def _site(layer: Layer, mixer: StackedAttention, x: Tensor, context: Context) ->
     return Site(read, rows, context, mixer.heads(read, rows, context.rotary, context.stream, None))
 
 
-def _outputs(
-    old: StackedAttention, new: StackedGatedDeltaNet, sites: Sequence[Site]
-) -> Iterator[Sample]:
+def _outputs(old: Attention, new: GatedDeltaNet, sites: Sequence[Site]) -> Iterator[Sample]:
     """What the new heads give, and what the old output projection makes of the old ones."""
     for site in sites:
         rows, context = site.rows, site.context
@@ -81,9 +128,7 @@ def _outputs(
         yield out.flatten(1), wanted, rows.offsets
 
 
-def _projection(
-    old: StackedAttention, name: str, sites: Sequence[Site], regress: Regress
-) -> Tensor:
+def _projection(old: Attention, name: str, sites: Sequence[Site], regress: Regress) -> Tensor:
     """(B, heads * head_dim, width), q, k or v for every query head.
 
     Gated DeltaNet has no biases here, and brings q and k to unit length without weights of its own:

@@ -1,4 +1,4 @@
-"""The conversion of a checkpoint, layer after layer."""
+"""Convert a checkpoint, layer after layer, and report it in convert.json."""
 
 import json
 import shutil
@@ -12,22 +12,65 @@ import torch
 from molcli.config.layer_choice import cheapest
 from molcli.config.recipe import RECIPE_FILE, save_recipe
 from molcli.config.sections import Recipe
+from molcli.data.packing import TokenRows
+from molcli.data.tokenizer import open_tokenizer
 from molcli.errors import MolError
-from molcli.io.folder import output_folder
-from molcli.io.packing import TokenRows
-from molcli.io.tensors import ShardedWriter
-from molcli.io.tokenizer import open_tokenizer
+from molcli.estimate.parameters import count_parameters
+from molcli.files.folders import output_folder
+from molcli.files.tensors import ShardedWriter
+from molcli.fitting.streams import Streams, open_streams, relative_error
 from molcli.model.checkpoint import default_device, stored_dtype
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.layers import Layer
-from molcli.model.streams import Streams, open_streams, relative_error
 from molcli.progress import Progress, silent
-from molcli.stages.convert.align import align
-from molcli.stages.convert.choice import converted_config, plan_layers
-from molcli.stages.convert.layer import convert_layer, mixer_prefix
-from molcli.stages.convert.report import report
-from molcli.stages.convert.selection import layer_costs
+from molcli.report.machine import device_name, versions
+from molcli.stages.convert.choice import converted_config, layer_costs, plan_layers
+from molcli.stages.convert.layer import align, convert_layer, mixer_prefix
 from molcli.stages.convert.source import Source, layer_name
+
+
+def report(
+    source: Source,
+    after: MoLConfig,
+    recipe: Recipe,
+    layers: list[dict[str, Any]],
+    heldout: dict[str, float] | None,
+) -> dict[str, Any]:
+    """Plain values.
+
+    layers: a row per converted layer, on held-out tokens: delta_error_start and delta_error, before
+    and after the steps of Adam, of what the layer adds, on the converted model's own residual;
+    residual_error, of the residual after it, towards the original model's; kl_alone, what `auto`
+    measured. All errors are relative squared ones. heldout: cross-entropy of both models, and
+    KL(original || converted), nats a token.
+    """
+    before_count, after_count = count_parameters(source.config), count_parameters(after)
+    losses = None
+    if heldout is not None:
+        losses = {
+            "tokens": heldout["tokens"],
+            "original_ce": heldout["parent_ce"],
+            "ce": heldout["ce"],
+            "kl": heldout["kl"],
+        }
+    return {
+        "checkpoint": {
+            "folder": str(source.folder),
+            "fingerprint": source.reader.fingerprint(),
+        },
+        "seed": recipe.calibrate.seed,
+        "parameters": {
+            "original_total": before_count.total,
+            "original_active": before_count.active,
+            "total": after_count.total,
+            "active": after_count.active,
+        },
+        "heldout": losses,
+        "layers": layers,
+        "versions": versions(),
+        "device": device_name(default_device()),
+    }
+
 
 UPCYCLE_RECEIPT = "receipt.json"
 

@@ -8,10 +8,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from molcli.errors import MolError
-from molcli.io.tensors import TensorReader
+from molcli.files.tensors import TensorReader
+from molcli.fitting.streams import OutputHead
 from molcli.model.checkpoint import check_model_type
 from molcli.model.configuration_mol import MoLConfig
-from molcli.model.ending import Ending
 from molcli.model.layers import Layer, new_layer
 from molcli.model.modeling_mol import MoLForCausalLM
 
@@ -41,11 +41,11 @@ class Source:
         layer.load_state_dict(tensors, strict=True, assign=True)
         return layer.requires_grad_(False).eval()
 
-    def ending(self, device: torch.device) -> Ending:
+    def ending(self, device: torch.device) -> OutputHead:
         """Final norm and head, in float32."""
         head = self.reader.read(EMBEDDING if self.config.tie_word_embeddings else HEAD)
         norm = self.reader.read(NORM).to(device, torch.float32)
-        return Ending(norm, head.to(device, torch.float32), self.config.rms_norm_eps)
+        return OutputHead(norm, head.to(device, torch.float32), self.config.rms_norm_eps)
 
 
 def layer_name(index: int, name: str) -> str:

@@ -1,7 +1,6 @@
 """What a model is worth: held-out text, its parent's continuations, recall, lm-eval's tasks."""
 
-from molcli.stages.evaluate.heldout import Evaluation
-from molcli.stages.evaluate.models import Models, open_models
+from molcli.stages.evaluate.heldout import Evaluation, Models, open_models
 from molcli.stages.evaluate.run import Report, evaluate, measure
 from molcli.stages.evaluate.tasks import Tasks, open_tasks
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from molcli.model import MoLForCausalLM
 from molcli.progress import Progress
-from molcli.stages.evaluate.models import Models
+from molcli.stages.evaluate.heldout import Models
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,49 @@
 """How well a model predicts held-out text, beside its parent."""
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
+from molcli.data.packing import Batch, TokenRows
+from molcli.data.tokenizer import open_tokenizer
 from molcli.errors import MolError
-from molcli.io.packing import Batch, TokenRows
+from molcli.estimate.parameters import count_parameters
+from molcli.families.parent import Parent
 from molcli.maths.losses import Head, token_losses
-from molcli.maths.parameters import count_parameters
 from molcli.model import MoLForCausalLM
+from molcli.model.checkpoint import default_device, open_checkpoint
+from molcli.model.parent import open_teacher
 from molcli.progress import Progress
-from molcli.stages.evaluate.models import Models
+
+
+@dataclass(frozen=True)
+class Models:
+    """Both in the same precision and on the same device. tokenizer: None if there is none."""
+
+    model: MoLForCausalLM
+    parent: MoLForCausalLM | None
+    tokenizer: PreTrainedTokenizerBase | None
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def named(self) -> dict[str, MoLForCausalLM]:
+        """Those that there are, as "model" and "parent"."""
+        return {"model": self.model} | ({} if self.parent is None else {"parent": self.parent})
+
+
+def open_models(checkpoint: Path, parent: Parent | None) -> Models:
+    """In the checkpoint's precision on a GPU, in fp32 on a CPU.
+
+    Raises MolError for a checkpoint that cannot be read, or a parent with another vocabulary.
+    """
+    model = open_checkpoint(checkpoint, default_device())
+    dense = None if parent is None else open_teacher(parent, model, model.dtype)
+    return Models(model, dense, open_tokenizer(checkpoint))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from molcli.config.sections import EvaluateConfig
 from molcli.model import MoLForCausalLM
 from molcli.progress import Progress
-from molcli.stages.evaluate.models import Models
+from molcli.stages.evaluate.heldout import Models
 
 # Byte-level and SentencePiece vocabularies mark the space in front of a word. Shorter tokens are
 # mostly the beginnings of words, which ask for the rest of them.

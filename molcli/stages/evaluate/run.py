@@ -7,13 +7,12 @@ from typing import Any
 from torch import Tensor
 
 from molcli.config.sections import EvaluateConfig
-from molcli.io.data import load_documents
-from molcli.io.packing import pack
-from molcli.io.parent import Parent
+from molcli.data.mixture import load_documents
+from molcli.data.packing import pack
+from molcli.families.parent import Parent
 from molcli.progress import Progress, silent
 from molcli.stages.evaluate.generation import Generation, compare, cut_prompts
-from molcli.stages.evaluate.heldout import Evaluation, predict
-from molcli.stages.evaluate.models import Models, open_models
+from molcli.stages.evaluate.heldout import Evaluation, Models, open_models, predict
 from molcli.stages.evaluate.recall import Recall, missing_for_recall, recall
 from molcli.stages.evaluate.tasks import Scores
 

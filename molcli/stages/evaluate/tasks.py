@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from molcli.errors import MolError
-from molcli.stages.evaluate.models import Models
+from molcli.stages.evaluate.heldout import Models
 
 # task -> metric -> "model" or "parent" -> value, all as lm-eval names them.
 Scores = dict[str, dict[str, dict[str, float]]]

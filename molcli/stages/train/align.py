@@ -8,14 +8,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from molcli.data.packing import Batch
 from molcli.errors import MolError
-from molcli.io.packing import Batch
-from molcli.maths.balance import cv_squared
+from molcli.fitting.chunks import token_context
 from molcli.model import MoLForCausalLM
-from molcli.model.context import token_context
 from molcli.model.layers import MoLLayer
+from molcli.model.routing.balance import cv_squared
 from molcli.stages.train.balance import RouterLoads
-from molcli.stages.train.micro_batches import MicroBatches
+from molcli.stages.train.batches import MicroBatches
 
 
 def check_alignable(student: MoLForCausalLM, parent: MoLForCausalLM) -> None:

@@ -4,10 +4,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from molcli.maths.balance import bias_step, block_counts
 from molcli.model import MoLForCausalLM
 from molcli.model.layers import MoLLayer
-from molcli.model.router import Router
+from molcli.model.routing.balance import bias_step, block_counts
+from molcli.model.routing.router import Router
 
 
 class RouterLoads:

@@ -8,20 +8,20 @@ import torch
 
 from molcli.config.sections import TrainConfig
 from molcli.config.stages import Stage, resolve
-from molcli.io.parent import Parent
+from molcli.estimate.flops import training_flops
+from molcli.estimate.memory import Memory, training_memory
+from molcli.estimate.parameters import count_parameters
+from molcli.families.parent import Parent
 from molcli.maths.losses import LOGITS_AT_ONCE
-from molcli.maths.memory import Memory, training_memory
-from molcli.maths.parameters import count_parameters
 from molcli.model import MoLForCausalLM
 from molcli.model.checkpoint import default_device, open_config
 from molcli.model.configuration_mol import MoLConfig
-from molcli.model.flops import training_flops
 from molcli.model.precision import matmul_dtype
-from molcli.stages.train.checks import check_batches
-from molcli.stages.train.compiling import worth_compiling, worth_recording
+from molcli.stages.train.batches import rows_at_once, step_tokens, steps_of
+from molcli.stages.train.gradient_graph import worth_compiling, worth_recording
 from molcli.stages.train.optimizer import set_trainable
+from molcli.stages.train.plan import check_batches
 from molcli.stages.train.sharding import keeps_whole
-from molcli.stages.train.steps import rows_at_once, step_tokens, steps_of
 
 # Of a large matrix product's speed, what a step of many small ones gets: SmolLM2-135M on an
 # H100, and its last layers, the others frozen, on two CPU cores.

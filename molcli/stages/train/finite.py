@@ -8,8 +8,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from molcli.stages.train.ranks import local
-from molcli.stages.train.sharding import let_go
+from molcli.stages.train.distributed import local
+from molcli.stages.train.sharding import reshard
 
 
 def origin(model: nn.Module, forward: Callable[[], bool], accelerator: Accelerator) -> str:
@@ -41,7 +41,7 @@ def _place(
     eager = torch.compiler.set_stance("force_eager")
     with eager, torch.no_grad(), _watched(model) as seen:
         finite = forward()
-    let_go(model)
+    reshard(model)
     weights = dict(model.named_parameters())
     for number, name in enumerate(parameters):
         if not local(weights[name]).isfinite().all():

@@ -1,4 +1,4 @@
-"""What a run tells: one JSON line per window of steps, a few words for the progress bar, a page."""
+"""The log of a run: one JSON line per window of steps, a few words for the bar, forecasts."""
 
 import json
 from collections.abc import Iterator
@@ -11,11 +11,78 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from molcli.config.sections import TrainConfig
+from molcli.config.stages import Stage
+from molcli.estimate.flops import training_flops
+from molcli.estimate.gpus import bf16_peak
+from molcli.maths.recovery import tokens_to_recovery
+from molcli.model import MoLForCausalLM
+from molcli.model.precision import matmul_dtype
+from molcli.report.machine import device_name
+from molcli.report.training_page import train_page
 from molcli.stages.train.balance import RouterLoads
-from molcli.stages.train.page import train_page
-from molcli.stages.train.recovery import RecoveryCurve
 from molcli.stages.train.state import TrainState
 from molcli.stages.train.trackers import show, tracked
+
+GOALS = (0.5, 0.75, 0.9, 0.95, 0.99)
+"""Recoveries, 1 - KL / KL at the start, of which the next one ahead is forecast."""
+
+
+class RecoveryCurve:
+    """The KL of all stages that measure it; tokens count from where the first of them begins."""
+
+    def __init__(self) -> None:
+        self._before = 0
+        self._tokens: list[float] = []
+        self._kl: list[float] = []
+
+    def add(self, line: dict[str, Any]) -> None:
+        """line: of the log, in its order."""
+        if line["kl"] is not None:
+            self._tokens.append(line["tokens"] - self._before)
+            self._kl.append(line["kl"])
+        elif not self._kl:
+            self._before = line["tokens"]
+
+    def words(self) -> str:
+        """Such as "50% recovered in 1.2M tokens"; empty where nothing can be forecast."""
+        for goal in GOALS:
+            left = tokens_to_recovery(self._tokens, self._kl, goal)
+            if left is None:
+                return ""
+            if left > 0:
+                return f"{goal:.0%} recovered in {_short(left)} tokens"
+        return ""
+
+
+def _short(count: float) -> str:
+    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= unit:
+            return f"{count / unit:.3g}{letter}"
+    return f"{count:.0f}"
+
+
+def flops_share(
+    stage: Stage, model: MoLForCausalLM, parent: MoLForCausalLM | None, ranks: int
+) -> float | None:
+    """Model FLOPs utilisation at one token a second; None unless the devices' peak is known.
+
+    Counts active blocks, at the checkpoint's own number, and forward passes once: what gradient
+    checkpointing repeats is no use. A trained weight counts 6, a frozen one 4 or 2, as
+    `training_flops` says. parent: that the stage runs.
+    """
+    device = next(model.parameters()).device
+    peak = bf16_peak(device_name(device))
+    if peak is None or matmul_dtype(stage.settings, device) != torch.bfloat16:
+        return None
+    flops = training_flops(
+        model.config,
+        stage.settings.context_length,
+        parent=None if parent is None else parent.config,
+        trainable=stage.settings.trainable,
+        layerwise=stage.kind == "align",
+    )
+    return flops / (peak * ranks)
+
 
 LOG, PAGE = "log.jsonl", "train.html"
 
@@ -57,7 +124,7 @@ class TrainLog:
     @contextmanager
     def following(self, state: TrainState, flops_share: float | None) -> Iterator[None]:
         """Around the steps of a stage: trackers follow them, and the page shows them at the end,
-        of whatever kind it is. flops_share: `molcli.stages.train.utilisation.flops_share`."""
+        of whatever kind it is. flops_share: `molcli.stages.train.log.flops_share`."""
         self._flops_share = flops_share
         with tracked(self.accelerator, self.config, self.out, state.step):
             try:

@@ -7,29 +7,26 @@ import torch
 
 from molcli.config.sections import Data, Recipe
 from molcli.config.stages import Stage, resolve
-from molcli.io.logits import LogitCache
-from molcli.io.parent import Parent
-from molcli.io.tensors import TensorReader
+from molcli.data.logits import LogitCache
+from molcli.families.parent import Parent
+from molcli.files.tensors import TensorReader
 from molcli.model import MoLForCausalLM
 from molcli.model.checkpoint import open_checkpoint, open_config
 from molcli.model.compiled import compile_layers
+from molcli.model.parent import open_teacher
 from molcli.model.precision import matmul_dtype
-from molcli.model.teacher import open_teacher
 from molcli.progress import Progress, silent
 from molcli.stages.train.align import Alignment, check_alignable
 from molcli.stages.train.balance import set_top_k
-from molcli.stages.train.checks import check_stages, check_top_k
-from molcli.stages.train.compiling import worth_compiling, worth_recording
-from molcli.stages.train.gradient_graph import GradientGraph
-from molcli.stages.train.identity import DATA, refuse_another_run, run_identity
+from molcli.stages.train.batches import open_cache, stage_rows, step_tokens, steps_of
+from molcli.stages.train.distributed import make_student, open_ranks
+from molcli.stages.train.gradient_graph import GradientGraph, worth_compiling, worth_recording
 from molcli.stages.train.log import TrainLog
 from molcli.stages.train.objective import Objective, Student, Weights
 from molcli.stages.train.optimizer import make_optimizer, set_trainable
 from molcli.stages.train.output import RECEIPT, refuse_folder, save_model
-from molcli.stages.train.plan import Situation, plan
-from molcli.stages.train.ranks import make_student, open_ranks
-from molcli.stages.train.rows import open_cache, stage_rows
-from molcli.stages.train.saver import open_saver
+from molcli.stages.train.plan import Situation, check_stages, check_top_k, plan
+from molcli.stages.train.saver import DATA, open_saver, refuse_another_run, run_identity
 from molcli.stages.train.sharding import keeps_whole
 from molcli.stages.train.state import (
     TrainState,
@@ -37,7 +34,7 @@ from molcli.stages.train.state import (
     newest_checkpoint,
     restore_counters,
 )
-from molcli.stages.train.steps import Run, run_stage, step_tokens, steps_of
+from molcli.stages.train.steps import Run, run_stage
 from molcli.stages.train.trackers import check_trackers
 
 

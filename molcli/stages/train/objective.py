@@ -7,16 +7,16 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from molcli.io.logits import LogitCache
-from molcli.io.packing import Batch
-from molcli.maths.balance import cv_squared
+from molcli.data.logits import LogitCache
+from molcli.data.packing import Batch
 from molcli.maths.losses import Head, TrainingLoss, training_loss
 from molcli.maths.top_k import TopK
 from molcli.model import MoLForCausalLM
+from molcli.model.routing.balance import cv_squared
 from molcli.stages.train.balance import RouterLoads
+from molcli.stages.train.batches import MicroBatches
 from molcli.stages.train.gradient_graph import GradientGraph
-from molcli.stages.train.micro_batches import MicroBatches
-from molcli.stages.train.sharding import exchange
+from molcli.stages.train.sharding import set_gradient_sync
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Objective:
         parts = torch.zeros(4, device=device)
         for number, (index, batch) in enumerate(step.batches, start=1):
             if self.student.whole:
-                exchange(self.student, now=number == len(step))
+                set_gradient_sync(self.student, now=number == len(step))
             both = partial(self._add_gradient, index, len(step), accelerator)
             parts += both(batch, count) if self.graph is None else self.graph(both, batch, count)
         return parts

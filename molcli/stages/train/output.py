@@ -10,11 +10,11 @@ from safetensors import SafetensorError
 
 from molcli.config.recipe import RECIPE_FILE, save_recipe
 from molcli.config.sections import Recipe
+from molcli.data.tokenizer import open_tokenizer
 from molcli.errors import MolError
-from molcli.io.tensors import ShardedWriter, TensorReader
-from molcli.io.tokenizer import open_tokenizer
+from molcli.files.tensors import ShardedWriter, TensorReader
 from molcli.model import MoLForCausalLM
-from molcli.stages.train.ranks import first_message, whole
+from molcli.stages.train.distributed import first_message, whole
 
 _CONFIG = "config.json"
 RECEIPT = "receipt.json"  # what `upcycle` leaves beside a converted model

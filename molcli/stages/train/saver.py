@@ -1,12 +1,10 @@
-"""Who writes a run's checkpoints: one process, or several together and in the background.
+"""Write a run's checkpoints, and know whether a run may resume from one."""
 
-One writes a file of torch.save; several write, each its own share, the format of
-torch.distributed.checkpoint. Any number of processes reads either.
-"""
-
+import json
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack, closing
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,20 +16,69 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
+from molcli.config.sections import TrainConfig
+from molcli.config.stages import Stage, section
 from molcli.errors import MolError
-from molcli.io.folder import output_folder, staging_of
-from molcli.stages.train.ranks import first_message, local
+from molcli.files.folders import output_folder, staging_folder
+from molcli.stages.train.distributed import first_message, local
 from molcli.stages.train.state import (
     GENERATORS,
     PROGRESS,
+    Checkpoint,
     TrainState,
     generators,
     not_written,
     progress_text,
     remove_old,
     save_checkpoint,
+    tensors_by_name,
 )
-from molcli.stages.train.tensors import tensors_by_name
+
+DATA = "the data"  # of the stage at hand: its rows' fingerprint
+# What may differ between a run and its resumption: it changes nothing that is trained, or only the
+# order of sums, as another number of processes or compiled code does (and over how many rows CV^2
+# is taken).
+_FREE_SETTINGS = (
+    *("data", "logits", "checkpoint_every", "log_every", "max_skipped", "trackers"),
+    *("micro_batch_size", "gradient_checkpointing", "compile", "sharding"),
+)
+
+
+def run_identity(
+    config: TrainConfig, stages: list[Stage], *, checkpoint: str, parent: str
+) -> dict[str, Any]:
+    """What a resumed run must share with the one that it continues, as plain JSON values.
+
+    checkpoint, parent: fingerprints of the two models; the parent's may be its cached logits'.
+    """
+    identity: dict[str, Any] = {"the checkpoint": checkpoint, "the parent": parent}
+    for number, stage in enumerate(stages):
+        name = section(config, number)
+        identity[f"`{name}.kind`"] = stage.kind
+        settings = asdict(replace(stage.settings, stages=None))
+        identity |= {f"`{name}.{k}`": v for k, v in settings.items() if k not in _FREE_SETTINGS}
+    plain: dict[str, Any] = json.loads(json.dumps(identity))
+    return plain
+
+
+def refuse_another_run(checkpoint: Checkpoint, now: dict[str, Any]) -> None:
+    """Raises MolError if the checkpoint belongs to another recipe, model or parent; with the key
+    `DATA` in `now`, or to other data."""
+    then = checkpoint.identity
+    keys = [key for key in {**then, **now} if key != DATA or DATA in now]
+    changed = [key for key in keys if then.get(key) != now.get(key)]
+    if changed:
+        what = "; ".join(
+            f"{key} was {then.get(key)} and is {now.get(key)}"
+            if key.startswith("`")
+            else f"{key} was another one"
+            for key in changed
+        )
+        raise MolError(
+            f"{checkpoint.folder} belongs to another run: {what}",
+            allowed="the recipe, data, checkpoint and parent that the run began with",
+            hint="the same command as before with --resume, or another output folder",
+        )
 
 
 class Saver(Protocol):
@@ -87,7 +134,7 @@ class _SharedSaver:
         mine = sum(local(tensor).nbytes for tensor in tensors.values())
         sizes = torch.tensor([mine], device=self.accelerator.device)
         need = int(self.accelerator.gather(sizes).sum())
-        staging, publish, message = staging_of(path), ExitStack(), ""
+        staging, publish, message = staging_folder(path), ExitStack(), ""
         if self.accelerator.is_main_process:
             publish.callback(remove_old, self.folder)  # last of all
             try:

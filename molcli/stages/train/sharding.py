@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from molcli.config.sections import TrainConfig
-from molcli.maths.parameters import count_parameters
+from molcli.estimate.parameters import count_parameters
 from molcli.model import MoLConfig
 
 # Of a GPU's memory: what weights and gradients may take, so that activations keep the most of it.
@@ -28,14 +28,14 @@ def keeps_whole(config: TrainConfig, model: MoLConfig, device: torch.device, ran
     return both <= _SHARE * torch.cuda.get_device_properties(device).total_memory
 
 
-def exchange(student: nn.Module, *, now: bool) -> None:
+def set_gradient_sync(student: nn.Module, *, now: bool) -> None:
     """Whether the next backward pass shares out gradients and lets go of the others' weights."""
     assert isinstance(student, FSDPModule)
     student.set_requires_gradient_sync(now)
     student.set_reshard_after_backward(now)
 
 
-def let_go(model: nn.Module) -> None:
+def reshard(model: nn.Module) -> None:
     """Lets go of the others' weights, after forward passes that no backward pass follows."""
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -1,32 +1,80 @@
-"""The steps of one stage."""
+"""The steps of one stage; a signal to stop lets the step at hand finish."""
 
-import math
+import os
+import signal
+import threading
 import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import FrameType, TracebackType
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from molcli.config.sections import TrainConfig
 from molcli.config.stages import Stage
+from molcli.data.mixture import Corpus
 from molcli.errors import Interrupted, MolError
-from molcli.io.data import Corpus
 from molcli.model import MoLForCausalLM
 from molcli.progress import Progress
 from molcli.stages.train.align import Alignment
 from molcli.stages.train.balance import RouterLoads, set_top_k, top_k_at
+from molcli.stages.train.batches import MicroBatches, micro_batches, step_tokens, steps_of
 from molcli.stages.train.finite import origin
-from molcli.stages.train.log import TrainLog
-from molcli.stages.train.micro_batches import MicroBatches, micro_batches
+from molcli.stages.train.log import TrainLog, flops_share
 from molcli.stages.train.objective import Objective
-from molcli.stages.train.optimizer import learning_rate_ratio, set_learning_rates
+from molcli.stages.train.optimizer import learning_rate_ratio, set_learning_rates, update
 from molcli.stages.train.saver import Saver
-from molcli.stages.train.signals import StopSignals
 from molcli.stages.train.state import TrainState, last_good
-from molcli.stages.train.update import update
-from molcli.stages.train.utilisation import flops_share
+
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopSignals:
+    """While entered, SIGINT and SIGTERM are noted. A second one acts as if nobody had listened;
+    not under torchrun, which sends one more for every Ctrl-C.
+
+    What is ignored, as SIGINT is by what a script starts in its background, stays so. Python gives
+    signals to its main thread alone; entered in another one, nothing is noted.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():
+            heard = (n for n in _STOPPING if signal.getsignal(n) is not signal.SIG_IGN)
+            self._before = {number: signal.signal(number, self._note) for number in heard}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._restore()
+
+    def agreed(self, accelerator: Accelerator) -> int:
+        """The signal's number, 0 if there was none; the same on every rank, which all must call."""
+        if accelerator.num_processes == 1:
+            return self.received
+        mine = torch.tensor([self.received], device=accelerator.device)
+        return int(accelerator.gather(mine).max())
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received and "LOCAL_WORLD_SIZE" not in os.environ:
+            self._restore()
+            signal.raise_signal(number)
+        self.received = number
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
 
 
 @dataclass(frozen=True)
@@ -40,21 +88,6 @@ class Run:
     loads: RouterLoads
     total_tokens: int
     progress: Progress
-
-
-def steps_of(config: TrainConfig) -> int:
-    """Optimiser steps of a stage."""
-    return math.ceil(config.tokens / step_tokens(config))
-
-
-def step_tokens(config: TrainConfig) -> int:
-    """Tokens in an optimiser step."""
-    return config.batch_size * config.context_length
-
-
-def rows_at_once(config: TrainConfig, ranks: int) -> int:
-    """Rows in a forward pass of one of `ranks` processes: no more than its share of the batch."""
-    return min(config.micro_batch_size, config.batch_size // ranks)
 
 
 def run_stage(

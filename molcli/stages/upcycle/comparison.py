@@ -1,22 +1,63 @@
-"""Baselines on the held-out text, beside the student through the layers."""
+"""Baselines and greedy continuations on the held-out text, beside the converted model."""
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from molcli.io.packing import TokenRows
-from molcli.io.parent import Parent
+from molcli.data.packing import TokenRows
+from molcli.estimate.parameters import count_parameters
+from molcli.families.parent import Parent
+from molcli.fitting.baselines import METHODS, ParentLayer, baseline_layer
+from molcli.fitting.streams import OutputHead, Sensitivity, Streams
 from molcli.maths.moments import CHUNK_ROWS
-from molcli.maths.parameters import count_parameters
+from molcli.model.checkpoint import default_device, open_checkpoint
 from molcli.model.configuration_mol import MoLConfig
-from molcli.model.ending import Ending
-from molcli.model.from_parent import dense_layer
 from molcli.model.layers import DenseLayer, MoLLayer
-from molcli.model.sensitivity import Sensitivity
-from molcli.model.streams import Streams
-from molcli.stages.upcycle.baselines import METHODS, ParentLayer, baseline_layer
+from molcli.model.parent import continue_greedily, dense_layer, load_dense
+
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 16, 32
+
+
+def continuations(checkpoint: Path, parent: Parent, rows: TokenRows) -> list[dict[str, str]] | None:
+    """The first PROMPTS long documents of `rows`, their first PROMPT_TOKENS tokens continued.
+
+    One entry per prompt: `prompt`, `parent`, `model`, all text. None without a tokenizer. Each
+    model is in memory as a whole, one after the other.
+    """
+    tokenizer = parent.tokenizer()
+    if tokenizer is None:
+        return None
+    documents = [ids[:PROMPT_TOKENS] for ids in _documents(rows)]
+    longest = max(map(len, documents))
+    prompts = [ids for ids in documents if len(ids) == longest][:PROMPTS]
+    device = default_device()
+    student = open_checkpoint(checkpoint, device)
+    dtype = student.dtype
+    ours = [continue_greedily(student, tokenizer, ids, NEW_TOKENS) for ids in prompts]
+    del student
+    dense = load_dense(parent, dtype, device)
+    theirs = [continue_greedily(dense, tokenizer, ids, NEW_TOKENS) for ids in prompts]
+    starts = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in prompts]
+    return [
+        {
+            "prompt": start,
+            "parent": of_parent.removeprefix(start),
+            "model": of_student.removeprefix(start),
+        }
+        for start, of_parent, of_student in zip(starts, theirs, ours, strict=True)
+    ]
+
+
+def _documents(rows: TokenRows) -> Iterator[list[int]]:
+    for ids, documents, length in zip(
+        rows.input_ids, rows.document_ids, rows.lengths.tolist(), strict=True
+    ):
+        for number in documents[:length].unique().tolist():
+            yield ids[:length][documents[:length] == number].tolist()
 
 
 class Comparison:
@@ -70,7 +111,7 @@ class Comparison:
                 after[id(x)] = self._heldout.chunks.run(dense, x)
         return {name: after[id(x)] for name, x in self._residuals.items()}
 
-    def figures(self, ending: Ending) -> dict[str, dict[str, Any]]:
+    def figures(self, ending: OutputHead) -> dict[str, dict[str, Any]]:
         """After the last layer, by baseline: ce, kl (nats a predicted token), params_total,
         params_active; of depth_pruned also which `layers` are left out."""
         count = count_parameters(self._config)
@@ -114,6 +155,6 @@ class Comparison:
         return {"params_total": total, "params_active": total}
 
 
-def _losses(ending: Ending, heldout: Streams, x: Tensor) -> dict[str, Any]:
+def _losses(ending: OutputHead, heldout: Streams, x: Tensor) -> dict[str, Any]:
     figures = ending.figures(heldout, x)
     return {name: figures[name] for name in ("ce", "kl")}

@@ -12,28 +12,25 @@ from molcli.config.layer_choice import cheapest
 from molcli.config.recipe import RECIPE_FILE, save_recipe
 from molcli.config.sections import Recipe
 from molcli.errors import MolError
-from molcli.io.calibration import Calibration, open_calibration
-from molcli.io.folder import output_folder
-from molcli.io.parent import Parent
-from molcli.io.tensors import ShardedWriter
-from molcli.maths.parameters import count_parameters
+from molcli.estimate.parameters import count_parameters
+from molcli.families.parent import Parent
+from molcli.files.folders import output_folder
+from molcli.files.tensors import ShardedWriter
+from molcli.fitting.baselines import ParentLayer, baseline_layer
+from molcli.fitting.calibration import Calibration, open_calibration
+from molcli.fitting.layer import copy_layer, fit_layer
+from molcli.fitting.shapes import is_copy, mol_config, needs_text, parts
+from molcli.fitting.streams import Streams, open_output_head, open_streams
+from molcli.fitting.without_text import add_layer, convert_without_text
 from molcli.model.checkpoint import default_device
 from molcli.model.configuration_mol import MoLConfig
-from molcli.model.ending import open_ending
-from molcli.model.from_parent import dense_layer
 from molcli.model.layers import DenseLayer, MoLLayer
-from molcli.model.streams import Streams, open_streams
+from molcli.model.parent import dense_layer
 from molcli.progress import Progress, silent
-from molcli.stages.upcycle.baselines import ParentLayer, baseline_layer
-from molcli.stages.upcycle.comparison import Comparison
-from molcli.stages.upcycle.continuations import continuations
-from molcli.stages.upcycle.figures import advance
-from molcli.stages.upcycle.layer import copy_layer, fit_layer
-from molcli.stages.upcycle.page import receipt_page
-from molcli.stages.upcycle.receipt import Measured, receipt
+from molcli.report.receipt_page import receipt_page
+from molcli.stages.upcycle.comparison import Comparison, continuations
+from molcli.stages.upcycle.report import Measured, advance, receipt
 from molcli.stages.upcycle.selection import deltanet_costs, layer_costs
-from molcli.stages.upcycle.shape import is_copy, mol_config, needs_text, parts
-from molcli.stages.upcycle.without_text import add_layer, convert_without_text
 
 # A shard that is not yet full waits in memory, beside a layer and the text that it is fitted to:
 # small ones, but of a large checkpoint not very many.
@@ -139,7 +136,7 @@ def _convert(
         progress(i + 1, count)
     heldout = streams[1]
     del streams  # the head needs the room of the text that blocks were fitted to
-    ending = open_ending(parent, device)
+    ending = open_output_head(parent, device)
     losses = ending.figures(heldout, heldout.student)
     if comparison is None:
         return Measured(report, losses)

@@ -7,18 +7,16 @@ from dataclasses import replace
 import torch
 
 from molcli.config.sections import Recipe
-from molcli.io.calibration import Calibration
-from molcli.io.parent import Parent
+from molcli.families.parent import Parent
+from molcli.fitting.calibration import Calibration
+from molcli.fitting.layer import fit_layer
+from molcli.fitting.shapes import parts
+from molcli.fitting.streams import Sensitivity, open_output_head, open_streams, split_rows
 from molcli.model.checkpoint import default_device
 from molcli.model.configuration_mol import MoLConfig
-from molcli.model.ending import open_ending
-from molcli.model.from_parent import dense_layer
 from molcli.model.layers import Layer
-from molcli.model.sensitivity import Sensitivity, split_rows
-from molcli.model.streams import open_streams
+from molcli.model.parent import dense_layer
 from molcli.progress import Progress
-from molcli.stages.upcycle.layer import fit_layer
-from molcli.stages.upcycle.shape import parts
 
 KINDS = ("softmax", "gated_deltanet")
 
@@ -87,5 +85,5 @@ def _costs_alone(
             streams.parent = streams.student = past.parent
         del past
         progress(i + 1, config.num_hidden_layers, "measuring each layer alone")
-    ending = open_ending(parent, device)
+    ending = open_output_head(parent, device)
     return [kinds[kind].figures(ending) for kind in mixers]

@@ -14,16 +14,13 @@ from transformers import AutoModelForCausalLM
 
 from molcli.config.sections import CalibrateConfig, ConvertConfig, Recipe
 from molcli.errors import MolError
-from molcli.io.calibration import split_text, text_hash
+from molcli.fitting.calibration import split_text, text_hash
+from molcli.fitting.streams import open_streams, split_rows
 from molcli.model import MoLForCausalLM
 from molcli.model.checkpoint import default_device
-from molcli.model.sensitivity import split_rows
-from molcli.model.streams import open_streams
 from molcli.stages.convert import Text, convert, open_source, plan_layers
-from molcli.stages.convert.align import align
-from molcli.stages.convert.choice import converted_config
-from molcli.stages.convert.layer import convert_layer
-from molcli.stages.convert.selection import layer_costs
+from molcli.stages.convert.choice import converted_config, layer_costs
+from molcli.stages.convert.layer import align, convert_layer
 
 SOFTMAX = {"layer_kinds": ["dense", "softmax", "softmax"]}
 MIXERS = ("model.layers.1.routed.block.mixer.", "model.layers.2.routed.block.mixer.")
@@ -114,7 +111,7 @@ def test_only_the_routed_mixers_change(mol: Callable[..., Path], run: Callable[.
     [
         ({}, "all"),
         ({}, [0, 2]),  # a dense one too
-        ({"num_key_value_heads": 2, "thin_num_key_value_heads": 1}, [0, 1]),
+        ({"num_key_value_heads": 2, "num_kv_heads_thin": 1}, [0, 1]),
         ({"qk_norm": True, "attention_bias": False}, [0, 1]),
         ({"tie_word_embeddings": False, "attention_out_bias": True}, "every:2"),
         ({"restrict_attention": False}, "all"),
@@ -157,7 +154,7 @@ def test_the_checkpoint_is_what_the_report_says(
 
 def test_the_fit_beats_attention_left_out(mol: Callable[..., Path], text: Text) -> None:
     """And q, k and v point where the softmax heads' own did, key-value heads unshared."""
-    source = open_source(mol(thin_num_key_value_heads=1, attention_bias=False))
+    source = open_source(mol(num_kv_heads_thin=1, attention_bias=False))
     streams = open_streams(text.fit, source.config, source.embedding(), default_device())
     layer = source.layer(1, default_device())
     config = converted_config(source.config, {1})

@@ -12,7 +12,7 @@ from torch import Tensor
 from molcli.model import MoLForCausalLM
 from molcli.progress import silent
 from molcli.stages.evaluate.generation import compare, cut_prompts
-from molcli.stages.evaluate.models import Models, open_models
+from molcli.stages.evaluate.heldout import Models, open_models
 
 PROMPTS = torch.randint(3, 128, (4, 5), generator=torch.Generator().manual_seed(1))
 

@@ -8,9 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from molcli.config.sections import EvaluateConfig
+from molcli.data.mixture import load_rows
 from molcli.errors import MolError
-from molcli.io.data import load_rows
-from molcli.io.parent import open_parent
+from molcli.families.parent import open_parent
 from molcli.model.checkpoint import open_checkpoint
 from molcli.stages.evaluate import evaluate
 

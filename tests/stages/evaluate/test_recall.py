@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from molcli.config.sections import EvaluateConfig
 from molcli.progress import silent
-from molcli.stages.evaluate.models import Models, open_models
+from molcli.stages.evaluate.heldout import Models, open_models
 from molcli.stages.evaluate.recall import missing_for_recall, puzzles, recall, words_of
 
 WORDS = ["apple", "river", "stone", "cloud", "tiger", "green", "seven", "house", "night"]

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from molcli.errors import MolError
-from molcli.io.parent import open_parent
-from molcli.stages.evaluate.models import Models, open_models
+from molcli.families.parent import open_parent
+from molcli.stages.evaluate.heldout import Models, open_models
 from molcli.stages.evaluate.tasks import open_tasks
 
 QUESTIONS = [

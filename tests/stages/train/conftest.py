@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from molcli.io.parent import Parent, open_parent
+from molcli.families.parent import Parent, open_parent
 
 
 @pytest.fixture

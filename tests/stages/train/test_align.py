@@ -8,17 +8,17 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from molcli.data.packing import TokenRows, pack
 from molcli.errors import MolError
-from molcli.io.packing import TokenRows, pack
-from molcli.io.parent import Parent
+from molcli.families.parent import Parent
+from molcli.fitting.layer import copy_layer
 from molcli.model import MoLConfig, MoLForCausalLM
 from molcli.model.checkpoint import open_checkpoint
-from molcli.model.from_parent import load_dense
 from molcli.model.layers import MoLLayer
+from molcli.model.parent import load_dense
 from molcli.stages.train.align import Alignment, check_alignable
 from molcli.stages.train.balance import RouterLoads
-from molcli.stages.train.micro_batches import micro_batches
-from molcli.stages.upcycle.layer import copy_layer
+from molcli.stages.train.batches import micro_batches
 
 CPU, ONE = torch.device("cpu"), Accelerator(cpu=True)
 
@@ -100,8 +100,8 @@ def test_a_copy_of_the_parent_has_nothing_to_learn(dense_parent: Parent, rows: T
         num_blocks_per_tok=0,
         d_thin=32,
         d_ff_thin=48,
-        thin_num_attention_heads=4,
-        thin_num_key_value_heads=2,
+        num_heads_thin=4,
+        num_kv_heads_thin=2,
     )
     config = MoLConfig(**(dense_parent.mol_config_kwargs() | whole))
     student = MoLForCausalLM(config)

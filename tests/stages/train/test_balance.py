@@ -14,10 +14,10 @@ from torch import Tensor
 
 from molcli.config.sections import Recipe, TrainConfig
 from molcli.errors import MolError
-from molcli.maths.balance import block_counts
 from molcli.model import MoLForCausalLM
 from molcli.model.checkpoint import open_checkpoint
-from molcli.model.router import Router, Routing
+from molcli.model.routing.balance import block_counts
+from molcli.model.routing.router import Router, Routing
 from molcli.stages.train import train
 from molcli.stages.train.balance import RouterLoads, routers, set_top_k, top_k_at
 

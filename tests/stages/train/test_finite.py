@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from molcli.config.sections import Recipe, StageConfig, TrainConfig
 from molcli.errors import MolError
-from molcli.io.parent import Parent
+from molcli.families.parent import Parent
 from molcli.model import MoLForCausalLM
 from molcli.model.checkpoint import open_checkpoint
 from molcli.stages.train import train

@@ -11,14 +11,13 @@ from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor
 
 from molcli.config.sections import TrainConfig
-from molcli.io.packing import Batch, TokenRows, pack
+from molcli.data.packing import Batch, TokenRows, pack
 from molcli.model import MoLConfig, MoLForCausalLM
 from molcli.model.compiled import compile_layers
 from molcli.stages.train import gradient_graph
 from molcli.stages.train.balance import RouterLoads
-from molcli.stages.train.compiling import worth_recording
-from molcli.stages.train.gradient_graph import GradientGraph
-from molcli.stages.train.micro_batches import micro_batches
+from molcli.stages.train.batches import micro_batches
+from molcli.stages.train.gradient_graph import GradientGraph, worth_recording
 from molcli.stages.train.objective import Objective, Student, Weights
 
 

@@ -26,7 +26,8 @@ import os, shutil, signal, sys
 from pathlib import Path
 import torch
 from molcli.config.recipe import load_recipe
-from molcli.stages.train import state, train
+from molcli.stages.train import state
+from molcli.stages.train import train
 from molcli.stages.train.objective import Objective
 
 torch.set_num_threads(1)

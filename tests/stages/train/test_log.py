@@ -16,14 +16,13 @@ from molcli.config.recipe import load_recipe
 from molcli.config.sections import Recipe, TrainConfig
 from molcli.config.stages import Stage
 from molcli.errors import MolError
-from molcli.io.parent import Parent
+from molcli.estimate.flops import training_flops
+from molcli.families.parent import Parent
 from molcli.model.checkpoint import open_checkpoint
-from molcli.model.flops import training_flops
+from molcli.report.training_page import train_page
 from molcli.stages.train import train
 from molcli.stages.train.balance import RouterLoads
-from molcli.stages.train.page import train_page
-from molcli.stages.train.recovery import RecoveryCurve
-from molcli.stages.train.utilisation import flops_share
+from molcli.stages.train.log import RecoveryCurve, flops_share
 
 Make = Callable[..., Path]
 Corpus = Callable[..., str]
@@ -157,7 +156,7 @@ def test_utilisation_is_of_the_bf16_peak_of_all_devices(
     stage = Stage("pretrain", recipe(precision="bf16").train)
     assert flops_share(stage, model, None, ranks=2) is None
     monkeypatch.setattr(
-        "molcli.stages.train.utilisation.device_name", lambda device: "NVIDIA H100 80GB HBM3"
+        "molcli.stages.train.log.device_name", lambda device: "NVIDIA H100 80GB HBM3"
     )
     flops = training_flops(model.config, 16, parent=None)
     assert flops_share(stage, model, None, ranks=2) == flops / (2 * 989.4e12)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from molcli.config.recipe import load_recipe
 from molcli.config.sections import EvaluateConfig, Recipe, TrainConfig
 from molcli.errors import MolError
-from molcli.io.parent import open_parent
+from molcli.families.parent import open_parent
 from molcli.stages.evaluate import evaluate
 from molcli.stages.train import train
 from molcli.stages.train.objective import Objective

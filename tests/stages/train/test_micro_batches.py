@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from molcli.io.packing import pack
-from molcli.stages.train.micro_batches import micro_batches
+from molcli.data.packing import pack
+from molcli.stages.train.batches import micro_batches
 
 
 def test_ranks_share_the_rows_and_agree_on_their_counts() -> None:

@@ -14,11 +14,11 @@ from molcli.config.recipe import load_recipe
 from molcli.config.sections import Recipe, TrainConfig
 from molcli.config.stages import resolve
 from molcli.errors import MolError
-from molcli.io.parent import Parent
+from molcli.families.parent import Parent
 from molcli.model import MoLConfig
+from molcli.stages.train.batches import step_tokens
 from molcli.stages.train.estimate import estimate, launch_seconds
 from molcli.stages.train.plan import Situation, plan
-from molcli.stages.train.steps import step_tokens
 
 SOFTMAX = MoLConfig(num_hidden_layers=2, layer_kinds=["softmax"] * 2)
 DELTANET = MoLConfig(num_hidden_layers=2, max_position_embeddings=8192)

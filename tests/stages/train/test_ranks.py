@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from molcli.config.recipe import save_recipe
 from molcli.config.sections import Recipe, StageConfig, TrainConfig
-from molcli.io.parent import Parent
+from molcli.families.parent import Parent
 from molcli.stages.train import train
 
 WORKER = """
@@ -23,8 +23,8 @@ from pathlib import Path
 from torch.distributed.checkpoint import filesystem
 from molcli.config.recipe import load_recipe
 from molcli.errors import Interrupted
-from molcli.io.order import MixedOrder
-from molcli.io.parent import open_parent
+from molcli.data.mixture import MixedOrder
+from molcli.families.parent import open_parent
 from molcli.stages.train import train
 checkpoint, data, parent, *runs = sys.argv[1:]
 take = MixedOrder.take

@@ -16,8 +16,8 @@ from torch.distributed.checkpoint import FileSystemWriter
 from molcli.config.sections import TrainConfig
 from molcli.errors import MolError
 from molcli.model.checkpoint import open_checkpoint
+from molcli.stages.train.distributed import shared_dimension
 from molcli.stages.train.optimizer import make_optimizer
-from molcli.stages.train.ranks import shared_dimension
 from molcli.stages.train.saver import _SharedSaver
 from molcli.stages.train.state import TrainState, load_checkpoint, newest_checkpoint
 

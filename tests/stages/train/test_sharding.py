@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from molcli.config.sections import Recipe, TrainConfig
-from molcli.maths.parameters import count_parameters
+from molcli.estimate.parameters import count_parameters
 from molcli.model import MoLConfig
 from molcli.stages.train import loop, objective, train
 from molcli.stages.train.sharding import keeps_whole
@@ -48,11 +48,11 @@ def test_the_last_micro_batch_of_a_step_exchanges(
     """What one process would tell the others."""
     told = []
 
-    def exchange(student: nn.Module, *, now: bool) -> None:
+    def set_gradient_sync(student: nn.Module, *, now: bool) -> None:
         told.append(now)
 
     monkeypatch.setattr(loop, "keeps_whole", lambda *given: True)
-    monkeypatch.setattr(objective, "exchange", exchange)
+    monkeypatch.setattr(objective, "set_gradient_sync", set_gradient_sync)
     steps = TrainConfig(tokens=2 * 6 * 16, context_length=16, batch_size=6, micro_batch_size=2)
     train(tiny_mol(), tmp_path / "out", corpus(), Recipe(train=steps))
     assert told == [False, False, True] * 2

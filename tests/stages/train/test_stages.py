@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from molcli.config.recipe import load_recipe
 from molcli.config.sections import Recipe, StageConfig, TrainConfig
 from molcli.errors import MolError
-from molcli.io.parent import Parent
+from molcli.families.parent import Parent
 from molcli.stages.train import train
-from molcli.stages.train.compiling import COMPILED_FROM, worth_compiling
+from molcli.stages.train.gradient_graph import COMPILED_FROM, worth_compiling
 
 STAGES = [
     StageConfig("align", tokens=4 * 2 * 16, new_learning_rate=1e-2, learning_rate=1e-2),

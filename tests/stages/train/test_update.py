@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from molcli.config.sections import Recipe, TrainConfig
 from molcli.stages.train import loop, train
 from molcli.stages.train.objective import Objective
-from molcli.stages.train.update import update
+from molcli.stages.train.optimizer import update
 
 ONE: Any = SimpleNamespace(num_processes=1)
 KINDS = [("cpu", False), ("cpu", True), pytest.param("cuda", True, marks=pytest.mark.gpu)]

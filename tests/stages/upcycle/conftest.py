@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from molcli.config.sections import CalibrateConfig, Recipe, UpcycleConfig
-from molcli.io.parent import open_parent
+from molcli.families.parent import open_parent
 from molcli.stages.calibrate import calibrate
 from molcli.stages.upcycle import upcycle
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from molcli.stages.upcycle.fit import Family
-from molcli.stages.upcycle.layer import fit_layer
+from molcli.fitting.layer import fit_layer
+from molcli.fitting.thin_blocks import Family
 
 
 @pytest.mark.parametrize("shape", [(5, 1, 2), (4, 2, 1), (4, 0, 2)])

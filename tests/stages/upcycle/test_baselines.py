@@ -14,7 +14,7 @@ WHOLE = {"num_blocks": 1, "top_k": 0, "d_thin": 64}
 
 @pytest.fixture(autouse=True)
 def short_continuations(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("molcli.stages.upcycle.continuations.NEW_TOKENS", 6)
+    monkeypatch.setattr("molcli.stages.upcycle.comparison.NEW_TOKENS", 6)
 
 
 @pytest.mark.parametrize("method", ["svd", "pca"])

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from molcli.model import chunks
+from molcli.fitting import chunks
 
 
 def in_chunks(monkeypatch: pytest.MonkeyPatch, count: int) -> list[int]:
@@ -24,7 +24,7 @@ def in_chunks(monkeypatch: pytest.MonkeyPatch, count: int) -> list[int]:
         seen.append(len(list(found)))
         return found
 
-    for place in ("molcli.stages.calibrate", "molcli.model.streams"):
+    for place in ("molcli.stages.calibrate", "molcli.fitting.streams"):
         monkeypatch.setattr(f"{place}.chunk_text", counting)
     return seen
 
@@ -81,7 +81,7 @@ def test_heads_that_are_held_are_those_computed_anew(
     in_chunks(monkeypatch, 4)
     found = []
     for most in (0.0, 1e9):
-        monkeypatch.setattr("molcli.stages.upcycle.fit.MOST_HEADS_HELD", most)
+        monkeypatch.setattr("molcli.fitting.thin_blocks.MOST_HEADS_HELD", most)
         found.append(workshop.convert(parent, gated_deltanet=mixer).tensors)
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from molcli.config.sections import CalibrateConfig, EvaluateConfig, Recipe, UpcycleConfig
-from molcli.io.parent import open_parent
+from molcli.families.parent import open_parent
 from molcli.stages.calibrate import calibrate
 from molcli.stages.evaluate import evaluate
 from molcli.stages.upcycle import upcycle

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from molcli.config.recipe import RECIPE_FILE, load_recipe
 from molcli.config.sections import Recipe, UpcycleConfig
-from molcli.io.parent import open_parent
+from molcli.families.parent import open_parent
 from molcli.stages.upcycle import upcycle
 
 WHOLE = Recipe(upcycle=UpcycleConfig(num_blocks=1, num_shared_blocks=1, d_thin=64))

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from molcli import __version__
-from molcli.io.parent import open_parent
-from molcli.maths.parameters import count_parameters
+from molcli.estimate.parameters import count_parameters
+from molcli.families.parent import open_parent
 from molcli.stages.upcycle import run
 
 

@@ -14,15 +14,15 @@ from transformers import AutoTokenizer
 
 from molcli.config.sections import CalibrateConfig, Recipe
 from molcli.errors import MolError
-from molcli.io.parent import open_parent
-from molcli.model.from_parent import load_dense
+from molcli.families.parent import open_parent
+from molcli.model.parent import load_dense
 from molcli.stages.calibrate import calibrate
 from molcli.stages.upcycle import upcycle
 
 
 @pytest.fixture(autouse=True)
 def short_continuations(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("molcli.stages.upcycle.continuations.NEW_TOKENS", 6)
+    monkeypatch.setattr("molcli.stages.upcycle.comparison.NEW_TOKENS", 6)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import pytest
 
 from molcli.config.sections import Recipe, UpcycleConfig
 from molcli.errors import MolError
-from molcli.io.parent import open_parent
+from molcli.families.parent import open_parent
 from molcli.stages.upcycle import run, upcycle
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from molcli.io.parent import open_parent
-from molcli.maths.parameters import count_parameters
+from molcli.estimate.parameters import count_parameters
+from molcli.families.parent import open_parent
 
 GRID = [  # num_blocks, num_shared_blocks, top_k, d_thin
     (5, 1, 2, 32),
@@ -105,7 +105,7 @@ def test_of_blocks_alike_the_default_width_is_the_active_ones_share(
     config = convert(parent, **options | alike).model().config
     assert (config.d_thin, config.d_ff_thin) == (d_thin, 24)
     assert config.num_blocks_per_tok == min(2, config.num_routed_blocks)
-    assert config.thin_num_attention_heads == round(4 * d_thin / 64)
+    assert config.num_heads_thin == round(4 * d_thin / 64)
 
 
 def test_a_preset_alone_converts_to_blocks_that_differ(
@@ -258,7 +258,7 @@ def test_heads_are_independent_of_the_width(
     parent = tiny_parent("llama", num_hidden_layers=1)
     converted = convert(parent, num_heads_thin=heads, gated_deltanet="none")
     config = converted.model().config
-    assert (config.thin_num_attention_heads, config.thin_num_key_value_heads) == (heads, kv_heads)
+    assert (config.num_heads_thin, config.num_kv_heads_thin) == (heads, kv_heads)
     assert converted.tensors["model.layers.0.shared.block.mixer.q_proj"].shape == (
         1,
         heads * 16,

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from molcli.cli.upcycle import run_upcycle
 from molcli.config.sections import Recipe, UpcycleConfig
-from molcli.io.parent import open_parent
+from molcli.families.parent import open_parent
 from molcli.stages.upcycle import upcycle
 
 

@@ -1,0 +1,1 @@
+"""Text and tokens: from documents on the disk to packed rows."""

@@ -1,0 +1,1 @@
+"""Predict parameters, operations, memory, time and quality before any work."""

@@ -1,0 +1,134 @@
+"""Floating-point operations of a forward pass and of training, from a configuration's numbers."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from molcli.estimate.parameters import CONV_WIDTH
+from molcli.model.configuration_mol import BlockSpec, MoLConfig
+
+# A step of the gated delta rule, per entry of its state: decay 1, read at the key 2, rank-one
+# update 2, read at the query 2.
+DELTA_RULE = 7
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations a token. active: of the blocks that run on it. total: if every block did."""
+
+    total: int
+    active: int
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """products: with weights. mixing: of a layer's tokens with each other, without weights."""
+
+    products: float
+    mixing: float
+
+    @property
+    def all(self) -> float:
+        return self.products + self.mixing
+
+    def __add__(self, other: "_Cost") -> "_Cost":
+        return _Cost(self.products + other.products, self.mixing + other.mixing)
+
+    def __mul__(self, times: float) -> "_Cost":
+        return _Cost(self.products * times, self.mixing * times)
+
+
+def count_flops(config: MoLConfig, context_length: int) -> Flops:
+    """Means over the tokens of one document of context_length tokens, T, under even routing.
+
+    A multiply-add counts as two. Linear maps, the LM head and convolutions take 2 a weight; softmax
+    attention 4 * head_dim a head and key, where a token sees (T + 1) / 2 keys on average, and in a
+    routed block only the block's own; Gated DeltaNet 7 * head_dim^2 a head. The embedding is a
+    look-up; norms, activations, biases, rotary positions and softmaxes are left out.
+    """
+    total = active = float(_head(config))
+    for i in range(config.num_hidden_layers):
+        every, few = _layer(config, i, context_length)
+        total, active = total + every.all, active + few.all
+    return Flops(round(total), round(active))
+
+
+def training_flops(
+    config: MoLConfig,
+    context_length: int,
+    *,
+    parent: MoLConfig | None,
+    trainable: Literal["all", "mol"] = "all",
+    layerwise: bool = False,
+    recompute: bool = False,
+) -> int:
+    """Of one training token, with active blocks alone.
+
+    A weight takes 2 forward and 4 backward, for the gradients of its input and of itself. What
+    trainable = "mol" freezes takes 4 above the first Mixture of Layers layer, for the gradient of
+    its input alone, and 2 below it, where the backward pass has ended. parent: its forward pass
+    besides. layerwise: Mixture of Layers layers one by one on the parent's residuals; neither heads
+    nor the student's dense layers run. recompute: gradient checkpointing, one more forward pass
+    through the layers that the backward pass reaches.
+    """
+    dense = [config.is_dense(i) for i in range(config.num_hidden_layers)]
+    trained = [trainable == "all" or not frozen for frozen in dense]
+    flops = 0.0
+    for i in range(config.num_hidden_layers):
+        cost = _layer(config, i, context_length)[1]
+        if layerwise and dense[i]:
+            continue
+        if trained[i]:
+            flops += 3 * cost.all
+        elif any(trained[:i]):
+            flops += 2 * cost.products + 3 * cost.mixing
+        else:
+            flops += cost.all
+        if recompute and any(trained[: i + 1]):
+            flops += cost.all
+    if not layerwise:
+        flops += (3 if trainable == "all" else 2) * _head(config)
+    if parent is not None:
+        flops += count_flops(parent, context_length).active - (_head(parent) if layerwise else 0)
+    return round(flops)
+
+
+def _head(config: MoLConfig) -> int:
+    return 2 * config.vocab_size * config.hidden_size
+
+
+def _layer(config: MoLConfig, index: int, context_length: int) -> tuple[_Cost, _Cost]:
+    """Of a layer if every block ran, and with those that do."""
+    if config.is_dense(index):
+        layer = _block(config.dense_spec(config.layer_kinds[index]), config, context_length)
+        return layer, layer
+    routed_blocks, top_k = config.num_routed_blocks, config.num_blocks_per_tok
+    always = _Cost(2.0 * config.hidden_size * routed_blocks, 0)  # the router
+    if config.num_shared_blocks:
+        shared = config.shared_spec()
+        always += _thin(shared, config, context_length) * shared.num_blocks
+    if not routed_blocks:
+        return always, always
+    spec = config.routed_spec(index)
+    everywhere = always + _thin(spec, config, context_length) * routed_blocks
+    if not config.restrict_attention:
+        return everywhere, everywhere
+    own = max(1.0, context_length * top_k / routed_blocks)
+    return everywhere, always + _thin(spec, config, own) * top_k
+
+
+def _thin(spec: BlockSpec, config: MoLConfig, tokens: float) -> _Cost:
+    """One thin block with its two projections, on a token of the `tokens` that it sees."""
+    return _Cost(4.0 * config.hidden_size * spec.width, 0) + _block(spec, config, tokens)
+
+
+def _block(spec: BlockSpec, config: MoLConfig, tokens: float) -> _Cost:
+    inner = spec.num_heads * spec.head_dim
+    mixing: float
+    if spec.mixer == "gated_deltanet":
+        weights = 5 * inner * spec.width + 2 * spec.num_heads * spec.width + 3 * CONV_WIDTH * inner
+        mixing = DELTA_RULE * inner * spec.head_dim
+    else:
+        weights = 2 * (inner + spec.num_kv_heads * spec.head_dim) * spec.width
+        mixing = 4 * inner * (tokens + 1) / 2
+    weights += (3 if config.mlp_gated else 2) * spec.width * spec.d_ff
+    return _Cost(2.0 * weights, mixing)

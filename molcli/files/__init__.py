@@ -1,0 +1,1 @@
+"""Files and folders: read lazily, written whole or not at all."""

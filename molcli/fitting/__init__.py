@@ -1,0 +1,1 @@
+"""Fit thin blocks and mixers to what a dense layer computes."""

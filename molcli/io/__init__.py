@@ -1,1 +1,0 @@
-"""Reading parents and text, writing checkpoints."""

@@ -1,0 +1,1 @@
+"""Decoding with caches of growing and of fixed size, and CUDA graphs."""

@@ -1,0 +1,1 @@
+"""Sequence mixers of a block."""

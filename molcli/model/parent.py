@@ -1,0 +1,72 @@
+"""Dense parents as models of ours: layer by layer, whole, or as a teacher."""
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from molcli.errors import MolError
+from molcli.families.parent import Parent
+from molcli.model.checkpoint import assemble
+from molcli.model.configuration_mol import MoLConfig
+from molcli.model.layers import DenseLayer
+from molcli.model.modeling_mol import MoLForCausalLM
+
+
+def dense_layer(parent: Parent, config: MoLConfig, index: int, device: torch.device) -> DenseLayer:
+    """Layer `index` of the parent, float32, without gradients."""
+    with torch.device("meta"):
+        layer = DenseLayer(config)
+    # Casts where there is room: the host holds the layer as it is stored.
+    tensors = {n: x.to(device).to(torch.float32) for n, x in parent.dense_layer(index).items()}
+    layer.load_state_dict(tensors, strict=True, assign=True)
+    return layer.requires_grad_(False).eval()
+
+
+def load_dense(parent: Parent, dtype: torch.dtype, device: torch.device) -> MoLForCausalLM:
+    """The whole parent as a model whose layers are all dense, for use as a teacher."""
+    config = MoLConfig(**parent.mol_config_kwargs())
+    tensors = {
+        "model.embed_tokens.weight": parent.embedding(),
+        "model.norm.weight": parent.final_norm(),
+    }
+    if (head := parent.lm_head()) is not None:
+        tensors["lm_head.weight"] = head
+    for i in range(config.num_hidden_layers):
+        layer = parent.dense_layer(i)
+        tensors |= {f"model.layers.{i}.{name}": x for name, x in layer.items()}
+    tensors = {name: x.to(device, dtype) for name, x in tensors.items()}
+    model, wrong = assemble(config, tensors, device)
+    assert not wrong, wrong
+    return model.requires_grad_(False)
+
+
+def open_teacher(parent: Parent, student: MoLForCausalLM, dtype: torch.dtype) -> MoLForCausalLM:
+    """The parent on the student's device, without gradients. Raises MolError if the two do not
+    share a vocabulary: then their predictions cannot be compared.
+    """
+    found, wanted = parent.config.vocab_size, student.config.vocab_size
+    if found != wanted:
+        raise MolError(
+            f"the parent {parent.name} has a vocabulary of {found}, the model one of {wanted}",
+            allowed="the parent that the model was converted from",
+        )
+    return load_dense(parent, dtype, student.device)
+
+
+def continue_greedily(
+    model: MoLForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: list[int],
+    new_tokens: int,
+) -> str:
+    """The prompt and its likeliest continuation, token by token, as text without special tokens.
+
+    prompt: at least one token. The text ends early at an end-of-text token.
+    """
+    ids = torch.tensor([prompt], device=model.device)
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+    )
+    return str(tokenizer.decode(out[0], skip_special_tokens=True))

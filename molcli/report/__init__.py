@@ -1,0 +1,1 @@
+"""Everything that draws: tables, charts and pages."""

@@ -1,0 +1,135 @@
+"""What a conversion says about itself: figures of each layer, and receipt.json."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from molcli.config.sections import Recipe
+from molcli.estimate.flops import count_flops
+from molcli.estimate.parameters import count_parameters
+from molcli.families.parent import Parent
+from molcli.fitting.calibration import Calibration
+from molcli.fitting.streams import Streams
+from molcli.maths.routing_stats import count_routing, routing_margin, summarise
+from molcli.model.checkpoint import default_device
+from molcli.model.configuration_mol import MoLConfig
+from molcli.model.layers import DenseLayer, MoLLayer
+from molcli.report.machine import device_name, versions
+
+DEAD_SHARE = 0.01
+
+
+@torch.no_grad()
+def advance(
+    fit: Streams, heldout: Streams, dense: DenseLayer, converted: DenseLayer | MoLLayer
+) -> dict[str, Any]:
+    """Moves the held-out residuals past a layer; returns the receipt's figures for it.
+
+    fit: past it already. converted: `dense` where the parent's layer is kept.
+
+    On held-out tokens, student and parent each on their own residual:
+    delta_error: mean over tokens of |student's delta - parent's|^2 / |parent's|^2, where a delta is
+    what the layer adds: 0 is exact, 1 is what leaving the layer out costs. norm_ratio: mean over
+    tokens of |student's delta| / |parent's|. residual_error: as delta_error, of the residual after
+    the layer; residual_error_fit on the tokens that blocks were fitted to. routing: see
+    `routing_figures`, None where nothing is routed.
+    """
+    before_parent, before = heldout.parent, heldout.student
+    heldout.advance(dense, converted)
+    wanted, delta = heldout.parent - before_parent, heldout.student - before
+    errors = (delta - wanted).square().sum(-1) / wanted.square().sum(-1)
+    row: dict[str, Any] = {
+        "delta_error": errors.mean().item(),
+        "norm_ratio": (delta.norm(dim=-1) / wanted.norm(dim=-1)).mean().item(),
+        "residual_error": heldout.error(),
+        "residual_error_fit": fit.error(),
+    }
+    if isinstance(converted, MoLLayer):
+        row["routing"] = routing_figures(converted, heldout, before, errors)
+    return row
+
+
+def routing_figures(
+    layer: MoLLayer, streams: Streams, x: Tensor, errors: Tensor
+) -> dict[str, Any] | None:
+    """Of the residual x (n, d_model) before the layer; lists have an entry per routed block.
+
+    load_share, entropy, dead_blocks: as `molcli inspect` has them. margin: `routing_margin`.
+    delta_error: mean of `errors` (n,) over the tokens that the block sees, None without any.
+    """
+    if layer.router is None:
+        return None
+    routing = layer.router(x)
+    count = routing.logits.shape[1]
+    document = streams.documents()
+    counts = count_routing(routing.blocks, routing.weights, document, count)
+    summary = summarise(counts, dead_share=DEAD_SHARE)
+    seen = errors[:, None].expand_as(routing.blocks).flatten().double()
+    sums = torch.bincount(routing.blocks.flatten(), weights=seen, minlength=count)
+    return {
+        "load_share": summary.load_share,
+        "entropy": summary.entropy,
+        "dead_blocks": summary.dead_blocks,
+        "margin": routing_margin(routing.logits + layer.router.correction_bias, layer.router.top_k),
+        "delta_error": [
+            total / chosen if chosen else None
+            for total, chosen in zip(sums.tolist(), counts.chosen.tolist(), strict=True)
+        ],
+    }
+
+
+@dataclass(frozen=True)
+class Measured:
+    """layers: a row per layer (`figures.advance`, and `layer_costs` and `deltanet_costs` under
+    auto). heldout: `OutputHead.figures` of the student. baselines: `Comparison.figures`. None where
+    that was not measured."""
+
+    layers: list[dict[str, Any]]
+    heldout: dict[str, float] | None = None
+    baselines: dict[str, dict[str, Any]] | None = None
+
+
+def receipt(
+    parent: Parent,
+    config: MoLConfig,
+    recipe: Recipe,
+    text: Calibration | None,
+    measured: Measured,
+    continuations: list[dict[str, str]] | None,
+    seconds: float,
+) -> dict[str, Any]:
+    """Plain values.
+
+    parameters, flops (a token, `count_flops`): of the student, total and active, and the parent's.
+    calibration: what it wrote about itself, with hashes of parent and data.
+    """
+    dense = MoLConfig(**parent.mol_config_kwargs())
+    count = count_parameters(config)
+    length = recipe.calibrate.context_length if text is None else text.heldout.input_ids.shape[1]
+    flops = count_flops(config, length)
+    return {
+        "parent": {"name": parent.name, "fingerprint": parent.fingerprint()},
+        "method": recipe.upcycle.method,
+        "seed": recipe.calibrate.seed,
+        "calibration": None if text is None else text.about,
+        "parameters": {
+            "total": count.total,
+            "active": count.active,
+            "parent": count_parameters(dense).total,
+        },
+        "flops": {
+            "total": flops.total,
+            "active": flops.active,
+            "parent": count_flops(dense, length).total,
+            "context_length": length,
+        },
+        "heldout": measured.heldout,
+        "baselines": measured.baselines,
+        "layers": measured.layers,
+        "continuations": continuations,
+        "seconds": round(seconds, 1),
+        "device": device_name(default_device()),
+        "versions": versions(),
+    }

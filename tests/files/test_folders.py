@@ -1,0 +1,127 @@
+"""An output folder appears whole or not at all."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from molcli.errors import MolError
+from molcli.files.folders import output_folder
+
+# A run that reports when it has written half its output, and then waits for ever.
+CHILD = """
+import sys
+from molcli.files.folders import output_folder
+with output_folder(sys.argv[1]) as staging:
+    (staging / "config.json").write_text("{}")
+    (staging / "half").mkdir()
+    print("written", flush=True)
+    sys.stdin.read()
+"""
+
+
+def start_child(path: Path) -> subprocess.Popen[str]:
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == "written\n"
+    return child
+
+
+def finish(child: subprocess.Popen[str], number: signal.Signals) -> None:
+    child.send_signal(number)
+    child.communicate()
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_success_renames(tmp_path: Path, existing: bool) -> None:
+    out = tmp_path / "a" / "out"
+    if existing:
+        out.mkdir(parents=True)
+    with output_folder(out) as staging:
+        (staging / "config.json").write_text("{}")
+        (staging / "sub").mkdir()
+        (staging / "sub" / "x").write_text("x")
+        assert not out.exists() or not any(out.iterdir())
+        assert staging.name.startswith(".")
+    assert (out / "sub" / "x").read_text() == "x"
+    assert [entry.name for entry in out.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, BlockingIOError])
+def test_exception_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+    def write() -> None:
+        with output_folder(tmp_path / "out") as staging:
+            (staging / "config.json").write_text("{}")
+            raise error
+
+    with pytest.raises(error):
+        write()
+    assert not any(tmp_path.iterdir())
+
+
+def test_killed_run_leaves_nothing_finished_and_is_cleaned_up(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    finish(start_child(out), signal.SIGKILL)
+    assert not out.exists()
+    assert [entry.name for entry in tmp_path.iterdir()] == [".out.partial"]
+    with output_folder(out) as staging:
+        assert not any(staging.iterdir())
+        (staging / "new").write_text("")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+    assert [entry.name for entry in out.iterdir()] == ["new"]
+
+
+def test_a_living_run_is_not_disturbed(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    child = start_child(out)
+    with pytest.raises(MolError, match="another run is writing"), output_folder(out):
+        pytest.fail("entered")
+    child.communicate("")  # ends its input, so that it finishes
+    assert child.returncode == 0
+    assert (out / "config.json").exists()
+    assert (out / "half").is_dir()
+
+
+def test_taken_paths_are_refused_untouched(tmp_path: Path) -> None:
+    folder, file = tmp_path / "folder", tmp_path / "file"
+    folder.mkdir()
+    (folder / "mine").write_text("mine")
+    file.write_text("mine")
+    for path in (folder, file):
+        with pytest.raises(MolError, match="exists and is not empty"), output_folder(path):
+            pytest.fail("entered")
+    assert (folder / "mine").read_text() == file.read_text() == "mine"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_too_little_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=999))
+    with (
+        pytest.raises(MolError, match=r"needs 0.00 GB, and .* has 0.00 GB free"),
+        output_folder(tmp_path / "out", need_bytes=1000),
+    ):
+        pytest.fail("entered")
+    assert not any(tmp_path.iterdir())
+    with output_folder(tmp_path / "out", need_bytes=999):
+        pass
+    assert (tmp_path / "out").is_dir()
+
+
+def test_symlink_to_an_empty_folder(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with output_folder(tmp_path / "link") as staging:
+        (staging / "x").write_text("x")
+    assert (tmp_path / "real" / "x").exists()
+    assert (tmp_path / "link").is_symlink()

@@ -1,0 +1,36 @@
+"""What reports say of the machine they come from."""
+
+import platform
+import sys
+
+import pytest
+import torch
+import transformers
+
+from molcli import __version__
+from molcli.report import machine
+
+
+def test_versions_are_those_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_KERNELS", ("pytest", "no-such-package"))
+    assert machine.versions() == {
+        "molcli": __version__,
+        "python": ".".join(map(str, sys.version_info[:3])),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "pytest": pytest.__version__,
+    }
+
+
+def test_a_device_has_the_name_that_its_driver_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    assert machine.device_name(torch.device("cuda", 1)) == "GPU 1"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(platform, "processor", lambda: "")
+    monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+    assert machine.device_name(torch.device("cpu")) == "3 threads of riscv64"
+
+
+def test_no_commit_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert machine.commit() == ""
