@@ -272,7 +272,7 @@ class Family:
         """(M, heads * head_dim), what the heads read."""
         context, mixer = piece.chunk.context, self.blocks.block.mixer
         read = self._mixer_input(piece)
-        return mixer.heads(read, piece.rows, context.rotary, context.stream, None).flatten(1)
+        return mixer.heads(read, context.blocks(piece.rows)).flatten(1)
 
     def _given(self) -> Given:
         """All pieces' heads, in one tensor: many of medium size would leave holes in the heap."""
@@ -294,7 +294,7 @@ class Family:
         return block.norm(middle, block.post_norm, piece.rows)
 
     def _neurons(self, heads: Tensor, piece: Piece) -> Tensor:
-        return self.blocks.block.mlp.neurons(self._mlp_input(heads, piece), piece.rows)
+        return self.blocks.block.mlp.hidden(self._mlp_input(heads, piece), piece.rows)
 
     def _written(self, delta: Tensor, piece: Piece) -> Tensor:
         return grouped_linear(delta, self.blocks.thin_out, piece.rows)

@@ -138,14 +138,14 @@ def test_the_tensors_of_a_cache_serve_the_next_one_once_they_are_free(make_model
     model = make_model()
     first = static_cache(model, 2, 100)
     store = first.store
-    assert store.clock.length == 128 and first.max_batch_size == 2
+    assert store.length.length == 128 and first.max_batch_size == 2
     second = static_cache(model, 2, 100)
     assert second.store is not store, "the first cache is still in use"
     store = second.store
-    store.clock.filled += 5
+    store.length.filled += 5
     del first, second
     third = static_cache(model, 2, 90)
-    assert third.store is store and store.clock.filled.item() == 0
+    assert third.store is store and store.length.filled.item() == 0
     del third
     model.lm_head.weight.data = model.lm_head.weight.data.clone()
     assert static_cache(model, 2, 90).store is not store, "a graph knows where weights lay"

@@ -85,16 +85,16 @@ class Alignment:
             batch.attention_mask,
         )
         with torch.no_grad():
-            rotary = context.rotary
+            forward = context.forward_context()
             x = context.stream.flatten(self.parent.model.embed_tokens(batch.input_ids)).float()
         routed = 0  # layers so far that route
         pairs = zip(self.parent.model.layers, self.student.model.layers, strict=True)
         for dense, layer in pairs:
             with torch.no_grad(), self._products(device):
-                wanted = dense(x, context.dense_rows, rotary, context.stream)[0]
+                wanted = dense(x, forward)[0]
             if isinstance(layer, MoLLayer):
                 with self._products(device):
-                    out, routing = layer(x, context.shared_rows, rotary, context.stream)
+                    out, routing = layer(x, forward)
                 balance = out.new_zeros(())
                 if routing is not None:
                     self.loads.add(routing.blocks[None], routed)

@@ -37,8 +37,7 @@ def worth_recording(
     alone = device.type == "cuda" and ranks == 1
     told = config.logits is not None or reads_positions_back(model)
     twice = config.gradient_checkpointing or config.start_top_k is not None
-    recurrent = any(kind.endswith("gated_deltanet") for kind in model.layer_kinds)
-    return alone and not (told or twice or recurrent)
+    return alone and not (told or twice or model.is_recurrent)
 
 
 # Micro-batches of one shape that run as they are: kernels are compiled and chosen in these.

@@ -14,31 +14,29 @@ from molcli.config.sections import TrainConfig
 from molcli.errors import MolError
 from molcli.model import MoLForCausalLM
 from molcli.model.layers import MoLLayer
+from molcli.model.mixers import parameter_names
 from molcli.stages.train.distributed import is_shared, local
 
 # Last parts of parameter names. Norms, biases and the decay's parameters are not matrices that
 # act on the residual: weight decay would pull them towards a value that means something.
-_NO_DECAY = ("_norm", "_bias", "A_log", "dt_bias")
+_NO_DECAY = ("_norm", "_bias")
 # No dense parent has these. thin_in and thin_out touch the residual as it is, a few of whose
 # coordinates are a hundred times larger than the rest: they want smaller steps than what stands
 # behind a norm. Gated DeltaNet's own parts start from an initialisation.
-_NEW = (
-    *("thin_in", "thin_out"),
-    *("a_proj", "b_proj", "g_proj", "A_log", "dt_bias"),
-    *("q_conv", "k_conv", "v_conv", "o_norm"),
-)
+_NEW = ("thin_in", "thin_out")
 
 
 def is_new(name: str) -> bool:
     """Whether the parameter has no counterpart in a dense parent: router, the projections to and
     from the thin width, DeltaNet's own parts."""
     parts = name.split(".")
-    return "router" in parts or parts[-1] in _NEW
+    return "router" in parts or parts[-1] in (*_NEW, *parameter_names("new_parameters"))
 
 
 def has_decay(name: str) -> bool:
     """Whether AdamW's weight decay applies: to matrices, convolutions and embeddings."""
-    return not name.endswith(_NO_DECAY) and name != "model.norm.weight"
+    exempt = (*_NO_DECAY, *parameter_names("no_decay_parameters"))
+    return not name.endswith(exempt) and name != "model.norm.weight"
 
 
 def set_trainable(model: MoLForCausalLM, part: str) -> None:

@@ -142,7 +142,7 @@ def plan(config: TrainConfig, model: MoLConfig, situation: Situation) -> TrainCo
     if not situation.has_parent:
         return replace(config, stages=[StageConfig("pretrain", tokens=config.tokens)])
     stages, left = [], config.tokens
-    if "gated_deltanet" in model.layer_kinds:
+    if model.is_recurrent:
         # Its gates, convolutions and decay start from an initialisation, not from the parent;
         # blocks that are fitted through and through gained nothing from alignment.
         tokens = min(config.tokens // 10, 20_000_000)
