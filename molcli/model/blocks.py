@@ -85,8 +85,8 @@ class Attention(nn.Module):
             z.unflatten(1, (-1, self.head_dim)) for z in grouped_linears(x, weights, rows, biases)
         )
         if self.q_norm is not None and self.k_norm is not None:
-            q = rms_norm(q, rows.per_row(self.q_norm)[:, None], self.eps)
-            k = rms_norm(k, rows.per_row(self.k_norm)[:, None], self.eps)
+            q = rms_norm(q, rows.gather_per_block(self.q_norm)[:, None], self.eps)
+            k = rms_norm(k, rows.gather_per_block(self.k_norm)[:, None], self.eps)
         cos, sin = (rows.gather(x) for x in rotary)
         q, k, v = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype), v
         if state is None:
@@ -166,4 +166,4 @@ class BlockStack(nn.Module):
 
     def norm(self, x: Tensor, weight: Tensor, rows: PackedRows) -> Tensor:
         """RMSNorm with each block's own weight. x: (M, width), weight: (B, width)."""
-        return rms_norm(x, rows.per_row(weight), self.eps)
+        return rms_norm(x, rows.gather_per_block(weight), self.eps)

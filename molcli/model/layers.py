@@ -135,7 +135,7 @@ class MoLLayer(GradientCheckpointingLayer):
         else:
             rows = all_rows(*sizes)
             weights = torch.zeros_like(routing.logits).scatter(1, routing.blocks, weights)
-        return rows, rows.gather_slots(weights)
+        return rows, rows.gather_per_slot(weights)
 
 
 Layer = DenseLayer | MoLLayer

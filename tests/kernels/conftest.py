@@ -21,7 +21,7 @@ def triton_device(request, monkeypatch) -> str:
     if request.param == "cpu":
         if torch.cuda.is_available():
             pytest.skip("Triton compiles for the GPU here")
-        monkeypatch.setattr(backend, "on_triton", lambda x: x.dtype in backend.DTYPES)
+        monkeypatch.setattr(backend, "use_triton", lambda x: x.dtype in backend.DTYPES)
         for name in LOOPS:
             monkeypatch.setattr(importlib.import_module(name), "range", _range, raising=False)
     return request.param

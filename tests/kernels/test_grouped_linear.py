@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from molcli.kernels.grouped_linear import grouped_linear, grouped_linear_reference
-from molcli.kernels.grouped_linear.product import (
+from molcli.kernels.grouped_linear.grouped_product import (
     GroupedProduct,
     grouped_product,
-    part_ends,
-    parts_of_blocks,
+    num_gradient_parts,
+    part_offsets,
 )
 from molcli.kernels.packed_rows import all_rows
 
@@ -20,7 +20,7 @@ from molcli.kernels.packed_rows import all_rows
 @given(sizes=st.lists(st.integers(0, 50), min_size=1, max_size=6), parts=st.integers(1, 9))
 def test_parts_share_a_block_evenly(sizes, parts):
     ends = torch.tensor(sizes).cumsum(0).int()
-    cut = part_ends(ends, parts)
+    cut = part_offsets(ends, parts)
     assert cut.dtype == torch.int32
     assert torch.equal(cut[parts - 1 :: parts], ends)
     shares = cut.diff(prepend=cut.new_zeros(1)).view(len(sizes), parts)
@@ -29,12 +29,12 @@ def test_parts_share_a_block_evenly(sizes, parts):
 
 
 def test_only_few_tiles_over_many_rows_are_parted():
-    assert parts_of_blocks(torch.Size([8, 192, 576]), 131_072) == 7
-    assert parts_of_blocks(torch.Size([8, 192, 192]), 131_072) == 16
-    assert parts_of_blocks(torch.Size([15, 4096, 512]), 98_304) == 1
-    assert parts_of_blocks(torch.Size([8, 192, 576]), 8_192) == 3
-    assert parts_of_blocks(torch.Size([8, 192, 576]), 2_048) == 1
-    assert parts_of_blocks(torch.Size([600, 8, 8]), 10**9) * 600 <= 1024
+    assert num_gradient_parts(torch.Size([8, 192, 576]), 131_072) == 7
+    assert num_gradient_parts(torch.Size([8, 192, 192]), 131_072) == 16
+    assert num_gradient_parts(torch.Size([15, 4096, 512]), 98_304) == 1
+    assert num_gradient_parts(torch.Size([8, 192, 576]), 8_192) == 3
+    assert num_gradient_parts(torch.Size([8, 192, 576]), 2_048) == 1
+    assert num_gradient_parts(torch.Size([600, 8, 8]), 10**9) * 600 <= 1024
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -44,7 +44,7 @@ def test_it_is_as_exact_as_eager_bf16(device, sizes):
     generator = torch.Generator(device).manual_seed(0)
     ends = torch.tensor(sizes, device=device).cumsum(0).int()
     rows, shape = sum(sizes), (len(sizes), 64, 32)
-    assert (parts_of_blocks(torch.Size(shape), rows) > 1) == (rows > 5000)
+    assert (num_gradient_parts(torch.Size(shape), rows) > 1) == (rows > 5000)
     x, w, g = (
         torch.randn(*s, generator=generator, device=device) for s in [(rows, 32), shape, (rows, 64)]
     )

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from molcli.kernels.route import choose
-from molcli.kernels.router_logits import MOST_BLOCKS, router_logits, router_logits_reference
+from molcli.kernels.route import select_blocks
+from molcli.kernels.router_logits import MAX_BLOCKS, router_logits, router_logits_reference
 from molcli.model.routing.router import Router
 
 
@@ -66,7 +66,7 @@ def compare(check, given):
     again = with_gradients(router_logits, *given)
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
     bias = torch.linspace(-0.1, 0.1, given[1].shape[0], device=given[1].device)
-    chosen, expected = (choose(z[0], bias, min(3, len(bias)))[0] for z in (found, eager))
+    chosen, expected = (select_blocks(z[0], bias, min(3, len(bias)))[0] for z in (found, eager))
     # Rounding decides between logits that differ by less than it: one row of 10,000, if any.
     assert (chosen != expected).any(1).sum() <= len(chosen) // 10_000
 
@@ -84,8 +84,8 @@ def test_operator_keeps_its_contracts(triton_device, check):
 
 def test_which_inputs_take_the_kernels(triton_device):
     for dtype, blocks, taken in [
-        (torch.float32, MOST_BLOCKS, True),
-        (torch.float32, MOST_BLOCKS + 1, False),
+        (torch.float32, MAX_BLOCKS, True),
+        (torch.float32, MAX_BLOCKS + 1, False),
         (torch.float64, 2, False),
     ]:
         x, weight, _ = case(triton_device, torch.float32, 2, 16, blocks)

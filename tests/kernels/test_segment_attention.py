@@ -3,9 +3,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from molcli.kernels.packed_rows import longest_segment, pad_segments, routed_rows, unpad_segments
+from molcli.kernels.packed_rows import routed_rows
 from molcli.kernels.segment_attention import segment_attention, segment_attention_reference
-from molcli.kernels.segment_attention.reference import PADDED
+from molcli.kernels.segment_attention.reference import MAX_PADDED_RATIO
+from molcli.kernels.segments import longest_segment, pad_segments, unpad_segments
 
 
 def case(device="cpu", dtype=torch.float64, heads=4, kv=2, dim=16, n=70, ends=(25, 50)):
@@ -38,8 +39,8 @@ def naive(q, k, v, segments):
 @pytest.mark.parametrize("ends", [(), (25, 50), (1, 3, 4, 8, 10, 12, 14, 60)])
 def test_reference_equals_a_full_mask_with_gradients(ends):
     tensors, rows = case(ends=ends)
-    longest = int(rows.cu_seqlens.diff().max())
-    assert ((len(rows.cu_seqlens) - 1) * longest > PADDED * len(rows.tokens)) == (len(ends) > 0)
+    padded_rows = (len(rows.cu_seqlens) - 1) * int(rows.cu_seqlens.diff().max())
+    assert (padded_rows > MAX_PADDED_RATIO * len(rows.tokens)) == (len(ends) > 0)
     weight = torch.randn_like(tensors[0])
     pairs = []
     for function in (
@@ -50,6 +51,14 @@ def test_reference_equals_a_full_mask_with_gradients(ends):
         pairs.append([out, *torch.autograd.grad((out * weight).sum(), tensors)])
     for a, b in zip(*pairs, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_reference_takes_no_rows_at_all():
+    cu = torch.zeros(4, dtype=torch.int32)
+    q, k, v = (torch.zeros(0, heads, 8, requires_grad=True) for heads in (4, 2, 2))
+    out = segment_attention_reference(q, k, v, cu)
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    assert [x.shape for x in (out, *grads)] == [x.shape for x in (q, q, k, v)]
 
 
 def joint(lengths, heads, kv, dim, dtype, device="cpu"):
@@ -112,10 +121,11 @@ def test_packed_operator_keeps_its_contracts(triton_device):
     """Schema, shapes unknown to the compiler, gradients through it; and no rows at all."""
     tensors, _, segments, cu = joint([3, 1], 2, 1, 16, torch.float16)
     inputs = [x.detach().requires_grad_() for x in tensors]
-    torch.library.opcheck(torch.ops.molcli.packed_attention.default, (*inputs, segments, cu))
+    torch.library.opcheck(torch.ops.molcli.short_segment_attention.default, (*inputs, segments, cu))
     tensors, weight, segments, cu = joint([0, 0], 3, 1, 16, torch.float16)
-    out, lse = torch.ops.molcli.packed_attention(*tensors, segments, cu)
-    grads = torch.ops.molcli.packed_attention_backward(*tensors, out, lse, segments, cu, weight)
+    out, lse = torch.ops.molcli.short_segment_attention(*tensors, segments, cu)
+    backward = torch.ops.molcli.short_segment_attention_backward
+    grads = backward(*tensors, out, lse, segments, cu, weight)
     assert [x.shape for x in (out, *grads)] == [x.shape for x in (weight, *tensors)]
 
 
@@ -124,7 +134,7 @@ def test_short_segments_take_the_packed_kernels(triton_device, check):
     tensors, rows = case(triton_device, half, heads=3, kv=1, n=60)
     weight = torch.randn_like(tensors[0])
     found = with_gradients(lambda *x: segment_attention(*x, rows), tensors, weight)
-    assert "packed_attention" in found[0].grad_fn.name()
+    assert "short_segment_attention" in found[0].grad_fn.name()
     eager, truth = (
         with_gradients(lambda *x: naive(*x, rows.segments), inputs, weight)
         for inputs in (tensors, [x.double() for x in tensors])
@@ -146,7 +156,7 @@ def test_gpu_path_is_as_exact_as_eager_bf16(check, longest, dim):
         return segment_attention(*x, rows)
 
     found = with_gradients(fast, tensors, weight)
-    assert ("packed_attention" in found[0].grad_fn.name()) == (longest == 512)
+    assert ("short_segment_attention" in found[0].grad_fn.name()) == (longest == 512)
     eager, truth = (
         with_gradients(lambda *x: padded(*x, cu), inputs, weight)
         for inputs in (tensors, [x.double() for x in tensors])

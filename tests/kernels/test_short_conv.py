@@ -3,7 +3,7 @@ import itertools
 import torch
 import torch.nn.functional as F
 
-from molcli.kernels.qkv_conv.reference import short_conv, short_conv_state
+from molcli.kernels.qkv_conv import short_conv, short_conv_state
 
 
 def test_ragged_convolution_equals_one_convolution_per_segment():

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from molcli.kernels.decode_rows import DecodeRows, chosen_rows, every_block
+from molcli.kernels.decode_rows import DecodeRows, all_decode_rows, routed_decode_rows
 from molcli.kernels.gated_delta_step import gated_delta_step
 from molcli.kernels.indexed_combine import indexed_combine
 from molcli.kernels.indexed_linear import indexed_linear
 from molcli.kernels.route import route
-from molcli.kernels.step_attention import append, attend
+from molcli.kernels.step_attention import step_append, step_attend
 from molcli.model.blocks import Attention, BlockStack
 from molcli.model.decoding.cache import MoLCacheLayer, State
 from molcli.model.decoding.graphs import SideStream
@@ -55,10 +55,10 @@ def step_layer(
     if layer.routed is not None and layer.router is not None:
         router, count = layer.router, layer.router.weight.shape[0]
         routing = Routing(*route(x, router.weight, router.correction_bias, layer.top_k))
-        share, rows = routing.weights, chosen_rows(routing.blocks, count)
+        share, rows = routing.weights, routed_decode_rows(routing.blocks, count)
         if not layer.restrict_attention:
             share = torch.zeros_like(routing.logits).scatter(1, routing.blocks, share)
-            rows = every_block(len(x), count, x.device)
+            rows = all_decode_rows(len(x), count, x.device)
         delta = _thin_blocks(layer.routed, x, rows, step, states.routed)
         branch.join()
         out = indexed_combine(delta, layer.routed.thin_out, rows, share, out, scale=1 / layer.top_k)
@@ -87,7 +87,7 @@ def _delta(block: BlockStack, x: Tensor, rows: DecodeRows, step: Step, state: St
         x,
         weights,
         rows,
-        plus=mixed,
+        delta=mixed,
         norm=block.post_norm,
         eps=block.eps,
         activation=mlp.activation_name,
@@ -125,7 +125,7 @@ def _attention_heads(
     norms = [w for w in (mixer.q_norm, mixer.k_norm) if w is not None]
     cache = [state.tensors[name] for name in ("keys", "values", "blocks")]
     filled, heads = step.store.clock.filled, mixer.q_proj.shape[1] // mixer.head_dim
-    q = append(
+    q = step_append(
         projected,
         biases,
         norms,
@@ -138,4 +138,4 @@ def _attention_heads(
         heads,
         mixer.eps,
     )
-    return attend(q, *cache, filled, rows.blocks, rows.num_blocks)
+    return step_attend(q, *cache, filled, rows.blocks, rows.num_blocks)

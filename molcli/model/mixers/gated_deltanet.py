@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from molcli.kernels.gated_delta_rule import gated_delta_rule
 from molcli.kernels.grouped_linear import grouped_linear, grouped_linears
 from molcli.kernels.packed_rows import PackedRows
-from molcli.kernels.qkv_conv import qkv_conv
-from molcli.kernels.qkv_conv.reference import short_conv_state
+from molcli.kernels.qkv_conv import qkv_conv, short_conv_state
 from molcli.model.configuration_mol import BlockSpec, MoLConfig
 from molcli.model.decoding.cache import RecurrentState
 from molcli.model.tokens import TokenStream
@@ -79,8 +78,8 @@ class GatedDeltaNet(nn.Module):
         filters = (self.q_conv, self.k_conv, self.v_conv)
         q, k, v = qkv_conv(mixed, filters, rows, places.of_row, places.index, conv, self.shape[1])
         a, b = (z.to(exact) for z in grouped_linears(x, (self.a_proj, self.b_proj), rows))
-        decay = -rows.per_row(self.A_log).to(exact).exp()
-        g = decay * F.softplus(a + rows.per_row(self.dt_bias).to(exact))
+        decay = -rows.gather_per_block(self.A_log).to(exact).exp()
+        g = decay * F.softplus(a + rows.gather_per_block(self.dt_bias).to(exact))
         recurrent = None if before is None else before["recurrent"]
         out, last = gated_delta_rule(
             q, k, v, g, b.sigmoid(), places.cu_seqlens, places.max_seqlen, recurrent
@@ -91,7 +90,8 @@ class GatedDeltaNet(nn.Module):
             state.write("recurrent", places.segments, stream.batch_size, last)
         gate = F.silu(gate).unflatten(1, self.shape)
         norm = out.to(exact) * torch.rsqrt(out.to(exact).square().mean(-1, keepdim=True) + self.eps)
-        return norm.to(gate.dtype) * rows.per_row(self.o_norm)[:, None].to(gate.dtype) * gate
+        weight = rows.gather_per_block(self.o_norm)[:, None].to(gate.dtype)
+        return norm.to(gate.dtype) * weight * gate
 
     def _states(self, state: RecurrentState, places: "_Places", mixed: Tensor) -> dict[str, Tensor]:
         """What the cache holds before every segment; zeros where it is new."""
