@@ -5,7 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from molcli.kernels.gated_delta_rule import gated_delta_rule
+from molcli.kernels.grouped_linear import grouped_linear
 from molcli.kernels.packed_rows import all_rows, routed_rows, selected_rows
+from molcli.kernels.qkv_conv import qkv_conv
+from molcli.kernels.segment_attention import segment_attention
 
 
 def random_documents(n, generator):
@@ -116,8 +120,10 @@ def test_selected_tokens_have_one_row_and_the_others_none(case):
     selected, document, documents = case
     rows = selected_rows(selected, document, documents, 30)
     check_segments(rows, document, [(0, int(document[t]), t) for t in selected.tolist()])
-    assert (rows.num_blocks, rows.num_slots) == (1, 1)
     check_operations(rows, len(document))
+    alone = all_rows(document[selected], documents, 1, 30)
+    for name in ("blocks", "offsets", "segments", "cu_seqlens"):
+        assert torch.equal(getattr(rows, name), getattr(alone, name)), name
 
 
 @settings(deadline=None, max_examples=40)
@@ -175,6 +181,22 @@ def test_values_per_block_reach_their_rows_and_gradients_are_sums_over_rows(num_
     weight = torch.randn(len(rows.tokens), 2, dtype=torch.float64)
     grad = torch.autograd.grad(found, x, weight)[0]
     torch.testing.assert_close(grad, weight.unflatten(0, (num_blocks, 4)).sum(1))
+
+
+def test_kernels_take_an_empty_selection():
+    document = torch.tensor([0, 0, 1])
+    rows = selected_rows(document[:0], document, 2, 3)
+    x = torch.randn(3, 8, requires_grad=True)
+    weight = torch.randn(1, 24, 8, requires_grad=True)
+    joint = grouped_linear(rows.gather(x), weight, rows)
+    filters = [torch.randn(1, 8, 4) for _ in range(3)]
+    index = rows.index_in_segment
+    q, k, v = qkv_conv(joint, (filters[0], filters[1], filters[2]), rows, index, index, None, 4)
+    g = beta = torch.zeros(0, 2)
+    read, _ = gated_delta_rule(q, k, v, g, beta, rows.cu_seqlens, 3, None)
+    out = rows.combine((read + segment_attention(q, k, v, rows)).flatten(1))
+    assert out.shape == (3, 8) and not out.any()
+    assert not any(grad.any() for grad in torch.autograd.grad(out.sum(), (x, weight)))
 
 
 def test_all_rows_holds_every_token_in_every_block():
