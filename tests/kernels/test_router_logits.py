@@ -9,7 +9,7 @@ from molcli.model.routing.router import Router
 
 
 def case(device, dtype, rows, width, blocks):
-    """x with rows of very different size, as residuals have; a weight; a gradient of the logits."""
+    """x with rows of very different norms, as residuals have; a weight; the logits' gradient."""
     generator = torch.Generator().manual_seed(rows + blocks)
     x = torch.randn(rows, width, generator=generator)
     x = x * torch.logspace(-1, 2, rows)[:, None]
@@ -24,7 +24,7 @@ def with_gradients(function, x, weight, grad):
     return [logits, *torch.autograd.grad(logits, [x, weight], grad.to(logits.dtype))]
 
 
-# 300 rows are several shares of a weight's gradient; 200 channels end inside a tile.
+# 300 rows are several partial sums of a weight's gradient; 200 channels end inside a tile.
 @pytest.mark.parametrize("triton_device", ["cpu"], indirect=True, ids=["interpreted"])
 @pytest.mark.parametrize(
     "rows, width, blocks, dtype",
@@ -54,7 +54,7 @@ def test_interpreted_kernels(triton_device, poisoned, check, rows, width, blocks
 )
 @pytest.mark.parametrize("rows", [1, 17, 300, 70_000])
 def test_gpu_kernels(check, rows, blocks, dtype):
-    """70,000 rows are more than 512 shares of 128."""
+    """70,000 rows are more than 512 partial sums of 128."""
     compare(check, case("cuda", dtype, rows, 200, blocks))
 
 
@@ -83,7 +83,7 @@ def test_operator_keeps_its_contracts(triton_device, check):
 
 
 def test_which_inputs_take_the_kernels(triton_device):
-    for dtype, blocks, taken in [
+    for dtype, blocks, uses_kernel in [
         (torch.float32, MAX_BLOCKS, True),
         (torch.float32, MAX_BLOCKS + 1, False),
         (torch.float64, 2, False),
@@ -94,7 +94,7 @@ def test_which_inputs_take_the_kernels(triton_device):
             router.weight.copy_(weight)
         with torch.autocast(triton_device, torch.bfloat16):
             routing = router(x.to(dtype))
-        assert ("molcli" in routing.logits.grad_fn.name()) == taken
+        assert ("molcli" in routing.logits.grad_fn.name()) == uses_kernel
         assert routing.logits.dtype == routing.weights.dtype == dtype
         expected = router_logits_reference(x.double(), weight.double())
         torch.testing.assert_close(routing.logits.double(), expected, rtol=1e-5, atol=1e-5)

@@ -1,8 +1,8 @@
 """Decoding's Triton kernels against their references, compiled or interpreted.
 
-A kernel may be off, from the reference in float64, by twice what the reference in the same dtype
-is off by. In float32 both are off by rounding alone, whose size depends on the order of sums: there
-two of its last bits are allowed in any case. The interpreter cannot multiply matrices in bf16: half
+A kernel's error, against the reference in float64, may be twice that of the reference in the same
+dtype. In float32 both are rounding errors, whose size depends on the order of sums, so an error in
+its last two bits is always allowed. The interpreter cannot multiply matrices in bf16, so half
 precision is fp16 there.
 """
 
@@ -179,11 +179,11 @@ def test_gated_deltanet(draw, triton_device, dim):
 
 
 @pytest.mark.parametrize(
-    "turning, length, filled, settings",
+    "rotary_dim, length, filled, settings",
     [(64, 90, 70, "plain"), (16, 3, 0, "plain"), (64, 3, 2, "biases and norms")],
 )
-def test_attention(draw, triton_device, turning, length, filled, settings):
-    """Two slots, grouped heads, entries of other blocks and of padding (-1) between a row's own."""
+def test_attention(draw, triton_device, rotary_dim, length, filled, settings):
+    """Two slots, grouped heads; entries of other blocks and of padding (-1) between a row's own."""
     heads, kv, dim, slots = 2, 1, 64, 2
     blocks = torch.tensor([0, 3, 1, 2], device=triton_device)
     active = torch.tensor([1, 0], dtype=torch.int32, device=triton_device)
@@ -192,10 +192,10 @@ def test_attention(draw, triton_device, turning, length, filled, settings):
     if settings != "plain":
         biases = [draw(BLOCKS, n * dim) for n in (heads, kv, kv)]
         norms = [draw(BLOCKS, dim) for _ in range(2)]
-    angle = draw(2, turning // 2).repeat(1, 2)
-    owners = (torch.arange(2 * length * slots, device=triton_device) * 7 % (BLOCKS + 1)) - 1
-    owners = owners.view(2, length, slots).int()
-    cache = [draw(2, length, slots, kv, dim), draw(2, length, slots, kv, dim), owners]
+    angle = draw(2, rotary_dim // 2).repeat(1, 2)
+    cache_blocks = (torch.arange(2 * length * slots, device=triton_device) * 7 % (BLOCKS + 1)) - 1
+    cache_blocks = cache_blocks.view(2, length, slots).int()
+    cache = [draw(2, length, slots, kv, dim), draw(2, length, slots, kv, dim), cache_blocks]
     caches = [[x.clone() for x in cache] for _ in range(3)]
     caches[2] = exact(caches[2])
     time = torch.tensor([filled], dtype=torch.int32, device=triton_device)
@@ -208,7 +208,7 @@ def test_attention(draw, triton_device, turning, length, filled, settings):
     for name, *three in zip(("keys", "values"), *caches, strict=False):
         check(*three, name)
     assert torch.equal(caches[0][2], caches[2][2])
-    assert (caches[0][2][1, filled] == -1).all(), "padding owns nothing"
+    assert (caches[0][2][1, filled] == -1).all(), "padding belongs to no block"
     found = step_attend(found, *caches[0], time, blocks, BLOCKS)
     eager = step_attend_reference(eager, *caches[1], time, blocks)
     check(found, eager, step_attend_reference(truth, *caches[2], time, blocks), "output")
@@ -216,16 +216,16 @@ def test_attention(draw, triton_device, turning, length, filled, settings):
 
 def test_attention_of_one_block_leaves_out_padding(draw, triton_device):
     blocks = torch.zeros(2, dtype=torch.int64, device=triton_device)
-    owners = torch.zeros(2, 90, 1, dtype=torch.int32, device=triton_device)
-    owners[1, :66] = -1
+    cache_blocks = torch.zeros(2, 90, 1, dtype=torch.int32, device=triton_device)
+    cache_blocks[1, :66] = -1
     q, keys, values = draw(2, 3, 16), draw(2, 90, 1, 3, 16), draw(2, 90, 1, 3, 16)
-    inputs = (q, keys, values, owners, owners.new_tensor([80]), blocks)
+    inputs = (q, keys, values, cache_blocks, cache_blocks.new_tensor([80]), blocks)
     found, eager = step_attend(*inputs, 1), step_attend_reference(*inputs)
     check(found, eager, step_attend_reference(*map(exact, inputs)))
 
 
-def test_torch_compile_is_told_the_truth_about_every_operation():
-    """Shapes without data, and which arguments change."""
+def test_every_operator_describes_itself_correctly_to_torch_compile():
+    """Shapes without data, and which arguments are mutated."""
     blocks = torch.tensor([0, 3, 1, 2])
     order, starts = sort_by_block(blocks, BLOCKS)
     x, weight = torch.randn(2, 24), torch.randn(BLOCKS, 40, 24)
