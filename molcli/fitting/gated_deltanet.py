@@ -47,7 +47,7 @@ class Site:
 
     def of_first_tokens(self, count: int) -> "Site":
         """The rows of the chunk's first `count` tokens."""
-        rows, kept = self.rows.of_first_tokens(count)
+        rows, kept = self.rows.first_tokens(count)
         return Site(self.read[kept], rows, self.context, self.wanted[kept])
 
 

@@ -132,7 +132,7 @@ def _routed_pieces(
         pieces = []
         for chunk, rows, gate in routed:
             own = (rows.blocks >= first) & (rows.blocks < first + count)
-            pieces.append(Piece(chunk, rows.of_blocks(first, count), gate[own]))
+            pieces.append(Piece(chunk, rows.block_range(first, count), gate[own]))
         yield pieces
         first += count
 

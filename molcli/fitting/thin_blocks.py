@@ -182,7 +182,7 @@ class Family:
             left, down_proj = goal.left[piece.chunk.tokens], self.blocks.block.mlp.down_proj
             down = grouped_linear(self._neurons(heads, piece), down_proj, piece.rows)
             delta = (self._from_heads(heads, piece) + down) * (sign * piece.gate[:, None])
-            left += piece.rows.scatter(self._written(delta, piece), len(left))
+            left += piece.rows.combine(self._written(delta, piece))
 
     def _fit_heads(self) -> None:
         """Fits q, k and v to the parent's, on what the block reads."""

@@ -56,7 +56,7 @@ class FeedForward(nn.Module):
             x,
             list(weights),
             context.rows,
-            plus=mixed,
+            delta=mixed,
             norm=norm,
             eps=eps,
             activation=self.activation_name,
@@ -90,7 +90,7 @@ class BlockStack(nn.Module):
 
     def norm(self, x: Tensor, weight: Tensor, rows: PackedRows) -> Tensor:
         """Apply each block's own RMSNorm. x: (M, width), weight: (B, width)."""
-        return rms_norm(x, rows.per_row(weight), self.eps)
+        return rms_norm(x, rows.gather_per_block(weight), self.eps)
 
     def step(self, x: Tensor, context: StepContext) -> Tensor:
         """Compute what the blocks add to one new token a sequence: (R, width) -> (R, width)."""

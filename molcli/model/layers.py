@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from molcli.kernels.decode_rows import DecodeRows, chosen_rows, every_block
+from molcli.kernels.decode_rows import DecodeRows, all_decode_rows, routed_decode_rows
 from molcli.kernels.grouped_linear import grouped_linear
 from molcli.kernels.indexed_combine import indexed_combine
 from molcli.kernels.indexed_linear import indexed_linear
@@ -178,7 +178,7 @@ class MoLLayer(GradientCheckpointingLayer):
         else:
             rows = all_rows(*sizes)
             weights = torch.zeros_like(routing.logits).scatter(1, routing.blocks, weights)
-        return rows, rows.gather_slots(weights)
+        return rows, rows.gather_per_slot(weights)
 
     def step(
         self, x: Tensor, context: DecodeContext, states: MoLCacheLayer
@@ -211,9 +211,9 @@ class MoLLayer(GradientCheckpointingLayer):
         routing = Routing(*route(x, weight, bias, self.top_k))
         count = weight.shape[0]
         if self.restrict_attention:
-            return routing, chosen_rows(routing.blocks, count), routing.weights
+            return routing, routed_decode_rows(routing.blocks, count), routing.weights
         weights = torch.zeros_like(routing.logits).scatter(1, routing.blocks, routing.weights)
-        return routing, every_block(len(x), count, x.device), weights
+        return routing, all_decode_rows(len(x), count, x.device), weights
 
 
 def _add_rows(kept: Tensor, found: Tensor, rows: PackedRows) -> Tensor:

@@ -65,7 +65,7 @@ def test_parts_are_whole_graphs_for_all_layers(make_model, monkeypatch):
         return segment_attention_reference(q, k, v, cu_seqlens), q.new_zeros(q.shape[:2]).float()
 
     monkeypatch.setattr(kernels, "forward", stand_in)
-    monkeypatch.setattr(backend, "on_triton", lambda x: x.dtype in backend.DTYPES)
+    monkeypatch.setattr(backend, "use_triton", lambda x: x.dtype in backend.DTYPES)
     # One routed block: grouped products of several would go block by block on a CPU.
     blocks = dict(num_blocks=2, num_shared_blocks=1, num_blocks_per_tok=1)
     widths = dict(head_dim=16, d_thin=32)

@@ -6,7 +6,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from molcli.kernels import backend
-from molcli.kernels.decode_rows import every_block
+from molcli.kernels.decode_rows import all_decode_rows
 from molcli.model.configuration_mol import BlockSpec, MoLConfig
 from molcli.model.decoding.cache import MoLCache, cache_layers
 from molcli.model.mixers import MIXERS, CacheLength, State
@@ -43,11 +43,11 @@ class StaticStore:
 
         self.layers = cache_layers(config, state)
         self.always = {
-            count: every_block(batch_size, count, device)
+            count: all_decode_rows(batch_size, count, device)
             for count in {1, config.num_shared_blocks} - {0}
         }
         # Without Triton, the references synchronise with the host.
-        served = backend.on_triton(self.length.counts.new_empty(0, dtype=dtype))
+        served = backend.use_triton(self.length.counts.new_empty(0, dtype=dtype))
         self.capturable = served and not reads_positions_back(config)
         self.warm = False
         self.graph: Any = None

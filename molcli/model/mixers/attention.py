@@ -10,7 +10,7 @@ from molcli.kernels.grouped_linear import grouped_linear, grouped_linears
 from molcli.kernels.indexed_linear import indexed_linear
 from molcli.kernels.packed_rows import PackedRows
 from molcli.kernels.segment_attention import segment_attention
-from molcli.kernels.step_attention import append, attend
+from molcli.kernels.step_attention import step_append, step_attend
 from molcli.model.mixers.base import (
     BlockContext,
     CacheLength,
@@ -78,8 +78,8 @@ class Attention(Mixer):
             z.unflatten(1, (-1, self.head_dim)) for z in grouped_linears(x, weights, rows, biases)
         )
         if self.q_norm is not None and self.k_norm is not None:
-            q = rms_norm(q, rows.per_row(self.q_norm)[:, None], self.eps)
-            k = rms_norm(k, rows.per_row(self.k_norm)[:, None], self.eps)
+            q = rms_norm(q, rows.gather_per_block(self.q_norm)[:, None], self.eps)
+            k = rms_norm(k, rows.gather_per_block(self.k_norm)[:, None], self.eps)
         cos, sin = (rows.gather(x) for x in context.rotary)
         q, k, v = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype), v
         if state is None:
@@ -98,7 +98,7 @@ class Attention(Mixer):
         norms = [w for w in (self.q_norm, self.k_norm) if w is not None]
         cache = [state.tensors[name] for name in ("keys", "values", "blocks")]
         filled, num_heads = context.length.filled, self.q_proj.shape[1] // self.head_dim
-        q = append(
+        q = step_append(
             projected,
             biases,
             norms,
@@ -110,7 +110,7 @@ class Attention(Mixer):
             num_heads,
             self.eps,
         )
-        heads = attend(q, *cache, filled, rows.blocks, rows.num_blocks)
+        heads = step_attend(q, *cache, filled, rows.blocks, rows.num_blocks)
         return indexed_linear(heads, [self.o_proj], rows, bias=self.o_bias)
 
     @staticmethod

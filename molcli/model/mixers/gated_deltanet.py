@@ -12,8 +12,7 @@ from molcli.kernels.gated_delta_step import gated_delta_step
 from molcli.kernels.grouped_linear import grouped_linear, grouped_linears
 from molcli.kernels.indexed_linear import indexed_linear
 from molcli.kernels.packed_rows import PackedRows
-from molcli.kernels.qkv_conv import qkv_conv
-from molcli.kernels.qkv_conv.reference import short_conv_state
+from molcli.kernels.qkv_conv import qkv_conv, short_conv_state
 from molcli.model.mixers.base import (
     BlockContext,
     CacheLength,
@@ -112,8 +111,8 @@ class GatedDeltaNet(Mixer):
             mixed, filters, rows, segments.of_row, segments.index, conv, self.shape[1]
         )
         a, b = (z.to(exact) for z in grouped_linears(x, (self.a_proj, self.b_proj), rows))
-        decay = -rows.per_row(self.A_log).to(exact).exp()
-        g = decay * F.softplus(a + rows.per_row(self.dt_bias).to(exact))
+        decay = -rows.gather_per_block(self.A_log).to(exact).exp()
+        g = decay * F.softplus(a + rows.gather_per_block(self.dt_bias).to(exact))
         recurrent = None if before is None else before["recurrent"]
         out, last = gated_delta_rule(
             q, k, v, g, b.sigmoid(), segments.cu_seqlens, segments.max_seqlen, recurrent
@@ -125,7 +124,9 @@ class GatedDeltaNet(Mixer):
             state.write("recurrent", segments.numbers, stream.batch_size, last)
         gate = F.silu(gate).unflatten(1, self.shape)
         norm = out.to(exact) * torch.rsqrt(out.to(exact).square().mean(-1, keepdim=True) + self.eps)
-        return norm.to(gate.dtype) * rows.per_row(self.o_norm)[:, None].to(gate.dtype) * gate
+        return (
+            norm.to(gate.dtype) * rows.gather_per_block(self.o_norm)[:, None].to(gate.dtype) * gate
+        )
 
     def _states(self, state: State, segments: "_Segments", mixed: Tensor) -> dict[str, Tensor]:
         """What the cache holds before every segment; zeros where a segment is new."""
