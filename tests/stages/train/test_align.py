@@ -16,9 +16,9 @@ from molcli.model import MoLConfig, MoLForCausalLM
 from molcli.model.checkpoint import open_checkpoint
 from molcli.model.layers import MoLLayer
 from molcli.model.parent import load_dense
-from molcli.stages.train.align import Alignment, check_alignable
 from molcli.stages.train.balance import RouterLoads
 from molcli.stages.train.batches import micro_batches
+from molcli.stages.train.objective import AlignmentObjective, check_alignable
 
 CPU, ONE = torch.device("cpu"), Accelerator(cpu=True)
 
@@ -32,9 +32,9 @@ def rows() -> TokenRows:
     return pack(documents, 16, seed=None, keep_short=True)
 
 
-def alignment(student: MoLForCausalLM, parent: Parent, weight: float = 0.0) -> Alignment:
+def alignment(student: MoLForCausalLM, parent: Parent, weight: float = 0.0) -> AlignmentObjective:
     teacher = load_dense(parent, torch.float32, CPU)
-    return Alignment(student, teacher, torch.float32, weight, RouterLoads(student))
+    return AlignmentObjective(student, teacher, torch.float32, weight, RouterLoads(student))
 
 
 def residuals(model: MoLForCausalLM, rows: TokenRows, index: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -19,7 +19,7 @@ from molcli.model.checkpoint import open_checkpoint
 from molcli.model.routing.balance import block_counts
 from molcli.model.routing.router import Router, Routing
 from molcli.stages.train import train
-from molcli.stages.train.balance import RouterLoads, routers, set_top_k, top_k_at
+from molcli.stages.train.balance import RouterLoads, routers, scheduled_top_k, set_top_k
 
 ONE = Accelerator(cpu=True)
 
@@ -34,7 +34,7 @@ def balance(loads: RouterLoads, router: Router, x: Tensor, steps: int, rate: flo
     for _ in range(steps):
         for part in x.chunk(2):
             loads.add(router(part).blocks[None])
-        loads.update(rate, ONE)
+        loads.update_biases(rate, ONE)
     return block_counts(router(x).blocks, len(router.weight))
 
 
@@ -76,18 +76,18 @@ def test_what_takes_no_gradient_is_not_counted(model: MoLForCausalLM) -> None:
     loads, router = RouterLoads(model), routers(model)[0]
     with torch.no_grad():
         loads.add(router(torch.randn(5, 32)).blocks[None])
-    loads.update(1.0, ONE)
+    loads.update_biases(1.0, ONE)
     assert not router.correction_bias.any()
     loads.add(router(torch.randn(5, 32)).blocks[None])
-    loads.clear()
-    loads.update(1.0, ONE)
+    loads.reset_step()
+    loads.update_biases(1.0, ONE)
     assert not router.correction_bias.any()
 
 
 @given(start=st.integers(1, 12), end=st.integers(1, 12), steps=st.integers(1, 50))
 def test_the_number_of_blocks_falls_evenly(start: int, end: int, steps: int) -> None:
     start = max(start, end)
-    values = [top_k_at(step, steps, start, end) for step in range(steps + 5)]
+    values = [scheduled_top_k(step, steps, start, end) for step in range(steps + 5)]
     assert values == sorted(values, reverse=True)
     assert values[0] == start
     assert set(values[steps:]) == {end}

@@ -17,8 +17,8 @@ from molcli.model.compiled import compile_layers
 from molcli.stages.train import gradient_graph
 from molcli.stages.train.balance import RouterLoads
 from molcli.stages.train.batches import micro_batches
-from molcli.stages.train.gradient_graph import GradientGraph, worth_recording
-from molcli.stages.train.objective import Objective, Student, Weights
+from molcli.stages.train.gradient_graph import GradientGraph, should_capture
+from molcli.stages.train.objective import LossWeights, PredictionObjective, Student
 
 
 def batch(rows: int, documents: int, *, padded: bool = False) -> Batch:
@@ -44,8 +44,8 @@ def played(
 
         return Playback(batch=given)
 
-    monkeypatch.setattr(graph, "_record", record)
-    monkeypatch.setattr(gradient_graph, "_watched", lambda run: (run(), waits))
+    monkeypatch.setattr(graph, "_capture", record)
+    monkeypatch.setattr(gradient_graph, "_detect_synchronisation", lambda run: (run(), waits))
     return [graph(both, given, torch.ones(())) for given in batches]  # type: ignore[misc]
 
 
@@ -97,7 +97,7 @@ def test_what_changes_or_waits_is_not_recorded(
 ) -> None:
     model = MoLConfig(num_hidden_layers=2, layer_kinds=["softmax", "dense"])
     device = torch.device(kind)
-    assert worth_recording(TrainConfig(**settings), model, device, processes) is worth
+    assert should_capture(TrainConfig(**settings), model, device, processes) is worth
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_what_changes_or_waits_is_not_recorded(
 def test_models_that_are_not_recorded(settings: dict[str, Any]) -> None:
     shape = {"num_hidden_layers": 2, "layer_kinds": ["softmax", "dense"]}
     model = MoLConfig(**(shape | settings))
-    assert not worth_recording(TrainConfig(), model, torch.device("cuda"), 1)
+    assert not should_capture(TrainConfig(), model, torch.device("cuda"), 1)
 
 
 def packed_rows(vocabulary: int) -> TokenRows:
@@ -170,9 +170,11 @@ def test_a_graph_adds_the_gradients_that_the_model_adds(on_gpu: Accelerator) -> 
         model.load_state_dict(start)
         loads = RouterLoads(model)
         student = Student(model, torch.bfloat16 if low else torch.float32, loads)
-        weights = Weights(ce=0.3, kl=0.7, compiled=low)
+        weights = LossWeights(ce=0.3, kl=0.7, compiled=low)
         recorded = GradientGraph(model) if graph else None
-        objective = Objective(student, parent, weights, balance_weight=0.01, graph=recorded)
+        objective = PredictionObjective(
+            student, parent, weights, balance_weight=0.01, graph=recorded
+        )
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         means, gradients = [], []
         for step in range(5):
@@ -183,11 +185,11 @@ def test_a_graph_adds_the_gradients_that_the_model_adds(on_gpu: Accelerator) -> 
             flat = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
             gradients.append(torch.cat(flat).clone())
             optimizer.step()
-            loads.keep()
-            loads.clear()
+            loads.add_step_to_window()
+            loads.reset_step()
             optimizer.zero_grad()
-        assert recorded is None or recorded.recorded is not None
-        return means, gradients, loads.take_window(accelerator)
+        assert recorded is None or recorded.captured is not None
+        return means, gradients, loads.pop_window(accelerator)
 
     exact = run(low=False, graph=False)
     compile_layers(model)

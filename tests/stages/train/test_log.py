@@ -22,7 +22,7 @@ from molcli.model.checkpoint import open_checkpoint
 from molcli.report.training_page import train_page
 from molcli.stages.train import train
 from molcli.stages.train.balance import RouterLoads
-from molcli.stages.train.log import RecoveryCurve, flops_share
+from molcli.stages.train.log import RecoveryCurve, mfu_scale
 
 Make = Callable[..., Path]
 Corpus = Callable[..., str]
@@ -116,12 +116,12 @@ def test_windows_count_what_is_kept(tiny_mol: Make) -> None:
     loads = RouterLoads(open_checkpoint(tiny_mol(), torch.device("cpu")))
     one = Accelerator(cpu=True)
     loads.add(torch.tensor([[[0, 1], [0, 2]], [[3, 1], [3, 0]]]))
-    loads.keep()
-    loads.clear()
+    loads.add_step_to_window()
+    loads.reset_step()
     loads.add(torch.tensor([[[0, 1]], [[3, 1]]]))
-    loads.clear()  # a step that was left out
-    assert loads.take_window(one).tolist() == [[2, 1, 1, 0], [1, 1, 0, 2]]
-    assert not loads.take_window(one).any()
+    loads.reset_step()  # a step that was left out
+    assert loads.pop_window(one).tolist() == [[2, 1, 1, 0], [1, 1, 0, 2]]
+    assert not loads.pop_window(one).any()
 
 
 def test_an_interrupted_run_has_its_page_and_goes_on(
@@ -145,8 +145,8 @@ def test_the_forecast_counts_from_where_the_kl_begins() -> None:
     for i in range(1, 31):
         curve.add({"kl": 3 * i**-0.5, "tokens": 1000 + 1000 * i})
     # 1 - 30**-0.5 is 82%; 90% are reached at 100 * 1000 of its tokens.
-    assert curve.words() == "90% recovered in 70k tokens"
-    assert RecoveryCurve().words() == ""
+    assert curve.forecast() == "90% recovered in 70k tokens"
+    assert RecoveryCurve().forecast() == ""
 
 
 def test_utilisation_is_of_the_bf16_peak_of_all_devices(
@@ -154,20 +154,20 @@ def test_utilisation_is_of_the_bf16_peak_of_all_devices(
 ) -> None:
     model = open_checkpoint(tiny_mol(), torch.device("cpu"))
     stage = Stage("pretrain", recipe(precision="bf16").train)
-    assert flops_share(stage, model, None, ranks=2) is None
+    assert mfu_scale(stage, model, None, ranks=2) is None
     monkeypatch.setattr(
         "molcli.stages.train.log.device_name", lambda device: "NVIDIA H100 80GB HBM3"
     )
     flops = training_flops(model.config, 16, parent=None)
-    assert flops_share(stage, model, None, ranks=2) == flops / (2 * 989.4e12)
+    assert mfu_scale(stage, model, None, ranks=2) == flops / (2 * 989.4e12)
     half = Stage("align", stage.settings)
     both = training_flops(model.config, 16, parent=model.config, layerwise=True)
-    assert flops_share(half, model, model, ranks=1) == both / 989.4e12
+    assert mfu_scale(half, model, model, ranks=1) == both / 989.4e12
     frozen = Stage("pretrain", recipe(precision="bf16", trainable="mol").train)
     less = training_flops(model.config, 16, parent=None, trainable="mol")
-    assert flops_share(frozen, model, None, ranks=1) == less / 989.4e12 < flops / 989.4e12
+    assert mfu_scale(frozen, model, None, ranks=1) == less / 989.4e12 < flops / 989.4e12
     fp32 = Stage("pretrain", recipe(precision="fp32").train)
-    assert flops_share(fp32, model, None, ranks=1) is None
+    assert mfu_scale(fp32, model, None, ranks=1) is None
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])

@@ -18,7 +18,7 @@ from molcli.errors import MolError
 from molcli.families.parent import open_parent
 from molcli.stages.evaluate import evaluate
 from molcli.stages.train import train
-from molcli.stages.train.objective import Objective
+from molcli.stages.train.objective import PredictionObjective
 
 Make = Callable[..., Path]
 Corpus = Callable[..., str]
@@ -206,9 +206,9 @@ def test_output_folders_that_would_be_mixed_are_refused(
 def test_a_step_without_a_finite_gradient_is_left_out(
     tiny_mol: Make, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = Objective.backward, []
+    real, calls = PredictionObjective.backward, []
 
-    def poisoned(self: Objective, *args: Any) -> torch.Tensor:
+    def poisoned(self: PredictionObjective, *args: Any) -> torch.Tensor:
         means = real(self, *args)
         calls.append(means)
         if len(calls) == 3:
@@ -216,7 +216,7 @@ def test_a_step_without_a_finite_gradient_is_left_out(
             return means * math.nan
         return means
 
-    monkeypatch.setattr(Objective, "backward", poisoned)
+    monkeypatch.setattr(PredictionObjective, "backward", poisoned)
     result = train(tiny_mol(), tmp_path / "out", corpus(), recipe(log_every=1))
     assert (result.steps, result.skipped) == (8, 1)
     assert math.isfinite(result.loss)

@@ -16,9 +16,8 @@ from molcli.config.stages import resolve
 from molcli.errors import MolError
 from molcli.families.parent import Parent
 from molcli.model import MoLConfig
-from molcli.stages.train.batches import step_tokens
-from molcli.stages.train.estimate import estimate, launch_seconds
-from molcli.stages.train.plan import Situation, plan
+from molcli.stages.train.batches import tokens_per_step
+from molcli.stages.train.plan import Situation, estimate, launch_seconds, plan
 
 SOFTMAX = MoLConfig(num_hidden_layers=2, layer_kinds=["softmax"] * 2)
 DELTANET = MoLConfig(num_hidden_layers=2, max_position_embeddings=8192)
@@ -45,7 +44,7 @@ def test_every_plan_is_a_valid_recipe_that_spends_the_budget(
         rows, share = stage.settings.batch_size, stage.settings.micro_batch_size * ranks
         assert rows % share == 0 or rows < ranks
         # Two hundred steps, unless even a row is too much.
-        assert step_tokens(stage.settings) <= max(tokens // 200, stage.settings.context_length)
+        assert tokens_per_step(stage.settings) <= max(tokens // 200, stage.settings.context_length)
     kinds = [stage.kind for stage in stages]
     assert ("align" in kinds) == (has_parent and deltanet and tokens >= 10)
     assert kinds[-1] == ("distill" if has_parent else "pretrain")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from molcli.config.sections import Recipe, TrainConfig
 from molcli.stages.train import loop, train
-from molcli.stages.train.objective import Objective
+from molcli.stages.train.objective import PredictionObjective
 from molcli.stages.train.optimizer import update
 
 ONE: Any = SimpleNamespace(num_processes=1)
@@ -117,9 +117,9 @@ def test_a_run_goes_on_from_where_a_skipped_step_began(
 ) -> None:
     """Its second step leaves no trace in the checkpoint (weights, biases, moments, step counts) and
     none in what is logged of the loss and the routers' loads. Where there is a GPU, on that."""
-    real, calls = Objective.backward, []
+    real, calls = PredictionObjective.backward, []
 
-    def poisoned(self: Objective, *arguments: Any) -> Tensor:
+    def poisoned(self: PredictionObjective, *arguments: Any) -> Tensor:
         means = real(self, *arguments)
         calls.append(len(calls))
         if calls[-1] == 1:
@@ -137,7 +137,7 @@ def test_a_run_goes_on_from_where_a_skipped_step_began(
             group["fused"] = fused or group["fused"]
         return optimizer
 
-    monkeypatch.setattr(Objective, "backward", poisoned)
+    monkeypatch.setattr(PredictionObjective, "backward", poisoned)
     monkeypatch.setattr(loop, "make_optimizer", make_optimizer)
     tiny = TrainConfig(
         tokens=2 * 4 * 32,

@@ -16,23 +16,23 @@ from torch.distributed.checkpoint import FileSystemWriter
 from molcli.config.sections import TrainConfig
 from molcli.errors import MolError
 from molcli.model.checkpoint import open_checkpoint
-from molcli.stages.train.distributed import shared_dimension
+from molcli.stages.train.checkpoints import BackgroundSaver, load_checkpoint, newest_checkpoint
+from molcli.stages.train.distributed import shard_dimension
 from molcli.stages.train.optimizer import make_optimizer
-from molcli.stages.train.saver import _SharedSaver
-from molcli.stages.train.state import TrainState, load_checkpoint, newest_checkpoint
+from molcli.stages.train.state import TrainState
 
 
 @pytest.fixture
-def saver(tmp_path: Path) -> Iterator[_SharedSaver]:
+def saver(tmp_path: Path) -> Iterator[BackgroundSaver]:
     yield open_saver(tmp_path)
     torch.distributed.destroy_process_group()
 
 
-def open_saver(folder: Path) -> _SharedSaver:
+def open_saver(folder: Path) -> BackgroundSaver:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/group-{os.getpid()}", world_size=1, rank=0
     )
-    return _SharedSaver(Accelerator(cpu=True), folder / "checkpoints")
+    return BackgroundSaver(Accelerator(cpu=True), folder / "checkpoints")
 
 
 def new_state(checkpoint: Path) -> TrainState:
@@ -61,7 +61,7 @@ def everything(state: TrainState) -> list[torch.Tensor]:
 
 
 def test_a_checkpoint_is_the_state_when_it_was_asked_for(
-    state: TrainState, saver: _SharedSaver, tmp_path: Path
+    state: TrainState, saver: BackgroundSaver, tmp_path: Path
 ) -> None:
     """Steps go on while it is written; what is read back is all of it, and the counters too."""
     advance(state, 0.5)
@@ -82,7 +82,7 @@ def test_a_checkpoint_is_the_state_when_it_was_asked_for(
 
 
 def test_a_state_without_a_step_is_saved_and_read(
-    state: TrainState, saver: _SharedSaver, tmp_path: Path
+    state: TrainState, saver: BackgroundSaver, tmp_path: Path
 ) -> None:
     """Moments of 0 are what the optimiser begins with."""
     saver.save(state, {})
@@ -98,7 +98,7 @@ def test_a_state_without_a_step_is_saved_and_read(
 
 
 def test_a_full_disk_is_told_and_costs_no_checkpoint(
-    state: TrainState, saver: _SharedSaver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    state: TrainState, saver: BackgroundSaver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     advance(state, 0.5)
     saver.save(state, {})
@@ -165,7 +165,7 @@ def test_a_kill_in_the_background_costs_no_checkpoint(
 
 
 def test_a_damaged_checkpoint_is_named(
-    state: TrainState, saver: _SharedSaver, tmp_path: Path
+    state: TrainState, saver: BackgroundSaver, tmp_path: Path
 ) -> None:
     saver.save(state, {})
     saver.finish()
@@ -187,4 +187,4 @@ def test_a_damaged_checkpoint_is_named(
 def test_weights_are_cut_evenly_where_they_can_be(
     shape: tuple[int, ...], ranks: int, dimension: int
 ) -> None:
-    assert shared_dimension(torch.Size(shape), ranks) == dimension
+    assert shard_dimension(torch.Size(shape), ranks) == dimension
