@@ -88,16 +88,16 @@ def main() -> None:
     documents = [torch.randint(49_152, (n,), dtype=torch.int32) for n in lengths]
     rows = pack(documents, args.length, seed=0)
 
-    def taken() -> MicroBatches:
+    def load() -> MicroBatches:
         index = torch.randint(len(rows), (args.batch,))
         return micro_batches(rows, index, args.micro_batch, accelerator)
 
-    ahead = [taken()]
+    ahead = [load()]
 
     def step() -> None:  # in the order of `molcli train`
         objective.backward(ahead.pop(), accelerator)
         _, finite = update(model, optimizer, 1.0, accelerator)
-        ahead.append(taken())
+        ahead.append(load())
         assert finite()
         loads.add_step_to_window()
         loads.update_biases(1e-3, accelerator)

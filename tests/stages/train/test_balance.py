@@ -30,7 +30,7 @@ def model(tiny_mol: Callable[..., Path]) -> MoLForCausalLM:
 
 
 def balance(loads: RouterLoads, router: Router, x: Tensor, steps: int, rate: float) -> Tensor:
-    """Loads after so many updates on the same tokens, in two micro-batches."""
+    """Loads after `steps` updates on the same tokens, in two micro-batches each."""
     for _ in range(steps):
         for part in x.chunk(2):
             loads.add(router(part).blocks[None])
@@ -43,7 +43,7 @@ def test_a_skewed_router_is_balanced(model: MoLForCausalLM) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(400, 32, generator=generator) + 0.5
     router.weight.data.copy_(torch.randn(8, 32, generator=generator) * 0.1)
-    router.weight.data[2] += 0.1  # everybody's favourite
+    router.weight.data[2] += 0.1  # most tokens prefer it
     before = block_counts(router(x).blocks, 8)
     with torch.no_grad():
         assert before.max() > 3 * before.float().mean()
@@ -72,7 +72,7 @@ def test_clones_stay_together(model: MoLForCausalLM) -> None:
     assert torch.equal(families, torch.tensor([0, 1]).expand(400, 2))
 
 
-def test_what_takes_no_gradient_is_not_counted(model: MoLForCausalLM) -> None:
+def test_forward_passes_without_gradients_are_not_counted(model: MoLForCausalLM) -> None:
     loads, router = RouterLoads(model), routers(model)[0]
     with torch.no_grad():
         loads.add(router(torch.randn(5, 32)).blocks[None])

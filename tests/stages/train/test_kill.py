@@ -168,7 +168,7 @@ def test_an_ignored_signal_stays_ignored(
     assert result.steps == 10
 
 
-def test_a_full_disk_costs_no_checkpoint(
+def test_a_full_disk_leaves_earlier_checkpoints(
     tiny_mol: Callable[..., Path],
     corpus: Callable[..., str],
     tmp_path: Path,
@@ -195,7 +195,7 @@ def test_a_full_disk_costs_no_checkpoint(
     assert equal(tmp_path / "whole", out)
 
 
-def test_a_disk_that_is_full_at_the_end_costs_the_steps_since_the_last_checkpoint(
+def test_a_disk_full_at_the_end_loses_only_the_steps_since_the_last_checkpoint(
     tiny_mol: Callable[..., Path],
     corpus: Callable[..., str],
     tmp_path: Path,

@@ -188,9 +188,7 @@ def test_another_run_is_not_resumed(tiny_mol: Make, corpus: Corpus, tmp_path: Pa
     assert train(checkpoint, out, str(moved), recipe(log_every=1), resume=True).steps == 8
 
 
-def test_output_folders_that_would_be_mixed_are_refused(
-    tiny_mol: Make, corpus: Corpus, tmp_path: Path
-) -> None:
+def test_output_folders_in_use_are_refused(tiny_mol: Make, corpus: Corpus, tmp_path: Path) -> None:
     checkpoint, data, out = tiny_mol(), corpus(), tmp_path / "out"
     with pytest.raises(MolError, match="no run to resume"):
         train(checkpoint, out, data, recipe(), resume=True)
@@ -203,7 +201,7 @@ def test_output_folders_that_would_be_mixed_are_refused(
         train(checkpoint, out, data, recipe(), resume=True)
 
 
-def test_a_step_without_a_finite_gradient_is_left_out(
+def test_a_step_without_a_finite_gradient_is_skipped(
     tiny_mol: Make, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, calls = PredictionObjective.backward, []
@@ -228,7 +226,7 @@ def test_a_step_without_a_finite_gradient_is_left_out(
 
 
 def test_micro_batches_add_up(tiny_mol: Make, corpus: Corpus, tmp_path: Path) -> None:
-    """Without the CV^2 loss, which is taken by micro-batch, their number changes nothing."""
+    """Their number changes nothing but the CV^2 loss, which is computed for each of them."""
     checkpoint, data = tiny_mol(), corpus()
     for size in (1, 4):
         settings = recipe(tokens=2 * 4 * 32, micro_batch_size=size)
@@ -274,9 +272,7 @@ def test_gradient_checkpointing_changes_nothing(
     assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
 
 
-def test_the_inherited_rest_can_stay_as_it_is(
-    tiny_mol: Make, corpus: Corpus, tmp_path: Path
-) -> None:
+def test_dense_layers_can_be_frozen(tiny_mol: Make, corpus: Corpus, tmp_path: Path) -> None:
     checkpoint = tiny_mol(layer_kinds=["dense", "softmax", "dense"])
     train(checkpoint, tmp_path / "out", corpus(), recipe(trainable="mol"))
     before, after = weights(checkpoint), weights(tmp_path / "out")

@@ -1,4 +1,4 @@
-"""A run that meets values which are not finite: what it says, and when it gives up."""
+"""Values that are not finite: where they are found, and when a run stops."""
 
 import math
 from collections.abc import Callable
@@ -28,13 +28,13 @@ def model(tiny_mol: Callable[..., Path]) -> MoLForCausalLM:
 
 
 def found(model: MoLForCausalLM) -> str:
-    def forward() -> bool:
+    def losses_are_finite() -> bool:
         return bool(model(IDS).logits.isfinite().all())
 
-    return find_nonfinite(model, forward, Accelerator(cpu=True))
+    return find_nonfinite(model, losses_are_finite, Accelerator(cpu=True))
 
 
-def test_a_weight_is_named_before_what_it_spoils(model: MoLForCausalLM) -> None:
+def test_a_weight_is_named_before_its_effects(model: MoLForCausalLM) -> None:
     model.model.layers[1].shared.thin_in.data[0, 0, 0] = math.nan
     assert found(model) == "the weights model.layers.1.shared.thin_in"
 

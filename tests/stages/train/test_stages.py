@@ -162,7 +162,7 @@ def test_compiling_pays_by_the_tokens_of_all_stages() -> None:
     assert should_compile(TrainConfig(), MIN_TOKENS_TO_COMPILE, gpu)
     assert not should_compile(TrainConfig(), MIN_TOKENS_TO_COMPILE - 1, gpu)
     assert not should_compile(TrainConfig(), MIN_TOKENS_TO_COMPILE, cpu)
-    # Every number of blocks would be compiled anew.
+    # Every number of blocks would be compiled again.
     assert not should_compile(TrainConfig(start_top_k=4), MIN_TOKENS_TO_COMPILE, gpu)
     assert should_compile(TrainConfig(compile=True, start_top_k=4), 1, cpu)
     assert not should_compile(TrainConfig(compile=False), MIN_TOKENS_TO_COMPILE, gpu)
