@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from molcli.cli.demo_state import FIGURES, write_json
 from molcli.config.sections import Recipe
 from molcli.families.parent import Parent
 from molcli.model import MoLForCausalLM
@@ -79,10 +80,8 @@ def report(
 
 def show(figures: dict[str, Any], out: Path, parent: str) -> None:
     """Writes demo.json, the last file of a demo, and prints the table and what lies where."""
-    path = out / "demo.json"
-    partial = path.with_name(".demo.json.partial")
-    partial.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    path = out / FIGURES
+    write_json(path, figures)
     rows = {
         "parent": Figures(**figures["parent"]),
         "right after upcycling": Figures(**figures["upcycled"]),

@@ -100,6 +100,7 @@ def _write(
                 tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
             for name in ("bos", "eos"):  # transformers 5.17 takes a Llama's BOS for both
                 token = getattr(config, f"{name}_token_id")
+                token = token[0] if isinstance(token, list) else token
                 if token is not None:
                     word = tokenizer.convert_ids_to_tokens(token)
                     setattr(tokenizer, f"{name}_token", word)
@@ -185,9 +186,13 @@ def _config(path: Path, reader: "GGUFReader") -> PreTrainedConfig:
     kwargs = {ours: value(f"{family}.{key}") for key, ours in _CONFIG.items()}
     if None in kwargs.values() or "token_embd.weight" not in tensors:
         raise MolError(f"{path} lacks the metadata of a whole {family} model")
-    for name in ("bos", "eos", "pad"):
+    for name in ("bos", "pad"):
         key = "padding" if name == "pad" else name
         kwargs[f"{name}_token_id"] = value(f"tokenizer.ggml.{key}_token_id")
+    # Of a text, a turn and a message: llama.cpp stops at any of them. Each once, in this order.
+    ends = [value(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    ends = list(dict.fromkeys(token for token in ends if token is not None))
+    kwargs["eos_token_id"] = ends if len(ends) > 1 else ends[0] if ends else None
     if family != "qwen2":  # which has biases always, and implies the width of its heads
         kwargs["attention_bias"] = "blk.0.attn_q.bias" in tensors
         width = kwargs["hidden_size"] // kwargs["num_attention_heads"]

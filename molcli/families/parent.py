@@ -24,6 +24,7 @@ from molcli.families.table import (
     refuse_family,
     refuse_variant,
 )
+from molcli.files.generation_config import TOKENS, read_generation, write_generation
 from molcli.files.tensors import TensorReader
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -38,7 +39,8 @@ class Parent:
     """A validated dense checkpoint. No method holds more than what it returns.
 
     name: as the user gave it. folder: where its safetensors are. note: a limit that the user
-    should hear of, or "". tied: whether the output head is the embedding.
+    should hear of, or "". tied: whether the output head is the embedding. generation: how it
+    generates; see `read_generation`.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Parent:
     family: Family
     note: str
     tied: bool
+    generation: dict[str, Any]
     _reader: TensorReader
     _tokenizer: PreTrainedTokenizerBase | None
 
@@ -82,13 +85,22 @@ class Parent:
         if self._tokenizer is not None:
             self._tokenizer.save_pretrained(out)
 
+    def copy_generation(self, out: Path) -> None:
+        """Writes how it generates."""
+        write_generation(self.generation, out)
+
     def fingerprint(self) -> str:
         """sha256 that tells this checkpoint from others; see `TensorReader.fingerprint`."""
         return self._reader.fingerprint()
 
     def mol_config_kwargs(self) -> dict[str, Any]:
-        """Arguments of the MoLConfig of the same model, all layers dense."""
-        return _mol_config_kwargs(self.config, self.family, tied=self.tied)
+        """Arguments of the MoLConfig of the same model, all layers dense.
+
+        Special tokens are those that generation uses: often a list of ends, of which the parent's
+        config names the first alone.
+        """
+        tokens = {name: self.generation[name] for name in TOKENS if name in self.generation}
+        return _mol_config_kwargs(self.config, self.family, tied=self.tied) | tokens
 
 
 def outline(spec: str | Path) -> dict[str, Any]:
@@ -114,7 +126,8 @@ def open_parent(spec: str | Path) -> Parent:
 
     Everything that could fail later is checked here, from the headers: raises MolError for a
     family other than those of `FAMILIES`, missing, leftover or ill-shaped tensors, weights that
-    are pickled, quantized or truncated, and a tokenizer that does not fit the vocabulary.
+    are pickled, quantized or truncated, a tokenizer that does not fit the vocabulary, and a
+    generation_config.json that cannot be read.
     """
     folder = _locate(str(spec))
     config, family = _open_config(folder)
@@ -131,7 +144,8 @@ def open_parent(spec: str | Path) -> Parent:
             hint="use the tokenizer that the model was trained with",
         )
     _, note = _context(config, family)
-    return Parent(str(spec), folder, config, family, note, tied, reader, tokenizer)
+    generation = read_generation(folder, config)
+    return Parent(str(spec), folder, config, family, note, tied, generation, reader, tokenizer)
 
 
 def _mol_config_kwargs(config: PreTrainedConfig, family: Family, *, tied: bool) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def output_folder(path: str | Path, *, need_bytes: int = 0) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = staging_folder(path)
     staging.mkdir(exist_ok=True)
-    with _locked(staging, path):
+    with locked(staging, path):
         try:
             refuse_existing(path)
             _empty(staging)
@@ -69,11 +69,15 @@ def _refuse_full_disk(folder: Path, need_bytes: int) -> None:
 
 
 @contextmanager
-def _locked(staging: Path, path: Path) -> Iterator[None]:
-    """Holds the folder's lock, which the kernel drops when its process dies in whatever way."""
-    descriptor = os.open(staging, os.O_RDONLY)
+def locked(folder: Path, path: Path) -> Iterator[None]:
+    """Holds the folder's lock, which the kernel drops when its process dies in whatever way.
+
+    folder: exists. path: what is written, for the message. Raises MolError if another process holds
+    the lock.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        if not _try_lock(descriptor, staging):
+        if not _try_lock(descriptor, folder):
             raise MolError(
                 f"another run is writing {path}",
                 allowed="one run per output path",
@@ -84,11 +88,11 @@ def _locked(staging: Path, path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _try_lock(descriptor: int, staging: Path) -> bool:
+def _try_lock(descriptor: int, folder: Path) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # The other run may have renamed the folder since this one opened it.
-        return os.path.samestat(os.fstat(descriptor), staging.stat())
+        return os.path.samestat(os.fstat(descriptor), folder.stat())
     except (BlockingIOError, FileNotFoundError):
         return False
 

@@ -17,6 +17,7 @@ from molcli.errors import MolError
 from molcli.families.parent import Parent
 from molcli.model.checkpoint import default_device
 from molcli.model.forward_inputs import CACHE_FIELD
+from molcli.model.parent import end_tokens
 from molcli.model.precision import fast_dtype
 from molcli.progress import Progress, silent
 
@@ -132,7 +133,7 @@ def _documents(
     that no row needs padding.
     report: told the tokens drawn so far.
     """
-    ends, count = _end_tokens(model), len(starts)
+    ends, count = torch.tensor(end_tokens(model), dtype=torch.int64), len(starts)
     given = torch.tensor([len(start) for start in starts], device=model.device)
     ids = torch.zeros((count, config.length), dtype=torch.int64, device=model.device)
     for row, start in enumerate(starts):
@@ -185,11 +186,3 @@ def _start_token(config: PreTrainedConfig) -> int:
         if token is not None:
             return int(token)
     return 0
-
-
-def _end_tokens(model: PreTrainedModel) -> Tensor:
-    """(tokens,) int64: those that generation would stop at, too."""
-    found: set[int] = set()
-    for eos in (model.config.eos_token_id, model.generation_config.eos_token_id):
-        found.update(eos if isinstance(eos, list) else [] if eos is None else [eos])
-    return torch.tensor(sorted(found), dtype=torch.int64)

@@ -8,11 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor
+from transformers import LogitsProcessorList
 
 from molcli.cli import main as command
 from molcli.config.recipe import load_recipe
 from molcli.data.mixture import MixedOrder
+from molcli.model.checkpoint import open_checkpoint
+from molcli.model.parent import end_tokens
 
 SMALL = [
     "upcycle.num_blocks=3",
@@ -73,6 +77,50 @@ def test_from_a_parent_to_a_trained_and_inspected_model(
     assert json.loads(figures.read_text())["recall"][0]["parent"] is None
     assert len(json.loads(routing.read_text())["layers"]) == 2
     assert sorted(path.name for path in out.iterdir()) == ["trained", "upcycled"]
+
+
+def test_how_the_parent_generates_reaches_what_is_made_of_it(
+    tmp_path: Path, tiny_parent: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent, out = tiny_parent("llama"), tmp_path / "out"
+    # As on the Hub: transformers 5.17 refuses to write a temperature without do_sample.
+    wanted = {
+        "bos_token_id": 1,
+        "eos_token_id": [2, 5, 9],
+        "pad_token_id": 0,
+        "temperature": 0.7,
+        "top_p": 0.9,
+    }
+    (parent / "generation_config.json").write_text(json.dumps(wanted))
+    small = [word for setting in SMALL for word in ("--set", setting)]
+    data = tmp_path / "text.jsonl"
+    draw = ["--set", "sample.tokens=640", "--set", "sample.length=32"]
+    assert molcli(monkeypatch, "data", "sample", parent, data, *draw) == 0
+    for line in data.read_text().splitlines():  # the parent's own text stops at all of them, too
+        assert not {2, 5, 9} & set(json.loads(line)["input_ids"][1:-1])
+
+    assert molcli(monkeypatch, "upcycle", parent, out / "up", *small, "--data", data) == 0
+    train = ["train", out / "up", out / "trained", "--data", data]
+    assert molcli(monkeypatch, *train) == 0
+    convert = ["convert", out / "trained", out / "delta", "--gated-deltanet", "1", "--data", data]
+    assert molcli(monkeypatch, *convert) == 0
+
+    for name in ("up", "trained", "delta"):
+        assert json.loads((out / name / "generation_config.json").read_text()) == wanted
+        config = json.loads((out / name / "config.json").read_text())
+        assert (config["eos_token_id"], config["pad_token_id"]) == ([2, 5, 9], 0)
+        model = open_checkpoint(out / name, torch.device("cpu"))
+        assert end_tokens(model) == [2, 5, 9]
+        for end in (5, 9):
+            always = LogitsProcessorList([lambda _, scores, end=end: one_hot(scores, end)])
+            ids = torch.tensor([[3, 4]])
+            found = model.generate(ids, max_new_tokens=6, logits_processor=always)
+            assert found.tolist() == [[3, 4, end]]
+
+
+def one_hot(scores: Tensor, token: int) -> Tensor:
+    """(B, V), with `token` the likeliest."""
+    return torch.full_like(scores, -1e9).index_fill(1, torch.tensor([token]), 0.0)
 
 
 def test_an_interrupted_run_prints_the_command_that_resumes_it(

@@ -70,7 +70,7 @@ def write_gguf(
     if arch == "qwen3":
         writer.add_key_length(config.head_dim)
     for key, value in (extra or {}).items():
-        writer.add_string(key, value)
+        (writer.add_uint32 if isinstance(value, int) else writer.add_string)(key, value)
     if (folder / "tokenizer.json").exists():
         tokenizer = json.loads((folder / "tokenizer.json").read_text())
         writer.add_tokenizer_model("gpt2")
@@ -164,6 +164,22 @@ def test_tokenizer_comes_along(tiny_parent, tmp_path: Path, capfd) -> None:
     text = "the quick router sleeps 42"
     assert tokenizer(text).input_ids == open_parent(folder).tokenizer()(text).input_ids
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
+
+
+@pytest.mark.parametrize(
+    "extra, ends",
+    [
+        ({}, 2),
+        ({"eot": 2}, 2),
+        ({"eot": 7, "eom": 9}, [2, 7, 9]),
+    ],
+)
+def test_all_its_ends_come_along(tiny_parent, tmp_path: Path, extra, ends) -> None:
+    keys = {f"tokenizer.ggml.{name}_token_id": token for name, token in extra.items()}
+    parent = open_parent(write_gguf(tmp_path / "m.gguf", tiny_parent("llama"), extra=keys))
+    assert parent.generation == {"bos_token_id": 1, "eos_token_id": ends}
+    assert parent.mol_config_kwargs()["eos_token_id"] == ends
+    assert parent.tokenizer().eos_token == "</s>"
 
 
 def test_the_file_is_parsed_once(tiny_parent, tmp_path: Path, monkeypatch) -> None:

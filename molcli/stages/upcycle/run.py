@@ -44,7 +44,9 @@ def upcycle(
     out: Path,
     progress: Progress = silent,
 ) -> None:
-    """Writes a checkpoint with config, tokenizer, recipe and receipt; whole, or not at all.
+    """Writes a checkpoint with config, tokenizer, generation_config.json, recipe and receipt.
+
+    It appears whole, or not at all.
 
     calibration: a folder that calibrate wrote; None is enough where `needs_text` is False, and the
     receipt then has no figures of held-out text. The parent is read, and the checkpoint written,
@@ -96,6 +98,7 @@ def upcycle(
         config.architectures = ["MoLForCausalLM"]
         config.save_pretrained(staging)
         parent.copy_tokenizer(staging)
+        parent.copy_generation(staging)
         save_recipe(asked, staging / RECIPE_FILE)
         samples = None
         if text is not None and recipe.upcycle.receipt == "full":
