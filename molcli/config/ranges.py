@@ -83,7 +83,7 @@ def _upcycle(c: UpcycleConfig) -> None:
 def _convert(c: ConvertConfig) -> None:
     if not isinstance(c.gated_deltanet, str):
         _indices("convert.gated_deltanet", c.gated_deltanet)
-    _between("convert.budget", c.budget, 0, 1)
+    _between("convert.gated_deltanet_budget", c.gated_deltanet_budget, 0, 1)
     _positive("convert.ridge", c.ridge)
     _at_least("convert.steps", c.steps, 0)
     _positive("convert.learning_rate", c.learning_rate)
@@ -177,7 +177,7 @@ def _stage(name: str, c: TrainConfig) -> None:
 
 def _evaluate(c: EvaluateConfig) -> None:
     _heldout("evaluate", c)
-    _at_least("evaluate.prompts", c.prompts, 0)
+    _at_least("evaluate.num_prompts", c.num_prompts, 0)
     _at_least("evaluate.prompt_length", c.prompt_length, 1)
     _at_least("evaluate.continuation_length", c.continuation_length, 1)
     _at_least("evaluate.recall_sequences", c.recall_sequences, 0)

@@ -1,10 +1,12 @@
 """The sections of a recipe, one frozen dataclass per stage. No section imports torch."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from molcli.config.layer_choice import LayerChoice
 
+Preset = Literal["quality", "balanced", "fast"]
+PRESETS: tuple[Preset, ...] = get_args(Preset)
 Data = str | dict[str, float]
 """A source, or a mapping from sources to weights, a source's share of the tokens in any unit. A
 source is a .txt, .jsonl or .parquet file, a folder of `molcli data tokenize`, or a data set on the
@@ -51,7 +53,7 @@ class UpcycleConfig:
         these loads both models as a whole, one after the other.
     """
 
-    preset: Literal["quality", "balanced", "fast"] = "balanced"
+    preset: Preset = "balanced"
     num_blocks: int = 9
     num_shared_blocks: int = 1
     top_k: int | None = None
@@ -92,15 +94,15 @@ class ConvertConfig:
 
     gated_deltanet: as `upcycle.gated_deltanet`, among the layers whose routed blocks use softmax; a
         list may also name dense layers, whose attention is then converted at full width.
-    budget: share of these layers that "auto" takes; the cost of a layer is KL(original || original
-        with that layer alone converted), on text kept from its fit.
+    gated_deltanet_budget: share of these layers that "auto" takes; the cost of a layer is
+        KL(original || original with that layer alone converted), on text kept from its fit.
     ridge: Tikhonov term of the least-squares refits, relative to the mean feature energy.
     steps: of Adam, per layer, on the converted attention: it learns to give the layer the output
         that it had with softmax. learning_rate: of these steps, falling linearly to 0.
     """
 
     gated_deltanet: LayerChoice = "all"
-    budget: float = 0.5
+    gated_deltanet_budget: float = 0.5
     ridge: float = 1e-2
     steps: int = 0
     learning_rate: float = 1e-3
@@ -252,7 +254,7 @@ class EvaluateConfig:
 
     tokens: held-out tokens, at most. context_length: tokens in a row. batch_size: rows, prompts or
         sequences at a time.
-    prompts: pieces of the held-out text, of prompt_length tokens each, that model and parent
+    num_prompts: pieces of the held-out text, of prompt_length tokens each, that model and parent
         continue greedily by continuation_length tokens; 0 leaves this out.
     recall_sequences: sequences for each of recall_distances, in which a value is asked for by its
         key; 0 leaves this out. recall_pairs: pairs in a sequence. recall_distances: filler tokens
@@ -263,7 +265,7 @@ class EvaluateConfig:
     tokens: int = 65_536
     context_length: int = 512
     batch_size: int = 8
-    prompts: int = 32
+    num_prompts: int = 32
     prompt_length: int = 32
     continuation_length: int = 32
     recall_sequences: int = 32

@@ -1,4 +1,4 @@
-"""`molcli data`: make and prepare text before a run."""
+"""`molcli data`: write and prepare text before a run."""
 
 import typer
 
@@ -7,7 +7,7 @@ from molcli.cli.data.sample import sample
 from molcli.cli.data.tokenize import tokenize
 
 app = typer.Typer(
-    help="Draw text from a parent, tokenise it once, cache a parent's predictions.",
+    help="Sample text from a parent, tokenise it once, cache a parent's predictions.",
     no_args_is_help=True,
 )
 app.command("sample")(sample)

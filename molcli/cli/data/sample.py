@@ -1,26 +1,26 @@
-"""`molcli data sample`: text drawn from the parent."""
+"""`molcli data sample`: write text sampled from the parent."""
 
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from molcli.cli.bars import bar
-from molcli.cli.options import Overrides, Parent, RecipeName, recipe_for
-from molcli.cli.parents import open_dense
-from molcli.config.sections import SampleConfig
+from molcli import api
+from molcli.cli.options import Overrides, Parent, RecipeName
 
-if TYPE_CHECKING:  # torch comes with it
+if TYPE_CHECKING:  # these import torch or a YAML parser
+    from molcli.config.sections import SampleConfig
     from molcli.families.parent import Parent as DenseParent
 
-SampleFile = Annotated[Path, typer.Argument(metavar="OUT", help="The .jsonl file to write.")]
+SampleFile = Annotated[
+    Path, typer.Argument(metavar="OUT", help="The .jsonl file to write; must not exist.")
+]
 Prompts = Annotated[
     str | None,
     typer.Option(
         "--prompts",
         metavar="SOURCE",
-        help="Prompts to go on from, read as --data is; without, the parent begins from its BOS.",
+        help="Texts that the parent continues, read as --data is; without, it begins at its BOS.",
     ),
 ]
 
@@ -32,17 +32,14 @@ def sample(
     recipe: RecipeName = None,
     overrides: Overrides = None,
 ) -> None:
-    """Sample text from the parent, for those without a data set."""
-    settings = recipe_for(recipe, overrides).sample
-    if prompts is not None:
-        settings = replace(settings, prompts=prompts)
-    run_sample(open_dense(parent), settings, out)
+    """Sample text from the parent, for use where there is no data set."""
+    values: dict[str, Any] = {} if prompts is None else {"prompts": prompts}
+    api.sample(parent, out, recipe=recipe, settings=overrides or (), **values)
     typer.echo(f"Text in {out}")
 
 
-def run_sample(parent: "DenseParent", settings: SampleConfig, out: Path) -> None:
-    """Writes text drawn from the parent, under a bar."""
-    from molcli.stages.sample import sample as draw
+def run_sample(parent: "DenseParent", settings: "SampleConfig", out: Path) -> None:
+    """For `molcli demo`."""
+    from molcli.config.sections import Recipe
 
-    with bar("sampling") as progress:
-        draw(parent, settings, out, progress=progress)
+    api.sample(parent, out, recipe=Recipe(sample=settings))

@@ -1,12 +1,12 @@
-"""`molcli data tokenize`: text to memory-mapped tokens."""
+"""`molcli data tokenize`: write text as memory-mapped tokens."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from molcli.cli.bars import bar
 from molcli.cli.options import Out
+from molcli.report.bars import bar
 
 Source = Annotated[
     str,
@@ -19,17 +19,17 @@ TokenizerOption = Annotated[
     ),
 ]
 Limit = Annotated[
-    int | None, typer.Option("--tokens", min=1, metavar="N", help="Only the first so many tokens.")
+    int | None, typer.Option("--tokens", min=1, metavar="N", help="Write only the first N tokens.")
 ]
 
 
 def tokenize(source: Source, out: Out, tokenizer: TokenizerOption, tokens: Limit = None) -> None:
-    """Tokenise text once, for many runs: `--data OUT` then reads it without loading it."""
-    typer.echo(f"{run_tokenize(source, out, tokenizer, tokens):,} tokens in {out}")
+    """Tokenise text once, for many runs: `--data OUT` maps the tokens into memory."""
+    typer.echo(f"{_write_tokens(source, out, tokenizer, tokens):,} tokens in {out}")
 
 
-def run_tokenize(source: str, out: Path, tokenizer: str, limit: int | None) -> int:
-    """Writes the folder under a bar; returns its number of tokens."""
+def _write_tokens(source: str, out: Path, tokenizer: str, limit: int | None) -> int:
+    """Write the folder and return its number of tokens."""
     from molcli.data.documents import read_documents
     from molcli.data.documents import tokenize as encode
     from molcli.data.token_folder import write_token_folder
@@ -37,7 +37,8 @@ def run_tokenize(source: str, out: Path, tokenizer: str, limit: int | None) -> i
 
     found = find_tokenizer(tokenizer)
     with bar("tokenising") as progress:
-        # Ids past the tokenizer's are left to the model that reads them: many pad their vocabulary.
+        # Ids beyond the tokenizer's are left to the model that reads them: many models pad their
+        # vocabulary.
         documents = encode(
             read_documents(source), found, vocab_size=2**31, limit=limit, progress=progress
         )

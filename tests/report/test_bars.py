@@ -2,7 +2,7 @@
 
 import pytest
 
-from molcli.cli.bars import bar
+from molcli.report.bars import bar
 
 
 def test_the_bar_shows_title_count_and_note(capsys: pytest.CaptureFixture[str]) -> None:
