@@ -170,6 +170,7 @@ def test_text_may_be_sampled_from_the_parent_and_a_calibration_used_again(
     tmp_path: Path, tiny_parent: Callable[..., Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
     parent = tiny_parent("llama")
+    capfd.readouterr()
     settings = SETTINGS | {"sample.length": 32}
     file = molcli.sample(parent, tmp_path / "text.jsonl", tokens=640, length=32, progress=False)
     folder = molcli.calibrate(
