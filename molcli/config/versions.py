@@ -76,14 +76,14 @@ def _is_used(requirement: Requirement) -> bool:
 
 
 def _is_tested(requirement: Requirement, version: str | None) -> bool:
-    """Also True if the version is unknown. Pre-releases are compared like releases: 5.25.0rc1 is not
-    below 5.25."""
+    """Also True if the version is unknown."""
     if version is None:
         return True
     try:
         found = Version(version)
     except InvalidVersion:  # of a private build
         return True
+    # Pre-releases may lie in the range, too; 5.25.0rc1 does not lie in <5.25.
     return requirement.specifier.contains(found, prereleases=True)
 
 
