@@ -78,9 +78,10 @@ app.add_typer(data, name="data")
 
 
 def main() -> None:
-    """Run the command line.
+    """Run the command line, and exit.
 
-    Exit status: 0 done, 1 a bug, 2 the user's input, 130 interrupted (143 by SIGTERM).
+    Exit status: 0 done, 1 a bug or the machine, 2 the user's input, 130 interrupted (143 by
+    SIGTERM).
     """
     try:
         app()
