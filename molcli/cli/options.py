@@ -92,7 +92,7 @@ Calibration = Annotated[
     typer.Option(
         "--calibration",
         metavar="DIR",
-        help="A folder that `molcli calibrate` wrote, in place of a calibration of its own.",
+        help="A folder that `molcli calibrate` wrote for this parent.",
     ),
 ]
 Json = Annotated[

@@ -31,7 +31,8 @@ def upcycle(
 ) -> None:
     """Turn a dense model into a Mixture of Layers model.
 
-    --data is the text to calibrate on. Without it, text is sampled from the parent.
+    The thin blocks are fitted to --calibration, else to the text of --data, else to text sampled
+    from the parent.
     """
     api.upcycle(
         parent,
