@@ -1,8 +1,8 @@
-"""The one error that a user can mend."""
+"""Errors that are not bugs: what the user can correct, and interruptions."""
 
 
 class MolError(Exception):
-    """Something in the user's input, data or machine stops the work before it starts.
+    """The user's input, data or machine does not allow the work, and the user can correct it.
 
     found: what was found, with the value. allowed: what would be accepted. hint: the command or
     value that works. The command line prints the three and exits with status 2.
@@ -26,8 +26,8 @@ class MolError(Exception):
 class Interrupted(Exception):
     """A signal stopped a run after it had saved its state; the exit status is 128 + signal.
 
-    signal: the number, such as 15 for SIGTERM. saved: what was left, in words. resume: the command
-    that goes on, where the command line knows one.
+    signal: the number, such as 15 for SIGTERM. saved: what was saved, in words. resume: the command
+    that continues the run, if the command line knows one.
     """
 
     def __init__(self, signal: int, saved: str, resume: str = "") -> None:

@@ -3,7 +3,6 @@
 import json
 import shlex
 import sys
-from dataclasses import replace
 from pathlib import Path
 from signal import SIGINT
 from time import monotonic
@@ -11,21 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from molcli.cli.bars import bar
-from molcli.cli.calibrate import with_data
-from molcli.cli.data.sample import run_sample
+from molcli import api
+from molcli.api.arguments import open_dense
+from molcli.api.conversion import with_data
 from molcli.cli.demo_state import DemoState, check_folder, demo_identity, open_state
-from molcli.cli.evaluate import run_evaluate
-from molcli.cli.inspect import run_inspect
-from molcli.cli.options import Overrides, ParentOption, RecipeName, recipe_for
-from molcli.cli.parents import open_dense
-from molcli.cli.train import run_train
-from molcli.cli.upcycle import run_upcycle
-from molcli.config.sections import Recipe
+from molcli.cli.options import Overrides, ParentOption, RecipeName, recipe_for, write_json
 from molcli.errors import Interrupted
+from molcli.report.bars import bar
 
-if TYPE_CHECKING:  # torch comes with it
+if TYPE_CHECKING:  # these import torch, or take time to import
+    from molcli.config.sections import Recipe
     from molcli.families.parent import Parent as DenseParent
+    from molcli.stages.evaluate import Evaluation
 
 DemoOut = Annotated[
     Path,
@@ -82,7 +78,7 @@ def demo(
             raise Interrupted(SIGINT, kept, _resume_command()) from stop
 
 
-def _run_stages(dense: "DenseParent", settings: Recipe, state: DemoState) -> None:
+def _run_stages(dense: "DenseParent", settings: "Recipe", state: DemoState) -> None:
     """All stages but those that are finished, then the table. Each goes on from its own output."""
     from molcli.cli.demo_report import continuations, report, show
     from molcli.stages.evaluate import Evaluation
@@ -95,7 +91,7 @@ def _run_stages(dense: "DenseParent", settings: Recipe, state: DemoState) -> Non
     def sample() -> None:
         drawn = out / "drawn.jsonl"
         if not drawn.exists():
-            run_sample(dense, replace(settings.sample, tokens=seen + unseen), drawn)
+            api.sample(dense, drawn, recipe=settings, tokens=seen + unseen)
         _split(drawn, heldout, unseen, text)
 
     state.run(
@@ -105,17 +101,19 @@ def _run_stages(dense: "DenseParent", settings: Recipe, state: DemoState) -> Non
 
     def upcycle() -> None:
         if not upcycled.exists():  # it appears whole
-            run_upcycle(dense, settings, upcycled)
+            api.upcycle(dense, upcycled, recipe=settings)
 
     def evaluate(checkpoint: Path) -> dict[str, Any]:
-        return run_evaluate(checkpoint, dense, str(heldout), settings.evaluate).to_json()
+        return _heldout_figures(checkpoint, dense, heldout, settings).to_json()
 
     def train() -> None:
         if not (trained / "config.json").exists():  # the last file that training writes
-            run_train(upcycled, trained, str(text), settings, dense, resume=trained.exists())
+            api.train(
+                upcycled, trained, data=text, parent=dense, recipe=settings, resume=trained.exists()
+            )
 
     def inspect() -> None:
-        run_inspect(trained, str(heldout), settings.inspect, routing)
+        write_json(routing, api.inspect(trained, heldout, recipe=settings).to_json())
 
     state.run("upcycle", "Layers become thin blocks, fitted to the parent's activations", upcycle)
     sentence = "On the held-out text, right after upcycling"
@@ -161,8 +159,19 @@ def _fetched() -> str:
     return str(path)
 
 
-def _refuse_misfit(parent: "DenseParent", recipe: Recipe) -> None:
+def _refuse_misfit(parent: "DenseParent", recipe: "Recipe") -> None:
     """Raises MolError before the sampling if the recipe does not fit the parent."""
     from molcli.fitting.shapes import mol_config
 
     mol_config(parent, recipe.upcycle)
+
+
+def _heldout_figures(
+    checkpoint: Path, parent: "DenseParent", heldout: Path, recipe: "Recipe"
+) -> "Evaluation":
+    """Return losses on the held-out text, without prompts and recall."""
+    report = api.evaluate(
+        checkpoint, data=heldout, parent=parent, recipe=recipe, num_prompts=0, recall_sequences=0
+    )
+    assert report.heldout is not None
+    return report.heldout

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
 
-from molcli.config import recipe as yaml_text
+from molcli.config import yaml_text
 from molcli.config.sections import TrainConfig
 from molcli.report.charts import Point, heatmap, line_chart
 from molcli.report.html import Markup, figure, heading, page, paragraph, table

@@ -109,7 +109,7 @@ def convert(
         if layers is None:
             assert text is not None
             costs = layer_costs(source, plan.candidates, text.fit, options.ridge, progress)
-            layers = cheapest(costs, options.budget)
+            layers = cheapest(costs, options.gated_deltanet_budget)
         after = converted_config(config, layers)
         writer = ShardedWriter(staging)
         rows, heldout = _convert(source, after, layers, text, recipe, writer, progress)
