@@ -57,11 +57,11 @@ def micro_batches(
 
     A GPU may still be at other work, for which nothing here waits.
     """
-    packed = rows.rows(index)  # by every rank, so that none has to ask the others for its counts
+    packed = rows.select(index)  # by every rank, so that none has to ask the others for its counts
     places = torch.arange(len(index)).view(accelerator.num_processes, -1)
     mine = places[accelerator.process_index].split(size)
     batches = [(index[part], packed.batch(part, accelerator.device)) for part in mine]
-    return MicroBatches(batches, packed.tokens, packed.predicted)
+    return MicroBatches(batches, packed.tokens, packed.num_targets)
 
 
 def open_cache(stages: Sequence[Stage], checkpoint: Path, vocab_size: int) -> LogitCache | None:
