@@ -55,7 +55,7 @@ def evaluate(
     settings = recipe_for(recipe, overrides, checkpoint).evaluate
     from rich.console import Console
 
-    from molcli.report.tables import report_tables
+    from molcli.report.evaluation import evaluation_tables
 
     dense = None if parent is None else open_dense(parent)
     names = None if tasks is None else [name for name in tasks.split(",") if name]
@@ -63,7 +63,7 @@ def evaluate(
     if json_file is not None:
         json_file.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
     console = Console()
-    for table in report_tables(str(checkpoint), report):
+    for table in evaluation_tables(str(checkpoint), report):
         console.print(table)
     for figure, reason in report.skipped.items():
         typer.echo(f"note: no {figure}: {reason}", err=True)

@@ -30,7 +30,7 @@ def inspect(
     settings = recipe_for(recipe, overrides, checkpoint).inspect
     from rich.console import Console
 
-    from molcli.report.tables import routing_table
+    from molcli.report.routing import routing_table
 
     Console().print(routing_table(run_inspect(checkpoint, data, settings, json_file)))
 

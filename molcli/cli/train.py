@@ -174,7 +174,7 @@ def _planned(
     from rich.console import Console
 
     from molcli.model.checkpoint import open_config
-    from molcli.report.tables import stages_table
+    from molcli.report.training import stages_table
     from molcli.stages.train.plan import Situation, plan
 
     converted = (checkpoint / "receipt.json").is_file()
@@ -192,7 +192,7 @@ def _show_estimate(
 ) -> None:
     from rich.console import Console
 
-    from molcli.report.tables import estimate_tables
+    from molcli.report.training import estimate_tables
     from molcli.stages.train.estimate import estimate
 
     if is_main():

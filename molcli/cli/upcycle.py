@@ -51,9 +51,9 @@ def upcycle(
 
     refuse_existing(out)
     run_upcycle(open_dense(parent), settings, out, calibration=calibration)
-    from molcli.report.tables import show_receipt
+    from molcli.report.receipt import print_receipt
 
-    show_receipt(out)
+    print_receipt(out)
 
 
 def run_upcycle(

@@ -18,7 +18,7 @@ from molcli.maths.recovery import tokens_to_recovery
 from molcli.model import MoLForCausalLM
 from molcli.model.precision import matmul_dtype
 from molcli.report.machine import device_name
-from molcli.report.training_page import train_page
+from molcli.report.training import training_page
 from molcli.stages.train.balance import RouterLoads
 from molcli.stages.train.state import TrainState
 from molcli.stages.train.trackers import show, tracked
@@ -133,7 +133,7 @@ class TrainLog:
                 if self.accelerator.is_main_process:
                     # A full disk has an error of its own on the way, or will have.
                     with suppress(OSError):
-                        page = train_page(self._lines(), self.config)
+                        page = training_page(self._lines(), self.config)
                         (self.out / PAGE).write_text(page, encoding="utf-8")
 
     def add(self, means: Tensor) -> None:
