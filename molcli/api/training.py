@@ -172,7 +172,7 @@ def _planned(
 
     from molcli.config.stages import resolve
     from molcli.model.checkpoint import open_config
-    from molcli.report.tables import stages_table
+    from molcli.report.training import stages_table
     from molcli.stages.train.plan import Situation, plan
 
     converted = (checkpoint / "receipt.json").is_file()

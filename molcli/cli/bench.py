@@ -47,14 +47,14 @@ def bench(
     """
     from rich.console import Console
 
-    from molcli.report.tables import bench_tables
+    from molcli.report.benchmark import benchmark_tables
 
     def save(report: "Report") -> None:
         write_json(json_file, report.to_json())
 
     report = run_bench(checkpoint, parent, only, recipe, overrides, seed, compiled, save)
     console = Console()
-    for part in bench_tables(report):
+    for part in benchmark_tables(report):
         console.print(part)
 
 

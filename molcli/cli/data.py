@@ -67,9 +67,9 @@ def tokenize(source: Source, out: Out, tokenizer: TokenizerOption, tokens: Limit
 def _write_tokens(source: str, out: Path, tokenizer: str, limit: int | None) -> int:
     """Write the folder and return its number of tokens."""
     from molcli.data.documents import read_documents
-    from molcli.data.documents import tokenize as encode
     from molcli.data.token_folder import write_token_folder
     from molcli.data.tokenizer import find_tokenizer
+    from molcli.data.tokenizer import tokenize as encode
 
     found = find_tokenizer(tokenizer)
     with bar("tokenising") as progress:

@@ -14,8 +14,9 @@ from molcli.families.parent import Parent
 from molcli.model import MoLForCausalLM
 from molcli.model.checkpoint import default_device, open_checkpoint
 from molcli.model.parent import continue_greedily, open_teacher
+from molcli.report.evaluation import model_figures, parent_figures
 from molcli.report.machine import device_name, versions
-from molcli.report.tables import Figures, figures_of, figures_table, parent_figures
+from molcli.report.tables import ModelFigures, model_table
 from molcli.stages.evaluate import Evaluation
 
 PROMPT, NEW_TOKENS = "Gravity is", 16
@@ -59,8 +60,8 @@ def report(
     calibration = receipt["calibration"]
     return {
         "parent": asdict(parent),
-        "upcycled": asdict(figures_of(before)),
-        "trained": asdict(figures_of(after)),
+        "upcycled": asdict(model_figures(before)),
+        "trained": asdict(model_figures(after)),
         "layers": {
             "of": len(structures),
             "converted": [i for i, kind in enumerate(structures) if kind != "dense"],
@@ -83,14 +84,14 @@ def show(figures: dict[str, Any], out: Path, parent: str) -> None:
     path = out / FIGURES
     write_json(path, figures)
     rows = {
-        "parent": Figures(**figures["parent"]),
-        "right after upcycling": Figures(**figures["upcycled"]),
-        "after training": Figures(**figures["trained"]),
+        "parent": ModelFigures(**figures["parent"]),
+        "right after upcycling": ModelFigures(**figures["upcycled"]),
+        "after training": ModelFigures(**figures["trained"]),
     }
     tokens, converted = figures["tokens"], figures["layers"]["converted"]
     title = f"{tokens['heldout']:,} held-out tokens, nats a token"
     console = Console(highlight=False)
-    console.print(figures_table(title, rows))
+    console.print(model_table(title, rows))
     console.print(
         f"{len(converted)} of {figures['layers']['of']} layers converted "
         f"({_ranges(converted)}), fitted on {tokens['calibration']:,} tokens, trained on "

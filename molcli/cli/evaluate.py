@@ -55,10 +55,10 @@ def evaluate(
     write_json(json_file, report.to_json())
     from rich.console import Console
 
-    from molcli.report.tables import report_tables
+    from molcli.report.evaluation import evaluation_tables
 
     console = Console()
-    for table in report_tables(str(checkpoint), report):
+    for table in evaluation_tables(str(checkpoint), report):
         console.print(table)
     for figure, reason in report.skipped.items():
         typer.echo(f"note: no {figure}: {reason}", err=True)

@@ -16,6 +16,6 @@ def inspect(
     write_json(json_file, report.to_json())
     from rich.console import Console
 
-    from molcli.report.tables import routing_table
+    from molcli.report.routing import routing_table
 
     Console().print(routing_table(report))

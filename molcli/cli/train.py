@@ -125,7 +125,7 @@ def _processes(gpus: int | None) -> int:
 def _show_estimate(training: Training, processes: int) -> None:
     from rich.console import Console
 
-    from molcli.report.tables import estimate_tables
+    from molcli.report.training import estimate_tables
     from molcli.stages.train.plan import estimate
 
     if is_main():

@@ -38,6 +38,6 @@ def upcycle(
         recipe=recipe,
         settings=overrides or (),
     )
-    from molcli.report.tables import show_receipt
+    from molcli.report.receipt import print_receipt
 
-    show_receipt(out)
+    print_receipt(out)

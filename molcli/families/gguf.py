@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from molcli import __version__
 from molcli.errors import MolError
 from molcli.families.table import EMBEDDING, FAMILIES, FINAL_NORM, LM_HEAD, refuse_family
-from molcli.files.folders import cache_folder, output_folder, turn_at
+from molcli.files.folders import cache_folder, lock_for, output_folder
 from molcli.files.tensors import ShardedWriter
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def convert_gguf(path: Path, folder: Path | None = None) -> Path:
         reader = _open(path)
         config = _config(path, reader)
         names = {tensor.name: _name(path, tensor.name) for tensor in reader.tensors}
-        with turn_at(folder) if cached else contextlib.nullcontext():
+        with lock_for(folder) if cached else contextlib.nullcontext():
             if not (cached and folder.is_dir()):
                 _write(path, reader, config, names, folder)
     return folder

@@ -12,7 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from molcli.config.sections import SampleConfig
-from molcli.data.documents import read_documents, tokenize
+from molcli.data.documents import read_documents
+from molcli.data.tokenizer import tokenize
 from molcli.errors import MolError
 from molcli.families.parent import Parent
 from molcli.model.checkpoint import default_device
@@ -102,7 +103,7 @@ def _prompts(parent: Parent, config: SampleConfig) -> Iterator[list[int]]:
         read_documents(config.prompts),
         parent.tokenizer(),
         vocab_size=parent.config.vocab_size,
-        whole=False,
+        add_eos=False,
     )
     checked = (_with_room(ids[: config.prompt_length].tolist(), config) for ids in found)
     return cycle(chain([next(checked)], checked))

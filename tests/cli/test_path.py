@@ -14,7 +14,7 @@ from transformers import LogitsProcessorList
 
 from molcli.cli import main as command
 from molcli.config.recipe import load_recipe
-from molcli.data.mixture import MixedOrder
+from molcli.data.order import MixedOrder
 from molcli.model.checkpoint import open_checkpoint
 from molcli.model.parent import end_tokens
 
@@ -135,15 +135,15 @@ def test_an_interrupted_run_prints_the_command_that_resumes_it(
     data = tmp_path / "text.jsonl"
     assert molcli(monkeypatch, "data", "sample", parent, data, "--set", "sample.tokens=320") == 0
     assert molcli(monkeypatch, "upcycle", parent, upcycled, "--data", data, *small) == 0
-    take, calls = MixedOrder.take, []
+    indices, calls = MixedOrder.indices, []
 
     def interrupted(self: MixedOrder, first: int, count: int) -> Tensor:
         calls.append(first)
         if len(calls) == 1:
             signal.raise_signal(signal.SIGTERM)
-        return take(self, first, count)
+        return indices(self, first, count)
 
-    monkeypatch.setattr(MixedOrder, "take", interrupted)
+    monkeypatch.setattr(MixedOrder, "indices", interrupted)
     capsys.readouterr()
     assert molcli(monkeypatch, "train", upcycled, out, "--data", data) == 143
     said = capsys.readouterr().err

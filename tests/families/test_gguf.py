@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from molcli.errors import MolError
 from molcli.families.gguf import _cache_folder, _weights, convert_gguf
 from molcli.families.parent import open_parent, outline
-from molcli.files.folders import turn_at
+from molcli.files.folders import lock_for
 
 GGUF_MODULES = {
     "input_layernorm": "attn_norm",
@@ -227,7 +227,7 @@ def test_conversion_is_cached_until_the_file_changes(
 def test_who_asks_while_another_converts_waits_for_it(tiny_parent, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", tiny_parent("qwen2", tokenizer=False))
     folder = _cache_folder(path)
-    with ThreadPoolExecutor() as other, turn_at(folder):
+    with ThreadPoolExecutor() as other, lock_for(folder):
         waiting = other.submit(convert_gguf, path)
         convert_gguf(path, folder)
         stamp = (folder / "config.json").stat().st_mtime_ns

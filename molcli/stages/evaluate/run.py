@@ -49,7 +49,7 @@ def evaluate(
     be used.
     """
     models = open_models(checkpoint, parent)
-    rows = pack(_documents(models, data, config), config.context_length, seed=None, keep_short=True)
+    rows = pack(_documents(models, data, config), config.context_length, seed=None, pad_last=True)
     return predict(models, rows, config.batch_size, progress)
 
 
@@ -65,7 +65,7 @@ def measure(
     skipped: dict[str, str] = {}
     if data is not None:
         documents = _documents(models, data, config)
-        rows = pack(documents, config.context_length, seed=None, keep_short=True)
+        rows = pack(documents, config.context_length, seed=None, pad_last=True)
         prompts = cut_prompts(documents, config.num_prompts, config.prompt_length)
         heldout = predict(models, rows, config.batch_size, progress)
         if models.parent is not None and len(prompts):

@@ -27,7 +27,7 @@ from molcli.model.configuration_mol import MoLConfig
 from molcli.model.layers import DenseLayer, MoLLayer
 from molcli.model.parent import dense_layer
 from molcli.progress import Progress, silent
-from molcli.report.receipt_page import receipt_page
+from molcli.report.receipt import receipt_page
 from molcli.stages.upcycle.comparison import Comparison, continuations
 from molcli.stages.upcycle.report import Measured, advance, receipt
 from molcli.stages.upcycle.selection import deltanet_costs, layer_costs
