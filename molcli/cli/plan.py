@@ -66,7 +66,7 @@ def run_plan(
 ) -> "Plan":
     """Reads the parent's weights only where there is a calibration."""
     from molcli.estimate.forecast import layer_spectra
-    from molcli.estimate.time import GPUS
+    from molcli.estimate.gpus import GPUS
     from molcli.families.parent import open_parent, outline
     from molcli.fitting.shapes import converted_config
     from molcli.stages.plan import plan as make

@@ -28,16 +28,17 @@ from machine import machine
 from upcycle import chosen
 
 from molcli.config.sections import Recipe
+from molcli.estimate.cost import conversion_cost
 from molcli.estimate.forecast import (
     FORECAST,
     Predictors,
+    compute_predictors,
     fit_forecast,
     layer_spectra,
-    left_out_forecasts,
-    predictors,
+    leave_one_out_forecasts,
     rank_correlation,
 )
-from molcli.estimate.time import GPUS, conversion_cost
+from molcli.estimate.gpus import GPUS
 from molcli.families.parent import Parent, open_parent
 from molcli.model.configuration_mol import MoLConfig
 
@@ -139,7 +140,7 @@ def figures(workshop: Workshop, recipe: Recipe, spectra: dict[int, torch.Tensor]
     checkpoint, found = workshop.convert(recipe)
     config = MoLConfig.from_pretrained(checkpoint)
     tokens = found["calibration_tokens"]
-    seen = predictors(config, spectra, tokens)
+    seen = compute_predictors(config, spectra, tokens)
     cost = conversion_cost(config, tokens, recipe.calibrate.heldout_tokens, GPUS["h100"])
     return {
         **found["receipt"],
@@ -159,7 +160,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     settings = [Predictors(**row["predictors"]) for row in rows]
     kl = [row["kl"] for row in rows]
     fitted = fit_forecast(settings, kl)
-    left_out = left_out_forecasts(settings, kl)
+    left_out = leave_one_out_forecasts(settings, kl)
     ranks = {
         "in_code": rank_correlation([FORECAST.kl(s) for s in settings], kl),
         "fitted": rank_correlation([fitted.kl(s) for s in settings], kl),

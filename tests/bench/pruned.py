@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from molcli.data.packing import TokenRows
+from molcli.estimate.cost import parent_config
 from molcli.estimate.parameters import count_parameters
-from molcli.estimate.time import parent_of
 from molcli.families.parent import Parent
 from molcli.model import MoLConfig, MoLForCausalLM
 from molcli.model.parent import load_dense
@@ -30,7 +30,7 @@ def kept_layers(cut: Cut, shape: MoLConfig, influence: Callable[[], list[float]]
     layers = range(shape.num_hidden_layers)
     if cut == "skipped":
         return [i for i in layers if shape.is_dense(i)]
-    dense = count_parameters(parent_of(shape))
+    dense = count_parameters(parent_config(shape))
     rest = dense.embedding + shape.hidden_size  # and the final norm
     one = (dense.total - rest) // shape.num_hidden_layers
     count = max(0, (count_parameters(shape).active - rest) // one)

@@ -90,7 +90,7 @@ def test_a_conversion_holds_what_is_estimated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(chunks.CHUNK_BYTES, "cpu", chunk_bytes)
-    monkeypatch.setitem(losses.LOGITS_AT_ONCE, "cpu", 2**20)
+    monkeypatch.setitem(losses.LOGITS_PER_CHUNK, "cpu", 2**20)
     dense = open_parent(tiny_parent("llama", tokenizer=False, hidden_size=128, **parent))
     data, heldout = tmp_path / "text.jsonl", 512
     generator = torch.Generator().manual_seed(0)

@@ -12,7 +12,7 @@ from molcli.estimate.forecast import (
     Forecast,
     Predictors,
     fit_forecast,
-    left_out_forecasts,
+    leave_one_out_forecasts,
     rank_correlation,
     reading_spectrum,
 )
@@ -29,7 +29,7 @@ def test_the_constants_of_a_power_law_are_found_again() -> None:
     settings = drawn(40)
     kl = [law.kl(setting) for setting in settings]
     assert fit_forecast(settings, kl).constants == pytest.approx(law.constants, abs=1e-3)
-    assert left_out_forecasts(settings, kl) == pytest.approx(kl, rel=1e-3)
+    assert leave_one_out_forecasts(settings, kl) == pytest.approx(kl, rel=1e-3)
 
 
 def test_a_predictor_that_never_varied_has_no_say() -> None:
@@ -50,7 +50,7 @@ def test_what_was_left_out_does_not_tell() -> None:
     settings, noise = drawn(12), np.random.default_rng(1).uniform(0.1, 1, 12).tolist()
     fitted = [fit_forecast(settings, noise).kl(setting) for setting in settings]
     assert rank_correlation(fitted, noise) > rank_correlation(
-        left_out_forecasts(settings, noise), noise
+        leave_one_out_forecasts(settings, noise), noise
     )
 
 

@@ -32,7 +32,7 @@ def config(kind: str, **settings: Any) -> MoLConfig:
 
 def memory(c: MoLConfig, **settings: Any) -> Any:
     usual: dict[str, Any] = dict(
-        trainable=0, tokens=256, product_bytes=4, parent=None, logits_at_once=2**20
+        trainable=0, tokens=256, product_bytes=4, parent=None, logits_per_chunk=2**20
     )
     return training_memory(c, **(usual | settings))
 
@@ -218,7 +218,7 @@ def test_compiled_steps_are_near_what_an_h100_held(
         tokens=tokens,
         product_bytes=2,
         parent=parent if distilled else None,
-        logits_at_once=2**26 if distilled else tokens * c.vocab_size,
+        logits_per_chunk=2**26 if distilled else tokens * c.vocab_size,
         compiled=True,
     )
     assert estimate.total == pytest.approx(peak, rel=0.15)

@@ -60,7 +60,7 @@ def test_sums_and_gradients_equal_the_full_computation(
     labels = torch.randint(VOCAB, (batch, length), generator=generator)
     labels[torch.rand(batch, length, generator=generator) < ignored] = IGNORED
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(losses.LOGITS_AT_ONCE, "cpu", chunk * VOCAB)
+        patch.setitem(losses.LOGITS_PER_CHUNK, "cpu", chunk * VOCAB)
         ours = token_losses(model, labels, parent)
         full = naive(model, labels, parent)
         for name, value in full.items():
@@ -166,7 +166,7 @@ def test_a_temperature_softens_both_distributions(
     labels = torch.randint(VOCAB, (2, 6), generator=torch.Generator().manual_seed(seed))
     labels[0, 3] = IGNORED
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(losses.LOGITS_AT_ONCE, "cpu", chunk * VOCAB)
+        patch.setitem(losses.LOGITS_PER_CHUNK, "cpu", chunk * VOCAB)
         ours = training_loss(
             model, labels, parent, ce_weight=ce_weight, kl_weight=0.7, temperature=temperature
         )
@@ -216,7 +216,7 @@ def test_top_k_targets_equal_the_full_computation(
     labels = torch.randint(VOCAB, (batch, length), generator=generator)
     labels[torch.rand(batch, length, generator=generator) < ignored] = IGNORED
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(losses.LOGITS_AT_ONCE, "cpu", chunk * VOCAB)
+        patch.setitem(losses.LOGITS_PER_CHUNK, "cpu", chunk * VOCAB)
         kept = top_k_predictions(parent, k)
         training = training_loss(model, labels, kept, ce_weight=0.3, kl_weight=0.9)
     assert kept.ids.shape == (batch, length, k) and kept.rest.shape == (batch, length)
@@ -248,7 +248,7 @@ def test_the_parent_itself_has_no_kl_to_its_top_k() -> None:
 
 def test_rounded_targets_still_sum_to_one() -> None:
     kept = top_k_predictions(random_head(2, 6, 4, 0), 5)
-    half = TopK(kept.ids, kept.log_probs.half(), kept.rest.half()).exact(torch.float64)
+    half = TopK(kept.ids, kept.log_probs.half(), kept.rest.half()).normalise(torch.float64)
     total = half.log_probs.exp().sum(-1) + half.rest.exp()
     torch.testing.assert_close(total, torch.ones_like(total))
     # fp16 keeps 11 bits of a logarithm; these are below 16.
@@ -277,7 +277,7 @@ def test_a_chunks_loss_is_one_graph_whatever_the_parent_is() -> None:
         q, p = torch.randn(2, n, VOCAB, generator=generator)
         known = torch.rand(n, generator=generator) > 0.3
         targets = torch.randint(VOCAB, (n, 1), generator=generator)
-        for taught in (None, p, losses.keep_top_k(p.log_softmax(1), 4)):
+        for taught in (None, p, losses.truncate_to_top_k(p.log_softmax(1), 4)):
             arguments = (q, taught, targets, known, 0.3, 0.7)
             for ours, right in zip(whole(*arguments), losses._chunk_loss(*arguments), strict=True):
                 torch.testing.assert_close(ours, right)

@@ -10,9 +10,10 @@ import torch
 
 from molcli.config.sections import CalibrateConfig, Recipe, TrainConfig, UpcycleConfig
 from molcli.errors import MolError
-from molcli.estimate.forecast import FORECAST, Forecast, layer_spectra, predictors
+from molcli.estimate.cost import Cost, conversion_cost, parent_config, training_cost
+from molcli.estimate.forecast import FORECAST, Forecast, compute_predictors, layer_spectra
+from molcli.estimate.gpus import GPUS
 from molcli.estimate.parameters import count_parameters
-from molcli.estimate.time import GPUS, Cost, conversion_cost, parent_of, training_cost
 from molcli.families.parent import open_parent, outline
 from molcli.fitting.shapes import converted_config
 from molcli.stages.plan import PRESETS, plan
@@ -40,7 +41,7 @@ def test_candidates_keep_to_the_share_and_say_how_to_make_them() -> None:
         assert (count.total, count.active) == (candidate.total, candidate.active)
         assert candidate.checkpoint == 2 * count.total
         assert candidate.name in PRESETS or 0.57 <= candidate.share <= 0.61
-    assert found.parent_total == count_parameters(parent_of(config)).total
+    assert found.parent_total == count_parameters(parent_config(config)).total
     assert found.recommended == found.candidates[3].name
 
 
@@ -65,7 +66,7 @@ def test_presets_below_the_share_fit_some_layers(share: float, some: set[str]) -
         )
         assert candidate.share <= share + 0.01  # a layer's share differs a little from its preset's
         count = count_parameters(converted_config(DENSE, fewer))
-        parent = count_parameters(parent_of(converted_config(DENSE, fewer)))
+        parent = count_parameters(parent_config(converted_config(DENSE, fewer)))
         assert (count.active - count.embedding) / parent.non_embedding > share
 
 
@@ -104,7 +105,7 @@ def test_the_lowest_forecast_within_the_share_is_recommended(
 def test_predictors_by_hand() -> None:
     spectra = {i: torch.full((576,), 1 / 576, dtype=torch.float64) for i in (3, 7)}
     alike = converted_config(DENSE, UpcycleConfig(layers=[3, 7], d_thin=192))
-    found = predictors(alike, spectra, 8192)
+    found = compute_predictors(alike, spectra, 8192)
     thin = 192 * (2 * 576 + 2 * 64 * (3 + 1) + 3 * 512)
     whole = 576 * (2 * 64 * (9 + 3) + 3 * 1536)
     assert found.layers == 2
@@ -115,7 +116,7 @@ def test_predictors_by_hand() -> None:
     assert found.clones == pytest.approx((1 + 2 * 4) / 3)
 
     split = converted_config(DENSE, UpcycleConfig(layers=[3]))  # 256 wide and 192
-    found = predictors(split, spectra, 8192)
+    found = compute_predictors(split, spectra, 8192)
     wide = 256 * (2 * 576 + 2 * 64 * (9 + 3) + 3 * 784)
     thin = 192 * (2 * 576 + 2 * 64 * (1 + 1) + 3 * 496)
     assert found.weights == pytest.approx((wide + thin) / whole)
@@ -133,7 +134,7 @@ def test_predictors_by_hand() -> None:
 def test_without_routed_or_shared_blocks_there_is_a_forecast_too(blocks: dict[str, Any]) -> None:
     config = converted_config(DENSE, UpcycleConfig(layers=[3], **blocks))
     spectra = {3: torch.full((576,), 1 / 576, dtype=torch.float64)}
-    assert FORECAST.kl(predictors(config, spectra, 8192)) > 0
+    assert FORECAST.kl(compute_predictors(config, spectra, 8192)) > 0
 
 
 def test_spectra_come_from_weights_and_moments(tiny_parent: Callable[..., Path]) -> None:
