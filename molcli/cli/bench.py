@@ -93,6 +93,6 @@ def run_bench(
         )
     config = None if settings is None else untrained_config(settings.model)
     dense = None if parent is None else open_dense(parent).config
-    contest = open_benchmark_pair(config, checkpoint, dense, default_device())
+    pair = open_benchmark_pair(config, checkpoint, dense, default_device())
     with bar("timing") as progress:
-        return bench(contest, sections, seed=seed, compiled=compiled, progress=progress, save=save)
+        return bench(pair, sections, seed=seed, compiled=compiled, progress=progress, save=save)

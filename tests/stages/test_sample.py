@@ -21,7 +21,7 @@ from molcli.config.sections import SampleConfig
 from molcli.data.mixture import load_rows
 from molcli.errors import MolError
 from molcli.families.parent import open_parent
-from molcli.stages.sample import _documents, _documents_at_once, _draw, sample
+from molcli.stages.sample import _draw, _largest_batch, _sample_batch, sample
 
 CONFIG = SampleConfig(tokens=600, length=48, batch_size=5, seed=3)
 
@@ -105,7 +105,8 @@ class Chained:
 def test_documents_that_leave_the_batch_do_not_disturb_the_others() -> None:
     generator = torch.Generator().manual_seed(0)
     model: Any = Chained()
-    documents = _documents(model, [[1]] * 40, SampleConfig(length=9), generator, lambda drawn: None)
+    config = SampleConfig(length=9)
+    documents = _sample_batch(model, [[1]] * 40, config, generator, lambda drawn: None)
     assert len({len(ids) for ids in documents}) > 3
     for ids in documents:
         assert all(ids[i] == Chained.follows(ids[:i]) for i in range(2, len(ids)))
@@ -119,7 +120,7 @@ def test_prompts_of_any_length_are_continued_from_all_of_their_tokens() -> None:
     starts = [[1 + i % 12, 0, *range(1, 1 + i % 5)] for i in range(40)]
     model: Any = Chained()
     seen: list[int] = []
-    documents = _documents(model, starts, SampleConfig(length=12), generator, seen.append)
+    documents = _sample_batch(model, starts, SampleConfig(length=12), generator, seen.append)
     assert len({len(ids) for ids in documents}) > 3
     for ids, start in zip(documents, starts, strict=True):
         assert ids[: len(start)] == start and len(ids) > len(start)
@@ -198,7 +199,7 @@ def test_documents_at_a_time_follow_the_memory(monkeypatch: pytest.MonkeyPatch) 
     def with_gb(memory: int, length: int) -> int:
         properties = SimpleNamespace(total_memory=memory * 10**9)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-        return _documents_at_once(model, length)
+        return _largest_batch(model, length)
 
     assert with_gb(80, 128) == 8192
     assert with_gb(80, 512) == 40 * 10**9 // (512 * 23_040 + 49_152 * 18)

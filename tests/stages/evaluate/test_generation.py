@@ -11,7 +11,7 @@ from torch import Tensor
 
 from molcli.model import MoLForCausalLM
 from molcli.progress import silent
-from molcli.stages.evaluate.generation import compare, cut_prompts
+from molcli.stages.evaluate.generation import compare_generation, split_into_prompts
 from molcli.stages.evaluate.heldout import Models, open_models
 
 PROMPTS = torch.randint(3, 128, (4, 5), generator=torch.Generator().manual_seed(1))
@@ -51,7 +51,7 @@ def test_what_two_models_have_in_common_is_counted_to_the_first_difference(
             common.append(9)  # an end that both came to counts as agreement from there on
         else:
             common.append(next(i for i in range(9) if ours[i : i + 1] != theirs[i : i + 1]))
-    found = compare(models, PROMPTS, 9, 4, silent)
+    found = compare_generation(models, PROMPTS, 9, 4, silent)
     assert 0 < sum(common) < 9 * len(common)  # else the noise tests nothing
     assert found.matching_tokens == pytest.approx(sum(common) / len(common))
     assert found.full_match == pytest.approx(common.count(9) / len(common))
@@ -59,7 +59,7 @@ def test_what_two_models_have_in_common_is_counted_to_the_first_difference(
 
 
 def test_a_model_continues_as_it_does_itself(tiny_mol: Callable[..., Path]) -> None:
-    found = compare(pair(tiny_mol(), noise=0.0), PROMPTS, 7, 6, silent)
+    found = compare_generation(pair(tiny_mol(), noise=0.0), PROMPTS, 7, 6, silent)
     assert (found.matching_tokens, found.full_match) == (7, 1)
 
 
@@ -71,7 +71,7 @@ def test_a_model_continues_as_it_does_itself(tiny_mol: Callable[..., Path]) -> N
 def test_prompts_are_pieces_that_do_not_overlap(sizes: list[int], count: int, length: int) -> None:
     # Every token is its own place, so that a piece says where it comes from.
     documents = [torch.arange(100 * i, 100 * i + size) for i, size in enumerate(sizes)]
-    found = cut_prompts(documents, count, length)
+    found = split_into_prompts(documents, count, length)
     assert found.shape == (min(count, sum(size // length for size in sizes)), length)
     starts = found[:, 0].tolist()
     assert len(set(starts)) == len(starts)
