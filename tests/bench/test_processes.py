@@ -1,4 +1,4 @@
-"""A process that fails or hangs costs a benchmark nothing but itself."""
+"""A process that fails or hangs does not stop the rest of a benchmark."""
 
 import sys
 from pathlib import Path
