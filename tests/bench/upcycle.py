@@ -11,9 +11,9 @@ where `auto` selects those that cost least alone; and the baselines `pca`, `svd`
 `skipped` and `depth_pruned` (tests/bench/pruned.py).
 
 Prints one JSON line per conversion and per training, and at the end a markdown table with means
-over seeds and half of their range. gap: cross-entropy minus the parent's on --heldout, in nats a token,
-as in `molcli eval`. receipt: figures on the rows that calibration held out. With --out, lines are
-appended to a file, and rows that it already has are not run again.
+over seeds and half of their range. gap: cross-entropy minus the parent's on --heldout, in nats a
+token, as in `molcli eval`. receipt: figures on the rows that calibration held out. With --out,
+lines are appended to a file, and rows that it already has are not run again.
 """
 
 import argparse
