@@ -82,7 +82,7 @@ def test_the_matrix_runs_each_row_once(parent, texts, tmp_path, capsys):
     assert capsys.readouterr().out == printed[printed.index("| case") :]
 
 
-def test_all_of_the_parents_layers_are_the_parent(runner):
+def test_a_baseline_with_all_layers_equals_the_parent(runner):
     write_dense(runner.parent, [0, 1, 2, 3], runner.folder / "whole")
     found = runner.figures(runner.folder / "whole", recipe().evaluate)
     assert found["gap"] == 0 and found["agreement"] == 1
@@ -90,7 +90,7 @@ def test_all_of_the_parents_layers_are_the_parent(runner):
     assert runner.size(runner.folder / "whole")["share"] == 1
 
 
-def test_the_least_influential_layers_go_first(runner):
+def test_the_least_influential_layers_are_dropped_first(runner):
     shape = mol_config(runner.parent, recipe("upcycle.layers=[0, 3]").upcycle)
     assert kept_layers("skipped", shape, list) == [1, 2]
     kept = kept_layers("depth_pruned", shape, lambda: [0.4, 0.1, 0.3, 0.2])
@@ -104,7 +104,7 @@ def test_the_least_influential_layers_go_first(runner):
     )
 
 
-def test_a_full_receipt_cuts_the_same_layers(runner):
+def test_a_full_receipt_drops_the_same_layers(runner):
     settings = recipe("upcycle.layers=[0, 3]", "upcycle.receipt=full")
     calibration, _ = runner.calibration(settings)
     checkpoint, _ = runner.convert(settings)
@@ -137,7 +137,7 @@ def test_forecasts_beside_conversions(parent, texts, tmp_path):
     assert set(rows[-1]["rank_correlation"]) == {"in_code", "fitted", "left_out"}
 
 
-def test_a_name_that_is_none_is_refused():
+def test_an_unknown_case_is_refused():
     with pytest.raises(SystemExit, match="no case c; there are a, b"):
         upcycle.chosen(["a", "b"], "b,c")
 

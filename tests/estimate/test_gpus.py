@@ -39,7 +39,7 @@ def test_known_devices(name: str, teraflops: float) -> None:
         "",
     ],
 )
-def test_others_are_not_guessed(name: str) -> None:
+def test_unknown_devices_are_not_guessed(name: str) -> None:
     assert bf16_peak(name) is None
 
 

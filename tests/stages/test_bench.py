@@ -1,4 +1,4 @@
-"""`molcli bench`: what it times is there and right; how long it takes is the machine's."""
+"""`molcli bench` times the right work. The times themselves depend on the machine."""
 
 import itertools
 import json
@@ -41,7 +41,7 @@ def config():
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Advances with every call of a module and with every reading, whatever the machine takes."""
+    """A clock that advances with each call of a module and each reading, not with real time."""
     ticks, call = itertools.count(1), nn.Module.__call__
 
     def counted(module, *args, **options):
@@ -70,13 +70,13 @@ def test_every_section_has_its_rows_for_both_kinds_of_routing(config, clock):
     json.dumps(report.to_json())
 
 
-def test_ratios_say_how_much_faster_the_model_is():
+def test_ratio_is_the_speed_over_the_peers():
     assert Row("a", "tokens/s", 30.0, 10.0).ratio == 3
     assert Row("a", "ms a token", 2.0, 6.0).ratio == 3
     assert Row("a", "TFLOP/s", None, 6.0).ratio is None
 
 
-def test_the_peer_of_a_two_matrix_ffn_is_gated_and_as_large(config):
+def test_the_peer_of_a_two_matrix_ffn_has_a_gated_ffn_of_equal_size(config):
     config.hidden_size, config.intermediate_size, config.num_attention_heads = 2048, 8192, 32
     peer = equivalent_llama(config)
     assert (peer.intermediate_size, peer.num_attention_heads) == (5504, 32)
@@ -84,7 +84,7 @@ def test_the_peer_of_a_two_matrix_ffn_is_gated_and_as_large(config):
     assert equivalent_llama(config).intermediate_size == 1000
 
 
-def test_skewed_routing_is_skewed_and_leaves_no_trace(config):
+def test_forced_routing_is_as_named_and_restored(config):
     torch.manual_seed(0)
     model = MoLForCausalLM(config).eval()
     ids = torch.randint(120, (1, 256))

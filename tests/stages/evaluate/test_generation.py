@@ -1,4 +1,4 @@
-"""Greedy continuations against decoding one step after another, without a cache."""
+"""Greedy continuations match step-by-step decoding without a cache."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +18,7 @@ PROMPTS = torch.randint(3, 128, (4, 5), generator=torch.Generator().manual_seed(
 
 
 def pair(folder: Path, noise: float) -> Models:
-    """A model, and the same with noise on its weights as its parent."""
+    """A model and, as its parent, the same model with noise on its weights."""
     model, parent = (open_models(folder, None).model for _ in range(2))
     torch.manual_seed(0)
     with torch.no_grad():
@@ -38,7 +38,7 @@ def greedy(model: MoLForCausalLM, prompt: Tensor, length: int, end: int | None) 
 
 
 @pytest.mark.parametrize("with_end", [False, True])
-def test_what_two_models_have_in_common_is_counted_to_the_first_difference(
+def test_matching_tokens_count_up_to_the_first_difference(
     tiny_mol: Callable[..., Path], with_end: bool
 ) -> None:
     models = pair(tiny_mol(initializer_range=0.2, eos_token_id=None), noise=0.03)
@@ -58,7 +58,7 @@ def test_what_two_models_have_in_common_is_counted_to_the_first_difference(
     assert (found.prompts, found.prompt_length, found.continuation_length) == (4, 5, 9)
 
 
-def test_a_model_continues_as_it_does_itself(tiny_mol: Callable[..., Path]) -> None:
+def test_a_model_matches_itself(tiny_mol: Callable[..., Path]) -> None:
     found = compare_generation(pair(tiny_mol(), noise=0.0), PROMPTS, 7, 6, silent)
     assert (found.matching_tokens, found.full_match) == (7, 1)
 
@@ -68,7 +68,7 @@ def test_a_model_continues_as_it_does_itself(tiny_mol: Callable[..., Path]) -> N
     st.integers(0, 12),
     st.integers(min_value=1, max_value=6),
 )
-def test_prompts_are_pieces_that_do_not_overlap(sizes: list[int], count: int, length: int) -> None:
+def test_prompts_do_not_overlap(sizes: list[int], count: int, length: int) -> None:
     # Every token is its own place, so that a piece says where it comes from.
     documents = [torch.arange(100 * i, 100 * i + size) for i, size in enumerate(sizes)]
     found = split_into_prompts(documents, count, length)

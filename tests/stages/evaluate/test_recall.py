@@ -35,7 +35,7 @@ def tokenizer_of(words: list[str], bos: str | None = None) -> PreTrainedTokenize
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos)
 
 
-def test_the_words_are_whole_words_of_one_token() -> None:
+def test_word_tokens_are_whole_words() -> None:
     tokenizer = tokenizer_of(WORDS)
     assert tokenizer.convert_ids_to_tokens(word_tokens(tokenizer)) == [f"Ġ{word}" for word in WORDS]
 
@@ -86,7 +86,7 @@ class Reader(torch.nn.Module):
         return SimpleNamespace(logits=logits)
 
 
-def test_scores_of_one_that_knows_and_one_that_takes_the_colon_for_the_value() -> None:
+def test_scores_of_a_model_that_recalls_and_one_that_predicts_the_colon() -> None:
     config = EvaluateConfig(
         batch_size=4, recall_sequences=10, recall_pairs=2, recall_distances=[0, 16, 500]
     )
@@ -101,7 +101,7 @@ def test_scores_of_one_that_knows_and_one_that_takes_the_colon_for_the_value() -
         assert (row.parent.accuracy, row.parent.median_rank) == (0, 2)
 
 
-def test_a_model_is_scored_by_its_logits_after_the_question(tiny_mol: Callable[..., Path]) -> None:
+def test_scores_use_the_logits_after_the_query(tiny_mol: Callable[..., Path]) -> None:
     model = open_models(tiny_mol(), None).model
     tokenizer = tokenizer_of(WORDS)
     config = EvaluateConfig(
