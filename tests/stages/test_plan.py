@@ -43,6 +43,7 @@ def test_candidates_have_the_requested_share_and_reproducible_settings() -> None
         assert candidate.name in PRESETS or 0.57 <= candidate.share <= 0.61
     assert found.parent_total == count_parameters(parent_config(config)).total
     assert found.recommended == found.candidates[3].name
+    assert set(found.to_json()["gpu"]) == {"name", "bf16", "fp32", "memory"}
 
 
 @pytest.mark.parametrize(
