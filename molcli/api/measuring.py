@@ -193,7 +193,7 @@ def plan(
     if budget < 1:
         raise MolError(f"tokens is {budget}", allowed="1 or more", hint="tokens=30_000_000")
     from molcli.estimate.forecast import layer_spectra
-    from molcli.estimate.time import GPUS
+    from molcli.estimate.gpus import GPUS
     from molcli.families.parent import open_parent, outline
     from molcli.fitting.shapes import converted_config
     from molcli.stages.plan import plan as run

@@ -1,1 +1,1 @@
-"""Predict parameters, operations, memory, time and quality before any work."""
+"""Predict parameters, FLOPs, memory, time and KL before anything is computed."""

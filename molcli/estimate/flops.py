@@ -1,4 +1,4 @@
-"""Floating-point operations of a forward pass and of training, from a configuration's numbers."""
+"""Count floating-point operations of a forward pass and of training, from a configuration."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,7 +9,12 @@ from molcli.model.mixers import MIXERS
 
 @dataclass(frozen=True)
 class Flops:
-    """Operations a token. active: of the blocks that run on it. total: if every block did."""
+    """Operations of a forward pass, per token.
+
+    Attributes:
+        total: if every block ran on every token.
+        active: with the blocks that run on a token.
+    """
 
     total: int
     active: int
@@ -17,7 +22,7 @@ class Flops:
 
 @dataclass(frozen=True)
 class _Cost:
-    """products: with weights. mixing: of a layer's tokens with each other, without weights."""
+    """Operations per token: matrix products with weights; and token mixing, without weights."""
 
     products: float
     mixing: float
@@ -34,12 +39,17 @@ class _Cost:
 
 
 def count_flops(config: MoLConfig, context_length: int) -> Flops:
-    """Means over the tokens of one document of context_length tokens, T, under even routing.
+    """Count the operations of a forward pass: mean over the tokens of one document, even routing.
 
-    A multiply-add counts as two. Linear maps, the LM head and convolutions take 2 a weight; softmax
-    attention 4 * head_dim a head and key, where a token sees (T + 1) / 2 keys on average, and in a
-    routed block only the block's own; Gated DeltaNet 7 * head_dim^2 a head. The embedding is a
-    look-up; norms, activations, biases, rotary positions and softmaxes are left out.
+    A multiply-add counts as two operations. Linear maps, the LM head and convolutions take 2 per
+    weight. Softmax attention takes 4 * head_dim per head and key, where a token sees (T + 1) / 2
+    keys on average; in a routed block, only the block's own tokens count. Gated DeltaNet takes
+    7 * head_dim^2 per head. The embedding is a look-up. Norms, activations, biases, rotary
+    positions and softmaxes are left out.
+
+    Args:
+        config: the model.
+        context_length: tokens of the document, T.
     """
     total = active = float(_head(config))
     for i in range(config.num_hidden_layers):
@@ -57,14 +67,21 @@ def training_flops(
     layerwise: bool = False,
     recompute: bool = False,
 ) -> int:
-    """Of one training token, with active blocks alone.
+    """Count the operations of training on one token, with active blocks only.
 
-    A weight takes 2 forward and 4 backward, for the gradients of its input and of itself. What
-    trainable = "mol" freezes takes 4 above the first Mixture of Layers layer, for the gradient of
-    its input alone, and 2 below it, where the backward pass has ended. parent: its forward pass
-    besides. layerwise: Mixture of Layers layers one by one on the parent's residuals; neither heads
-    nor the student's dense layers run. recompute: gradient checkpointing, one more forward pass
-    through the layers that the backward pass reaches.
+    A weight takes 2 operations forward and 4 backward, for the gradients of its input and of
+    itself. With trainable = "mol", a frozen weight takes 4 above the first Mixture of Layers layer,
+    for the gradient of its input only, and 2 below it, where the backward pass has ended.
+
+    Args:
+        config: the model that is trained.
+        context_length: tokens of a document.
+        parent: adds the forward pass of this model.
+        trainable: "mol" freezes all but Mixture of Layers layers.
+        layerwise: Mixture of Layers layers run one by one on the parent's residuals; neither LM
+            heads nor the student's dense layers run.
+        recompute: gradient checkpointing: one more forward pass through the layers that the
+            backward pass reaches.
     """
     dense = [config.is_dense(i) for i in range(config.num_hidden_layers)]
     trained = [trainable == "all" or not frozen for frozen in dense]
@@ -93,7 +110,7 @@ def _head(config: MoLConfig) -> int:
 
 
 def _layer(config: MoLConfig, index: int, context_length: int) -> tuple[_Cost, _Cost]:
-    """Of a layer if every block ran, and with those that do."""
+    """Cost of a layer if every block ran, and with its active blocks."""
     if config.is_dense(index):
         layer = _block(config.dense_spec(config.layer_mixers[index]), config, context_length)
         return layer, layer
@@ -113,7 +130,7 @@ def _layer(config: MoLConfig, index: int, context_length: int) -> tuple[_Cost, _
 
 
 def _thin(spec: BlockSpec, config: MoLConfig, tokens: float) -> _Cost:
-    """One thin block with its two projections, on a token of the `tokens` that it sees."""
+    """Cost of a thin block with thin_in and thin_out, for one of the `tokens` that it sees."""
     return _Cost(4.0 * config.hidden_size * spec.width, 0) + _block(spec, config, tokens)
 
 

@@ -1,4 +1,4 @@
-"""Forecast the KL that a conversion costs, from its shape and from what the parent reads."""
+"""Forecast the KL right after a conversion, from its shape and the parent's reading spectra."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,19 +17,26 @@ from molcli.model.configuration_mol import MoLConfig
 from molcli.model.parent import dense_layer
 from molcli.model.shapes import routed_shape, shared_shape
 
-SCARCE = 10.0  # tokens a feature; of 0, 10, 30 and 100 the best on conversions left out
+# Tokens per feature below which calibration text is scarce; of 0, 10, 30 and 100 the best value on
+# conversions that the fit left out.
+SCARCE_TOKENS = 10.0
 
 
 @dataclass(frozen=True)
 class Predictors:
-    """What the forecast knows of a conversion. A mean is over the active blocks of a layer, by
-    their weights.
+    """The numbers that a forecast is computed from.
 
-    layers: that are converted. lost_reading: mean share of reading energy that a basis of a block's
-    width loses, mean of these layers. weights: of the active blocks, over the parent's layer's.
-    shared_heads: heads that see all tokens, over the parent's, no fewer than one head.
-    tokens_a_feature: calibration tokens over the mean of a block's heads' outputs and neurons.
-    clones: mean of blocks in a family, 1 for a shared one.
+    Means are over the active blocks of a layer, weighted by the blocks' parameters.
+
+    Attributes:
+        layers: number of converted layers.
+        lost_reading: mean share of the reading energy outside a basis of a block's width, averaged
+            over the converted layers.
+        weights: parameters of the active blocks over those of the parent's layer.
+        shared_heads: heads of shared blocks over the parent's heads; at least one head.
+        tokens_a_feature: calibration tokens over the mean number of a block's features (entries of
+            its heads' outputs, and neurons).
+        clones: mean number of blocks in a family; 1 for a shared block.
     """
 
     layers: float
@@ -39,10 +46,10 @@ class Predictors:
     tokens_a_feature: float
     clones: float
 
-    def logs(self) -> list[float]:
-        """1, and the logarithms that the constants multiply."""
-        scarcity = 1 + SCARCE / max(self.tokens_a_feature, 1e-9)
-        found = (
+    def log_terms(self) -> list[float]:
+        """Return 1 and the six logarithms that the forecast's constants multiply."""
+        scarcity = 1 + SCARCE_TOKENS / max(self.tokens_a_feature, 1e-9)
+        terms = (
             self.layers,
             self.lost_reading,
             self.weights,
@@ -50,69 +57,38 @@ class Predictors:
             scarcity,
             self.clones,
         )
-        return [1.0, *np.log(np.maximum(found, 1e-9)).tolist()]
+        return [1.0, *np.log(np.maximum(terms, 1e-9)).tolist()]
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """constants: c0 to c6."""
+    """A power law: log KL is linear in the logarithms of the predictors.
+
+    Attributes:
+        constants: c0 to c6, one for each of `Predictors.log_terms`.
+    """
 
     constants: tuple[float, ...]
 
     def kl(self, predictors: Predictors) -> float:
-        """Nats a token, right after conversion."""
-        return float(np.exp(np.dot(self.constants, predictors.logs())))
+        """Return the KL to the parent right after conversion, in nats a token."""
+        return float(np.exp(np.dot(self.constants, predictors.log_terms())))
 
 
-def fit_forecast(settings: Sequence[Predictors], kl: Sequence[float]) -> Forecast:
-    """Least squares on log KL, with a little ridge: a predictor that never varied gets 0."""
-    x = np.array([setting.logs() for setting in settings])
-    centre, y = x.mean(0), np.log(np.array(kl))
-    centred = x - centre
-    gram = centred.T @ centred + 1e-3 * np.eye(x.shape[1])
-    slopes = np.linalg.solve(gram, centred.T @ (y - y.mean()))
-    slopes[0] = y.mean() - centre[1:] @ slopes[1:]
-    return Forecast(tuple(slopes.tolist()))
-
-
-def left_out_forecasts(settings: Sequence[Predictors], kl: Sequence[float]) -> list[float]:
-    """For each conversion the KL that the others forecast for it."""
-    found = []
-    for i, setting in enumerate(settings):
-        rest = [j for j in range(len(kl)) if j != i]
-        fitted = fit_forecast([settings[j] for j in rest], [kl[j] for j in rest])
-        found.append(fitted.kl(setting))
-    return found
-
-
-def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
-    """Spearman's: the correlation of the ranks, equal values sharing their mean rank."""
-    return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
-
-
-def reading_spectrum(gram: Tensor, moment: Tensor) -> Tensor:
-    """(d,) float64, descending, of sum 1: reading energy by direction, best directions first.
-
-    gram, moment: as in `reading_basis`, whose `retained` at rank r is the sum of the first r.
-    """
-    root, _ = square_roots(moment)
-    energy = torch.linalg.eigvalsh(root @ gram @ root).flip(0).clamp(min=0)
-    return energy / energy.sum()
-
-
-def _ranks(values: Sequence[float]) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
-    _, inverse, counts = np.unique(np.array(values), return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-
-
-# Fitted to 30 conversions of SmolLM2-135M, of 3, 15 and all 30 layers on 8k to 197k tokens; each
-# forecast from the others, the rank correlation is 0.955 (tests/bench/results/plan.md).
+# Fitted to 30 conversions of SmolLM2-135M, of 3, 15 and all 30 layers on 8k to 197k tokens. With
+# each conversion forecast from the others, the rank correlation is 0.955
+# (tests/bench/results/plan.md).
 FORECAST = Forecast((-1.936, 0.808, 0.101, -0.364, -0.141, -0.371, -0.098))
 
 
-def predictors(config: MoLConfig, spectra: Mapping[int, Tensor], tokens: int) -> Predictors:
-    """What a forecast is made from. spectra: at least of all converted layers; tokens: calibration
-    tokens that blocks are fitted to."""
+def compute_predictors(config: MoLConfig, spectra: Mapping[int, Tensor], tokens: int) -> Predictors:
+    """Compute a conversion's predictors.
+
+    Args:
+        config: the converted model.
+        spectra: layer -> (d_model,) `reading_spectrum`, at least of all converted layers.
+        tokens: calibration tokens that blocks are fitted to.
+    """
     converted = [i for i in range(config.num_hidden_layers) if not config.is_dense(i)]
     shared, top_k = config.num_shared_blocks, config.num_blocks_per_tok
     kinds = [(shared_shape(config), shared, 1.0)] * bool(shared)
@@ -143,9 +119,16 @@ def predictors(config: MoLConfig, spectra: Mapping[int, Tensor], tokens: int) ->
 def layer_spectra(
     parent: Parent, moment: Callable[[int], Tensor], layers: list[int]
 ) -> Iterator[tuple[int, Tensor]]:
-    """Each layer's `reading_spectrum`, (d_model,), of all that it reads. One layer in memory.
+    """Yield each layer's index and reading spectrum, with one layer in memory at a time.
 
-    moment: layer -> (d_model, d_model) float64, of the unit-rms residual, as calibration wrote it.
+    Args:
+        parent: the opened dense model.
+        moment: layer -> (d_model, d_model) float64 second moment of the unit-rms residual, as
+            calibration wrote it.
+        layers: indices of layers.
+
+    Yields:
+        The layer and the (d_model,) float64 `reading_spectrum` of all its reading matrices.
     """
     config, device = MoLConfig(**parent.mol_config_kwargs()), default_device()
     counts = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
@@ -153,3 +136,57 @@ def layer_spectra(
     for i in layers:
         gram = reading_gram(dense_layer(parent, config, i, device).block, whole)
         yield i, reading_spectrum(gram, moment(i).to(device)).cpu()
+
+
+def reading_spectrum(gram: Tensor, moment: Tensor) -> Tensor:
+    """Compute how the reading energy spreads over directions.
+
+    Args:
+        gram: (d, d) float64, sum of W^T W over the reading matrices.
+        moment: (d, d) float64, second moment of their inputs.
+
+    Returns:
+        (d,) float64, descending, of sum 1. The sum of the first r entries is the `retained` of a
+        `reading_basis` of rank r.
+    """
+    root, _ = square_roots(moment)
+    energy = torch.linalg.eigvalsh(root @ gram @ root).flip(0).clamp(min=0)
+    return energy / energy.sum()
+
+
+def fit_forecast(settings: Sequence[Predictors], kl: Sequence[float]) -> Forecast:
+    """Fit a forecast's constants by least squares on log KL.
+
+    A small ridge penalty gives a predictor that never varied the constant 0.
+
+    Args:
+        settings: predictors of each conversion.
+        kl: measured KL of each conversion, nats a token.
+    """
+    x = np.array([setting.log_terms() for setting in settings])
+    centre, y = x.mean(0), np.log(np.array(kl))
+    centred = x - centre
+    gram = centred.T @ centred + 1e-3 * np.eye(x.shape[1])
+    slopes = np.linalg.solve(gram, centred.T @ (y - y.mean()))
+    slopes[0] = y.mean() - centre[1:] @ slopes[1:]
+    return Forecast(tuple(slopes.tolist()))
+
+
+def leave_one_out_forecasts(settings: Sequence[Predictors], kl: Sequence[float]) -> list[float]:
+    """Forecast each conversion's KL with constants fitted to all the others."""
+    forecasts = []
+    for i, setting in enumerate(settings):
+        rest = [j for j in range(len(kl)) if j != i]
+        fitted = fit_forecast([settings[j] for j in rest], [kl[j] for j in rest])
+        forecasts.append(fitted.kl(setting))
+    return forecasts
+
+
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
+    """Compute Spearman's rank correlation; equal values get their mean rank."""
+    return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
+
+
+def _ranks(values: Sequence[float]) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
+    _, inverse, counts = np.unique(np.array(values), return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]

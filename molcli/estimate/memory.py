@@ -1,24 +1,27 @@
-"""Peak memory of a training step and of a conversion, from the numbers of a configuration."""
+"""Peak memory of a training step and of a conversion, from a configuration."""
 
 import copy
 from dataclasses import dataclass, fields
 
 from molcli.estimate.parameters import count_parameters
 from molcli.fitting.chunks import CHUNK_BYTES, MOST_HEADS_HELD, bytes_a_token
-from molcli.maths.losses import LOGITS_AT_ONCE
+from molcli.maths.losses import LOGITS_PER_CHUNK
 from molcli.model.configuration_mol import BlockSpec, MoLConfig
 from molcli.model.mixers import MIXERS
 from molcli.model.shapes import BlockShape, routed_shape, shared_shape
 
-_FP32 = 4
-_MOMENTS = 2  # AdamW's
-# Logits are float32, in chunks; at their peak so many floats for each logit of a chunk.
+_FP32, _FP64, _INT64 = 4, 8, 8  # bytes of a number
+_MOMENTS = 2  # numbers that AdamW keeps for each parameter
+# The loss computes logits in chunks, in float32: floats per logit of a chunk at the peak.
 _WITHOUT_PARENT, _WITH_PARENT = 3.0, 4.5
+# The loss on held-out tokens after a conversion: floats per logit of a chunk. Logits of two models,
+# their logarithms, the terms of the sums, and the chunk before.
+_HELDOUT_LOGITS = 7
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU at the peak of a step, by kind."""
+    """Bytes on one GPU at the peak of a training step, by kind."""
 
     weights: int
     gradients: int
@@ -29,7 +32,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All kinds together."""
+        """Sum of all kinds."""
         return sum(getattr(self, field.name) for field in fields(self))
 
 
@@ -40,21 +43,30 @@ def training_memory(
     tokens: int,
     product_bytes: int,
     parent: MoLConfig | None,
-    logits_at_once: int,
+    logits_per_chunk: int,
     layerwise: bool = False,
     recompute: bool = False,
     compiled: bool = False,
     ranks: int = 1,
     whole: bool = False,
 ) -> Memory:
-    """Of a step with float32 weights and AdamW.
+    """Estimate the memory of a training step with float32 weights and AdamW.
 
-    trainable: parameters that take a gradient. tokens: of a micro-batch. product_bytes: of a number
-    in matrix products, 2 for bf16. logits_at_once: tokens x vocabulary of a chunk of the loss.
-    layerwise: alignment, which holds one layer's activations and no logits. recompute: gradient
-    checkpointing, which holds the layers' inputs and one layer's activations. compiled: on a GPU.
-    ranks: that share weights, gradients and moments; beside its share, each has a layer that runs,
-    the one that is fetched for it, and what is outside the layers. whole: each has all layers then.
+    Args:
+        config: the model that is trained.
+        trainable: number of parameters that get a gradient.
+        tokens: tokens of a micro-batch.
+        product_bytes: bytes of a number in matrix products, 2 for bf16.
+        parent: configuration of the parent in memory, if there is one.
+        logits_per_chunk: tokens times vocabulary in one chunk of the loss.
+        layerwise: layers are trained one by one (stage `align`): one layer's activations, no
+            logits.
+        recompute: gradient checkpointing: the layers' inputs and one layer's activations.
+        compiled: layers are compiled, on a GPU.
+        ranks: number of processes among which weights, gradients and moments are sharded. Beside
+            its shard, each holds the layer that runs, the layer that is gathered next, and the
+            parameters outside the layers.
+        whole: each process holds all layers unsharded during a step.
     """
     count = count_parameters(config)
     routers = config.layer_structures.count("mixture")
@@ -63,7 +75,8 @@ def training_memory(
     a_token = [of_layer(config, i, product_bytes) for i in range(config.num_hidden_layers)]
     residual = _FP32 * config.hidden_size
     if layerwise:
-        activations = 3 * residual + max(a_token)  # the parent's two residuals and the student's
+        # Two residuals of the parent and one of the student.
+        activations = 3 * residual + max(a_token)
     elif recompute:
         activations = len(a_token) * residual + max(a_token)
     else:
@@ -84,17 +97,40 @@ def training_memory(
         parent=0 if parent is None else product_bytes * count_parameters(parent).total,
         logits=0
         if layerwise
-        else _head_bytes(config, tokens, product_bytes, parent is not None, logits_at_once),
+        else _head_bytes(config, tokens, product_bytes, parent is not None, logits_per_chunk),
     )
 
 
+def conversion_memory(config: MoLConfig, tokens: int, heldout: int, device: str = "cuda") -> int:
+    """Estimate the memory of a fitted conversion, in bytes.
+
+    The peak is either the fit of a layer, or the loss on held-out tokens at the end.
+
+    Args:
+        config: the converted model.
+        tokens: tokens that blocks are fitted to.
+        heldout: further tokens that the result is measured on.
+        device: "cuda" or "cpu"; sizes of chunks depend on it.
+    """
+    d = config.hidden_size
+    # Indices of the stream, and of rows.
+    indices = 4 + 5 * (1 + max(1, config.num_shared_blocks))
+    a_token = 2 * _FP32 * d + _INT64 * indices
+    logits = heldout * config.vocab_size
+    per_chunk = logits / max(1, -(-logits // LOGITS_PER_CHUNK[device]))  # chunks of equal size
+    end = config.vocab_size * d + 3 * heldout * d + round(_HELDOUT_LOGITS * per_chunk)
+    fit = _fit_bytes(config, tokens, heldout, device)
+    # The text that blocks are fitted to is freed before the end.
+    return heldout * a_token + max(tokens * a_token + fit, _FP32 * end)
+
+
 def _head_bytes(
-    config: MoLConfig, tokens: int, product_bytes: int, with_parent: bool, at_once: int
+    config: MoLConfig, tokens: int, product_bytes: int, with_parent: bool, per_chunk: int
 ) -> int:
-    chunk = min(tokens, max(1, at_once // config.vocab_size)) * config.vocab_size
+    chunk = min(tokens, max(1, per_chunk // config.vocab_size)) * config.vocab_size
     floats = _WITH_PARENT if with_parent else _WITHOUT_PARENT
     matrix = config.vocab_size * config.hidden_size
-    # The weight's gradient in float32, its cast, and the gradient of all hidden states.
+    # The weight's gradient in float32 with its cast, and the gradient of all hidden states.
     return int(chunk * _FP32 * floats) + matrix * _FP32 + tokens * config.hidden_size * _FP32
 
 
@@ -133,9 +169,8 @@ def _compiled_layer_bytes(config: MoLConfig, index: int, product_bytes: int) -> 
     if config.is_dense(index):
         return _FP32 * d + _compiled_block_bytes(config.dense_spec(mixer), config, p)
     shared, routed = config.shared_spec(), config.routed_spec(mixer)
-    row = p * (d + routed.width) + _compiled_block_bytes(
-        routed, config, p
-    )  # read by thin_in and thin_out
+    # What thin_in and thin_out read, and the block.
+    row = p * (d + routed.width) + _compiled_block_bytes(routed, config, p)
     always = shared.num_blocks * _compiled_block_bytes(shared, config, p)
     return _FP32 * d + always + _visited(config) * row
 
@@ -153,79 +188,56 @@ def _visited(config: MoLConfig) -> int:
     return config.num_blocks_per_tok if config.restrict_attention else config.num_routed_blocks
 
 
-_FP32, _FP64, _INT64 = 4, 8, 8
-# Numbers for each logit of a chunk: two models', their logarithms, what is summed, and the chunk
-# before.
-_LOGITS = 7
-
-
-def conversion_memory(config: MoLConfig, tokens: int, heldout: int, device: str = "cuda") -> int:
-    """Bytes of a fitted conversion on so many tokens and further held-out ones.
-
-    The peak is either the fit of a layer, or the loss on held-out tokens at the end.
-    """
-    d = config.hidden_size
-    # The stream's numbers, and those of rows.
-    indices = 4 + 5 * (1 + max(1, config.num_shared_blocks))
-    a_token = 2 * _FP32 * d + _INT64 * indices
-    logits = heldout * config.vocab_size
-    at_once = logits / max(1, -(-logits // LOGITS_AT_ONCE[device]))  # in chunks of one size
-    end = config.vocab_size * d + 3 * heldout * d + round(_LOGITS * at_once)
-    fit = _fit(config, tokens, heldout, device)
-    # The text to fit on is gone by the end.
-    return heldout * a_token + max(tokens * a_token + fit, _FP32 * end)
-
-
-def _fit(config: MoLConfig, tokens: int, heldout: int, device: str) -> int:
-    """Beside both residuals."""
+def _fit_bytes(config: MoLConfig, tokens: int, heldout: int, device: str) -> int:
+    """Bytes of a layer's fit, beside the residuals."""
     routed = config.num_blocks_per_tok if config.restrict_attention else config.num_routed_blocks
-    # What is left to learn, and its importance; and rows' numbers.
+    # The targets that are left to fit with their importance, and indices of rows.
     held = _FP32 * (config.hidden_size + 1) + 6 * routed * _INT64
     families = []
     if config.num_shared_blocks:
-        families.append(_family(config, shared_shape(config), 1, 1, tokens, heldout, device))
+        families.append(_family_bytes(config, shared_shape(config), 1, 1, tokens, heldout, device))
     if config.num_routed_blocks:
         clones = -(-config.num_routed_blocks // config.num_blocks_per_tok)
-        seen = 1 if config.restrict_attention else clones
+        visited = 1 if config.restrict_attention else clones
         shape = routed_shape(config)
-        families.append(_family(config, shape, clones, seen, tokens, heldout, device))
+        families.append(_family_bytes(config, shape, clones, visited, tokens, heldout, device))
     return tokens * held + max(families) + _FP32 * _layer_weights(config)
 
 
-def _family(
+def _family_bytes(
     config: MoLConfig,
     shape: BlockShape,
     blocks: int,
-    seen: int,
+    visited: int,
     tokens: int,
     heldout: int,
     device: str,
 ) -> int:
-    """Of one family of so many blocks, of which `seen` see a token."""
-    d, width, neurons = config.hidden_size, shape.width, shape.d_ff
+    """Bytes of fitting one family of `blocks` blocks, of which each token visits `visited`."""
+    d, width, d_ff = config.hidden_size, shape.width, shape.d_ff
     inner = shape.num_heads * config.head_dim
-    joint = inner + neurons
+    joint = inner + d_ff
     sums = blocks * joint * (joint + d)
-    # A factor and what it is made from, of one block; of each, the solution, its product with the
-    # sums, what is fitted, its eigenvectors, and what is kept of them.
+    # Of one block at a time a matrix and its Cholesky factor; of each block the solution, its
+    # product with the sums, the fitted values, their eigenvectors, and the kept ones.
     solving = 2 * joint * joint + blocks * (2 * joint * d + 3 * d * d + width * (joint + d))
-    # Of a chunk: what the parent's layer computes, or what a family does; on held-out tokens, all
-    # blocks of the student at once.
+    # Of a chunk, what the parent's layer or a family computes; on held-out tokens, what all blocks
+    # of the student compute together.
     parents = 3 * d + 3 * config.intermediate_size
-    family = (1 + seen) * d + seen * 2 * (width + joint + neurons)
+    family = (1 + visited) * d + visited * 2 * (width + joint + d_ff)
     most = CHUNK_BYTES[device] // bytes_a_token(config)
     chunk = _FP32 * min(tokens, most) * max(parents, family)
     chunk = max(chunk, min(heldout, most) * bytes_a_token(config))
-    heads = seen * inner if inner <= MOST_HEADS_HELD * d else 0
+    heads = visited * inner if inner <= MOST_HEADS_HELD * d else 0
     return (
         tokens * _FP32 * heads
-        + _FP64 * (sums + 3 * d * d)  # and the residual's moment with its roots
+        + _FP64 * (sums + 3 * d * d)  # and the residual's second moment with its roots
         + max(chunk, _FP64 * solving)
     )
 
 
 def _layer_weights(config: MoLConfig) -> int:
-    """Of the parent's layer, and of the converted one."""
+    """Parameters of the parent's layer and of the converted one together."""
     sizes = []
     for structure in ("dense", "mixture"):
         one = copy.copy(config)

@@ -8,8 +8,12 @@ from molcli.model.mixers import MIXERS
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """total: all trainable parameters. active: those that the forward pass of a token uses, with
-    the whole embedding. embedding: of both counts, the embedding and an untied LM head.
+    """Numbers of parameters.
+
+    Attributes:
+        total: all trainable parameters.
+        active: parameters that the forward pass of a token uses, with the whole embedding.
+        embedding: the embedding and an untied LM head; part of both counts.
     """
 
     total: int
@@ -18,12 +22,12 @@ class ParameterCount:
 
     @property
     def non_embedding(self) -> int:
-        """Of `total`."""
+        """Part of `total` outside the embedding and LM head."""
         return self.total - self.embedding
 
 
 def count_parameters(config: MoLConfig) -> ParameterCount:
-    """Count the model of a configuration. Buffers, such as the router's bias, are left out."""
+    """Count a model's parameters. Buffers, such as the router's correction bias, are left out."""
     embedding = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
     total = active = embedding + config.hidden_size  # and the final norm
     for i, mixer in enumerate(config.layer_mixers):

@@ -1,4 +1,4 @@
-"""Directions of the residual stream: those that blocks read, and those that truncation keeps."""
+"""Bases of the residual stream: directions that blocks read, and directions to truncate to."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,15 @@ from torch import Tensor
 
 
 def square_roots(moment: Tensor) -> tuple[Tensor, Tensor]:
-    """C^1/2 and C^-1/2 of a second moment C (d, d) float64, tiny eigenvalues lifted."""
+    """Compute the symmetric square root of a second moment and its inverse.
+
+    Args:
+        moment: C, (d, d) float64, symmetric, positive semi-definite. Eigenvalues below 1e-8 of the
+            largest one are raised to that.
+
+    Returns:
+        C^1/2 and C^-1/2, (d, d) float64 each.
+    """
     values, vectors = torch.linalg.eigh(moment)
     values = values.clamp(min=values.max() * 1e-8)
     return (vectors * values.sqrt()) @ vectors.mT, (vectors * values.rsqrt()) @ vectors.mT
@@ -15,8 +23,13 @@ def square_roots(moment: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class ReadingBasis:
-    """projection: (rank, d) float64, orthonormal rows. variances: (rank,), second moments of the
-    projected inputs, which are uncorrelated. retained: share of the reading energy it keeps.
+    """A basis that linear maps read their inputs through.
+
+    Attributes:
+        projection: (rank, d) float64, orthonormal rows.
+        variances: (rank,) float64, descending: second moments of the projected inputs, which are
+            uncorrelated.
+        retained: share of the reading energy that the basis keeps, 0 to 1.
     """
 
     projection: Tensor
@@ -25,16 +38,22 @@ class ReadingBasis:
 
 
 def reading_basis(gram: Tensor, root: Tensor, inverse_root: Tensor, rank: int) -> ReadingBasis:
-    """The projection that keeps most of what some linear maps read from their inputs.
+    """Compute the projection that keeps most of what some linear maps read from their inputs.
 
-    gram: (d, d) float64, sum of W^T W over those maps. root, inverse_root: `square_roots` of their
-    inputs' second moment C. Minimises the summed |W x - W' P x|^2 over maps W' on a rank-r
-    projection P: the leading eigenvectors V of C^1/2 gram C^1/2 give the subspace of V^T C^-1/2
-    (whitened truncation, arXiv 2403.07378).
+    It minimises the summed |W x - W' P x|^2 over maps W' on a projection P of the given rank: the
+    leading eigenvectors V of C^1/2 gram C^1/2 give the subspace of V^T C^-1/2.
 
-    Within that subspace the basis follows the inputs' principal axes. A residual stream has a few
-    coordinates a hundred times larger than the rest: mixed into all coordinates, as the whitened
-    basis has them, they would have to cancel again, which bf16 cannot do.
+    Within that subspace, the basis follows the inputs' principal axes. A residual stream has a few
+    coordinates that are a hundred times larger than the rest. The whitened basis mixes them into
+    all coordinates, where they would have to cancel again, and bf16 is too coarse for that.
+
+    Args:
+        gram: (d, d) float64, sum of W^T W over the linear maps W.
+        root: C^1/2, (d, d) float64, of the inputs' second moment C; see `square_roots`.
+        inverse_root: C^-1/2, (d, d) float64.
+        rank: number of directions to keep, at most d.
+
+    Source: whitened truncation, SVD-LLM (arXiv 2403.07378).
     """
     energy, directions = torch.linalg.eigh(root @ gram @ root)
     kept = directions[:, -rank:].flip(1)
@@ -46,10 +65,15 @@ def reading_basis(gram: Tensor, root: Tensor, inverse_root: Tensor, rank: int) -
 
 
 def leading_directions(gram: Tensor, rank: int) -> tuple[Tensor, float]:
-    """The `rank` directions that hold most of a second moment, and the share they hold.
+    """Compute the principal directions of a second moment.
 
-    gram: (d, d) float64, symmetric, not negative. Returns (d, rank) with orthonormal columns,
-    largest first.
+    Args:
+        gram: (d, d) float64, symmetric, positive semi-definite.
+        rank: number of directions.
+
+    Returns:
+        (d, rank) with orthonormal columns, largest eigenvalue first; and the share of the trace
+        that they hold, 0 to 1.
     """
     energy, directions = torch.linalg.eigh(gram)
     retained = (energy[-rank:].sum() / energy.sum()).item()
@@ -57,20 +81,33 @@ def leading_directions(gram: Tensor, rank: int) -> tuple[Tensor, float]:
 
 
 def procrustes_rotation(basis: Tensor, wanted: Tensor) -> Tensor:
-    """basis @ R for the orthogonal R that brings it nearest to `wanted` (Procrustes).
+    """Rotate a basis within its span to be nearest to another one (orthogonal Procrustes).
 
-    basis, wanted: (d, r) with orthonormal columns. Where both span the same space, this is
-    `wanted`.
+    Args:
+        basis: (d, r) with orthonormal columns.
+        wanted: (d, r) with orthonormal columns.
+
+    Returns:
+        (d, r), basis @ R for the best orthogonal R. Where both bases span the same space, this is
+        `wanted`.
     """
     left, _, right = torch.linalg.svd(basis.mT @ wanted)
     return basis @ (left @ right)
 
 
 def unit_trace(gram: Tensor) -> Tensor:
-    """gram: (d, d), scaled to trace 1; zeros stay zeros."""
+    """Scale a (d, d) matrix to trace 1. Zeros stay zeros."""
     return gram / gram.trace().clamp(min=1e-30)
 
 
 def trace_normalised_sum(attention: Tensor, neurons: Tensor) -> Tensor:
-    """(d, d), sum of W^T W over what attention and FFN read, (p, d) and (q, d), each of trace 1."""
+    """Add the Gram matrices of attention and FFN, each scaled to trace 1.
+
+    Args:
+        attention: (p, d), rows of the matrices of attention.
+        neurons: (q, d), rows of the matrices of the FFN.
+
+    Returns:
+        (d, d), the sum of W^T W over both, each of trace 1.
+    """
     return unit_trace(attention.mT @ attention) + unit_trace(neurons.mT @ neurons)

@@ -1,21 +1,33 @@
-"""Token clusters, which become the routed blocks' subjects."""
+"""Clusters of token vectors; each cluster becomes the domain of a routed block."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 ITERATIONS = 12
+MOST_ROWS = 16_384
 
 
 def cosine_kmeans(x: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """x: (n, d) -> centroids (count, d) of unit length, by spherical k-means.
+    """Cluster vectors by direction (spherical k-means, started by k-means++).
 
-    Starts from k-means++ on at most 16,384 rows. An emptied cluster takes the row that is worst
-    served. Deterministic for a CPU generator's seed.
+    At most 16,384 rows, drawn at random, are used. A cluster that becomes empty is restarted at the
+    row that is farthest from its centroid. The result depends on the generator's seed only.
+
+    Args:
+        x: (n, d) vectors of any length.
+        count: number of clusters.
+        generator: a generator on the CPU.
+
+    Returns:
+        (count, d) centroids of unit length.
+
+    Source: k-means++ (Arthur and Vassilvitskii, SODA 2007); spherical k-means (Dhillon and Modha,
+    Machine Learning 42, 2001).
     """
     n = x.shape[0]
-    if n > 16_384:
-        x = x[torch.randperm(n, generator=generator)[:16_384].sort().values.to(x.device)]
+    if n > MOST_ROWS:
+        x = x[torch.randperm(n, generator=generator)[:MOST_ROWS].sort().values.to(x.device)]
     x = F.normalize(x, dim=-1)
     first = int(torch.randint(x.shape[0], (1,), generator=generator))
     centroids = x[first : first + 1]

@@ -1,27 +1,35 @@
-"""How many more tokens a falling loss needs, from its curve so far."""
+"""Forecast when a falling loss reaches a target, from its curve so far."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-FEWEST = 10  # points on a curve that is worth a forecast
-# A forecast reaches no further than this times what was seen: beyond it a small error of the
-# exponent decides alone.
+FEWEST = 10  # points that a curve needs for a forecast
+# A forecast reaches at most this many times the tokens so far. Beyond that, a small error of the
+# exponent decides the result.
 REACH = 30.0
-_GROUPS = 32  # into which a long curve is gathered
+_GROUPS = 32  # points of a long curve, each the median of several
 
 
 def tokens_to_recovery(
     tokens: Sequence[float], kl: Sequence[float], recovery: float = 0.5
 ) -> float | None:
-    """Tokens from the end of the curve until the KL has recovered so far, 0.0 if it has by now.
+    """Forecast how many more tokens it takes until the KL has recovered to a given degree.
 
-    tokens: increasing, counted from where the KL began to be learned; kl: nats, means over the
-    windows that end there. recovery: 1 - KL / KL at the start, in (0, 1), where the first window
-    stands for the start. The curve a * tokens**-b is fitted to the later half of the points, as a
-    line through their logarithms by medians of slopes and offsets (Theil and Sen), which a few
-    wild windows do not move. None for fewer than FEWEST positive points, where the curve does not
-    fall, and where it gets there only after REACH times the tokens so far.
+    The curve a * tokens**-b is fitted to the later half of the points. The fit is a line through
+    their logarithms, by the median of slopes and offsets, which a few outliers do not move.
+
+    Args:
+        tokens: increasing, counted from where training on the KL began.
+        kl: nats, means over the windows of training that end at these tokens.
+        recovery: 1 - KL / KL at the start, in (0, 1); the first window stands for the start.
+
+    Returns:
+        Tokens from the end of the curve on; 0.0 if the KL has already recovered so far. None for
+        fewer than FEWEST positive points, for a curve that does not fall, and where it would take
+        more than REACH times the tokens so far.
+
+    Source: the Theil-Sen estimator (Sen, Journal of the American Statistical Association 63, 1968).
     """
     points = [(t, x) for t, x in zip(tokens, kl, strict=True) if t > 0 and 0 < x < np.inf]
     if len(points) < FEWEST:

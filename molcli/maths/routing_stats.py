@@ -1,4 +1,4 @@
-"""Which tokens a routed block sees: how many, with what weight, and how far apart."""
+"""Statistics of routing: how many tokens each block sees, with what weight, and how far apart."""
 
 import math
 from dataclasses import dataclass
@@ -9,11 +9,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RoutingCounts:
-    """What one layer's routing adds up to; `+` joins the counts of two batches.
+    """Counts of one layer's routing; `+` adds the counts of two batches.
 
-    tokens: tokens routed. chosen: (R,) int64, tokens that each block sees. weight: (R,) float64,
-    sum of their router weights. gaps: (R, G) int64; gaps[b, g] counts the pairs of consecutive
-    tokens of one document that block b sees, g tokens apart.
+    Attributes:
+        tokens: number of routed tokens.
+        chosen: (R,) int64, number of tokens that each block sees.
+        weight: (R,) float64, sum of their router weights.
+        gaps: (R, G) int64, histograms of distances. gaps[b, g] counts the pairs of consecutive
+            tokens of one document that block b sees and that are g tokens apart.
     """
 
     tokens: int
@@ -27,21 +30,30 @@ class RoutingCounts:
             self.tokens + other.tokens,
             self.chosen + other.chosen,
             self.weight + other.weight,
-            _widened(self.gaps, width) + _widened(other.gaps, width),
+            _pad_columns(self.gaps, width) + _pad_columns(other.gaps, width),
         )
 
 
 @dataclass(frozen=True)
 class RoutingSummary:
-    """One layer's routing; lists have one entry per routed block.
+    """Figures of one layer's routing; lists have one entry per routed block.
 
-    load_share: part of all visits that goes to the block, sums to 1. coverage: part of all tokens
-    that the block sees. entropy: of load_share, over that of a uniform load (1 is uniform).
-    dead_blocks: those below the threshold. mean_weight: mean router weight over the tokens that
-    the block sees. mean_gap, p95_gap: tokens from one that the block sees to the next in the same
-    document (1: it sees both neighbours); the percentile is the smallest gap that 95 in 100 do not
-    exceed. None where no token, or no pair of tokens, was seen. layer_mean_gap, layer_p95_gap:
-    over all blocks' gaps. even_gap: the mean gap of a block that sees its fair share of tokens.
+    A gap is the distance in tokens from a token that a block sees to the next one that it sees in
+    the same document; 1 means adjacent tokens. A 95th percentile is the smallest gap that 95 in 100
+    gaps do not exceed. Figures are None where no token, or no pair of tokens, was seen.
+
+    Attributes:
+        tokens: number of routed tokens.
+        load_share: share of all assignments that goes to the block; sums to 1.
+        coverage: share of all tokens that the block sees.
+        entropy: of load_share, over that of a uniform load; 1 is uniform.
+        dead_blocks: indices of blocks whose load is below the threshold.
+        mean_weight: mean router weight over the tokens that the block sees.
+        mean_gap: mean of the block's gaps.
+        p95_gap: 95th percentile of the block's gaps.
+        layer_mean_gap: mean over all blocks' gaps.
+        layer_p95_gap: 95th percentile over all blocks' gaps.
+        even_gap: mean gap of a block that sees as many tokens as under uniform routing.
     """
 
     tokens: int
@@ -60,16 +72,19 @@ class RoutingSummary:
 def count_routing(
     blocks: Tensor, weights: Tensor, document_ids: Tensor, num_blocks: int
 ) -> RoutingCounts:
-    """Counts of one batch.
+    """Count the routing of one batch.
 
-    blocks: (n, k) int64, distinct within a row, below num_blocks (R). weights: (n, k).
-    document_ids: (n,), in the order of the text; a document's tokens are consecutive.
+    Args:
+        blocks: (n, k) int64 indices of chosen blocks, distinct within a row.
+        weights: (n, k) router weights.
+        document_ids: (n,) in the order of the text; a document's tokens are consecutive.
+        num_blocks: number of routed blocks, R.
     """
-    tokens, visits = blocks.shape
+    tokens, top_k = blocks.shape
     flat = blocks.flatten()
     # A stable sort by block keeps the text's order inside each block.
     order = flat.sort(stable=True).indices
-    token = order // visits
+    token = order // top_k
     block, document = flat[order], document_ids[token]
     follows = (block[1:] == block[:-1]) & (document[1:] == document[:-1])
     gap = (token[1:] - token[:-1])[follows]
@@ -84,10 +99,12 @@ def count_routing(
 
 
 def summarise(counts: RoutingCounts, *, dead_share: float) -> RoutingSummary:
-    """The figures that people read.
+    """Compute a layer's routing figures from its counts.
 
-    dead_share: a block with less than this part of the uniform load is dead (and one without any
-    token always is). counts holds at least one token.
+    Args:
+        counts: of at least one token.
+        dead_share: a block with less than this share of the uniform load counts as dead; a block
+            without any token always does.
     """
     num_blocks = len(counts.chosen)
     share = counts.chosen.double() / counts.chosen.sum()
@@ -111,10 +128,16 @@ def summarise(counts: RoutingCounts, *, dead_share: float) -> RoutingSummary:
 
 
 def routing_margin(scores: Tensor, top_k: int) -> float | None:
-    """How far the last chosen block is ahead of the first one that is not: mean over tokens.
+    """Compute the mean difference between the lowest chosen and the highest rejected score.
 
-    scores: (n, R), what blocks are chosen by; the top_k highest of a row are. None where every
-    block is chosen. Near 0, a small change of the residual changes the routing.
+    Near 0, a small change of the residual changes the routing.
+
+    Args:
+        scores: (n, R) scores; each row's top_k highest are chosen.
+        top_k: number of chosen blocks.
+
+    Returns:
+        Mean over tokens, or None where every block is chosen.
     """
     if scores.shape[1] <= top_k:
         return None
@@ -122,19 +145,19 @@ def routing_margin(scores: Tensor, top_k: int) -> float | None:
     return (best[:, top_k - 1] - best[:, top_k]).mean().item()
 
 
-def _widened(gaps: Tensor, width: int) -> Tensor:
+def _pad_columns(gaps: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(gaps, (0, width - gaps.shape[1]))
 
 
 def _entropy(share: Tensor) -> float:
-    """Of a distribution (R,), over log R; 1 where there is only one block."""
+    """Entropy of a distribution (R,) over log R; 1 for a single block."""
     if len(share) == 1:
         return 1.0
     return float(-torch.xlogy(share, share).sum()) / math.log(len(share))
 
 
 def _mean(histogram: Tensor) -> float | None:
-    """Mean of the values that a histogram (G,) counts; None if it is empty."""
+    """Mean of the values that a histogram (G,) counts, None if it is empty."""
     total = int(histogram.sum())
     if total == 0:
         return None
@@ -142,7 +165,7 @@ def _mean(histogram: Tensor) -> float | None:
 
 
 def _percentile(histogram: Tensor, percent: int) -> int | None:
-    """The smallest value that `percent` in 100 of what a histogram (G,) counts do not exceed."""
+    """Smallest value that `percent` in 100 values of a histogram (G,) do not exceed."""
     total = int(histogram.sum())
     if total == 0:
         return None

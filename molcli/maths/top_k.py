@@ -1,4 +1,4 @@
-"""A distribution over the vocabulary kept as its k largest entries and the mass of the rest."""
+"""Distributions over the vocabulary, stored as k entries and the probability of the rest."""
 
 from dataclasses import dataclass
 
@@ -8,10 +8,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TopK:
-    """A parent's predictions: one set of k tokens a position, and one bucket for all others.
+    """A distribution per position: k tokens with their probabilities, and one bucket of all others.
 
-    ids: (..., k) int64, distinct. log_probs: (..., k), natural logarithms. rest: (...), the log of
-    the remaining mass; -inf where k is the whole vocabulary.
+    Attributes:
+        ids: (..., k) int64, distinct token ids.
+        log_probs: (..., k), natural logarithms of their probabilities.
+        rest: (...), logarithm of the remaining probability; -inf where k is the whole vocabulary.
     """
 
     ids: Tensor
@@ -19,42 +21,53 @@ class TopK:
     rest: Tensor
 
     def rows(self, part: slice) -> "TopK":
-        """Some of the positions."""
+        """Return the positions of a slice of the first dimension."""
         return TopK(self.ids[part], self.log_probs[part], self.rest[part])
 
-    def exact(self, dtype: torch.dtype) -> "TopK":
-        """In a wider dtype, and of sum 1 again: rounding had moved it."""
+    def normalise(self, dtype: torch.dtype) -> "TopK":
+        """Convert to a wider dtype and scale to sum 1, which rounding had changed."""
         log_probs, rest = self.log_probs.to(dtype), self.rest.to(dtype)
         total = torch.cat([log_probs, rest[..., None]], -1).logsumexp(-1)
         return TopK(self.ids, log_probs - total[..., None], rest - total)
 
 
-def keep_top_k(log_p: Tensor, k: int) -> TopK:
-    """log_p: (n, V) log-probabilities, k <= V; the entries come in falling order."""
+def truncate_to_top_k(log_p: Tensor, k: int) -> TopK:
+    """Keep the k largest entries of each distribution, in descending order.
+
+    Args:
+        log_p: (n, V) log-probabilities.
+        k: at most V.
+    """
     log_probs, ids = log_p.topk(k, dim=1)
-    return TopK(ids, log_probs, _outside(log_p, ids).logsumexp(1))
+    return TopK(ids, log_probs, _without(log_p, ids).logsumexp(1))
 
 
 def top_k_kl(log_q: Tensor, p: TopK) -> tuple[Tensor, Tensor]:
-    """KL(p || q) over k tokens and the bucket of all others, and its gradient.
+    """Compute KL(p || q) over k tokens and the bucket of all others, and its gradient.
 
-    log_q: (n, V) log-probabilities. p: (n, k), in log_q's dtype. Returns (n,) nats, and (n, V) the
-    derivatives with respect to the logits of q. By the log-sum inequality the KL is at most that of
-    the whole distributions, and equal to it for k = V or where q spreads its rest as p does.
+    By the log-sum inequality, this KL is at most that of the whole distributions. It is equal for
+    k = V, and where q distributes its rest as p does.
+
+    Args:
+        log_q: (n, V) log-probabilities.
+        p: (n, k), in log_q's dtype.
+
+    Returns:
+        (n,) nats; and (n, V), the derivatives with respect to the logits of q.
     """
-    outside = _outside(log_q, p.ids)
+    outside = _without(log_q, p.ids)
     log_rest = outside.logsumexp(1)
     inside = log_q.gather(1, p.ids)
     has_rest = p.rest > -torch.inf
-    surplus = torch.where(has_rest, p.rest - log_rest, 0)  # not -inf less -inf
+    surplus = torch.where(has_rest, p.rest - log_rest, 0)  # not -inf minus -inf
     kl = (p.log_probs.exp() * (p.log_probs - inside)).sum(1) + p.rest.exp() * surplus
-    # Others than the k: q - q * p_rest / q_rest; the k: q - p.
+    # Derivatives: q - p for the k tokens; q - q * p_rest / q_rest for the others.
     ratio = torch.where(has_rest, surplus.exp(), 0)
     gradient = outside.exp_().mul_(1 - ratio[:, None])
     gradient.scatter_(1, p.ids, inside.exp() - p.log_probs.exp())
     return kl, gradient
 
 
-def _outside(logs: Tensor, ids: Tensor) -> Tensor:
-    """A copy in which the k entries have no mass."""
+def _without(logs: Tensor, ids: Tensor) -> Tensor:
+    """A copy of (n, V) log-probabilities in which the tokens `ids` have probability 0."""
     return logs.scatter(1, ids, -torch.inf)

@@ -1,4 +1,4 @@
-"""Run text through the parent once, and keep its most likely tokens for many trainings."""
+"""Cache logits: store the parent's most likely next tokens on a text, for many trainings."""
 
 from pathlib import Path
 
@@ -31,13 +31,29 @@ def cache_logits(
     progress: Progress = silent,
     shard_bytes: int = SHARD_BYTES,
 ) -> int:
-    """Writes a cache of the rows that a training with `config` would see; returns their tokens.
+    """Write a cache of the parent's predictions on the rows that a training would see.
 
-    Of the config count context_length, seed, precision, micro_batch_size (rows at once), and tokens
-    (at most so many; less data is cached once, and training repeats it). A run that was stopped
-    leaves its whole shards, and resume=True adds the others: the same tensors as without the stop.
-    Raises MolError for data or a folder that cannot be used, a top_k outside the vocabulary, or to
-    resume another cache.
+    A stopped run leaves its complete shards. Resuming it writes the others, with the same tensors
+    as without the stop.
+
+    Args:
+        parent: the dense model.
+        data: source of the text.
+        config: of the training; context_length, seed, precision, tokens and micro_batch_size
+            (rows per forward pass) matter. Data of fewer than `tokens` tokens is cached once;
+            training repeats it.
+        out: folder of the cache.
+        top_k: number of tokens to store for each position.
+        resume: continue a stopped run.
+        progress: called with processed and total tokens.
+        shard_bytes: size of a shard.
+
+    Returns:
+        The number of cached tokens.
+
+    Raises:
+        MolError: the data or the folder cannot be used, top_k is outside the vocabulary, or the
+            folder to resume holds another cache.
     """
     if not resume:
         refuse_existing(out)  # before anything is read
@@ -56,7 +72,7 @@ def cache_logits(
         progress=progress,
     )
     per_row = length * (top_k * 6 + 12)
-    about = {
+    metadata = {
         "format": FORMAT,
         "parent": parent.fingerprint(),
         "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
@@ -78,10 +94,10 @@ def cache_logits(
         for done in range(0, last - first, config.micro_batch_size):
             batch = packed.batch(slice(done, done + config.micro_batch_size), device)
             hidden = model.model(**batch.inputs(), use_cache=False).last_hidden_state
-            kept = top_k_predictions(Head(hidden, model.lm_head.weight), top_k)
-            ids.append(kept.ids.int().cpu())
-            log_probs.append(kept.log_probs.half().cpu())
-            rest.append(kept.rest.float().cpu())
+            top = top_k_predictions(Head(hidden, model.lm_head.weight), top_k)
+            ids.append(top.ids.int().cpu())
+            log_probs.append(top.log_probs.half().cpu())
+            rest.append(top.rest.float().cpu())
             progress((first + done + len(batch.input_ids)) * length, rows.tokens)
         return {
             "input_ids": packed.input_ids.contiguous(),
@@ -92,5 +108,5 @@ def cache_logits(
             "rest": torch.cat(rest),
         }
 
-    write_logits(out, about, predict, resume=resume)
+    write_logits(out, metadata, predict, resume=resume)
     return rows.tokens

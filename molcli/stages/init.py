@@ -1,4 +1,4 @@
-"""Init: an untrained Mixture of Layers checkpoint from a recipe's model section."""
+"""Init: write an untrained Mixture of Layers checkpoint from a recipe's section `model`."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ _MIXERS = {"softmax": "attention", "gated_deltanet": "gated_deltanet"}
 
 
 def untrained_config(model: ModelConfig) -> MoLConfig:
-    """The MoLConfig of a recipe's model section: every layer is a Mixture of Layers."""
+    """Return the configuration of a recipe's section `model`; all layers are Mixture of Layers."""
     return MoLConfig(
         vocab_size=model.vocab_size,
         hidden_size=model.hidden_size,
@@ -41,7 +41,11 @@ def untrained_config(model: ModelConfig) -> MoLConfig:
 
 
 def init(recipe: Recipe, out: Path) -> None:
-    """Writes config, float32 weights drawn with model.seed, and the recipe."""
+    """Write the configuration, float32 weights drawn with model.seed, and the recipe.
+
+    Raises:
+        MolError: `out` exists, or the disk is too small.
+    """
     config = untrained_config(recipe.model)
     torch.manual_seed(recipe.model.seed)
     model = MoLForCausalLM(config)

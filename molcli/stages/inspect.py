@@ -1,4 +1,4 @@
-"""What the router of a trained or converted model does, on text."""
+"""Inspect: measure which tokens each routed block of a model sees."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +19,13 @@ from molcli.progress import Progress, silent
 
 @dataclass(frozen=True)
 class LayerRouting:
-    """One Mixture of Layers layer. layer: its index in the model. mixer: of its routed blocks."""
+    """Routing of one Mixture of Layers layer.
+
+    Attributes:
+        layer: index in the model.
+        mixer: kind of the routed blocks' mixers.
+        summary: figures of the routing.
+    """
 
     layer: int
     mixer: str
@@ -28,8 +34,16 @@ class LayerRouting:
 
 @dataclass(frozen=True)
 class RoutingReport:
-    """checkpoint, data: as given. num_shared_blocks run on every token; top_k of num_routed_blocks
-    are chosen.
+    """Routing of all Mixture of Layers layers on one text.
+
+    Attributes:
+        checkpoint: path of the model.
+        data: source of the text.
+        tokens: number of tokens that were routed.
+        num_shared_blocks: blocks that run on every token.
+        num_routed_blocks: blocks that the router chooses from.
+        top_k: blocks that it chooses for each token.
+        layers: in the order of the model.
     """
 
     checkpoint: str
@@ -41,7 +55,7 @@ class RoutingReport:
     layers: list[LayerRouting]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; each layer's figures lie beside its index and mixer."""
+        """Return plain values for JSON, with each layer's figures beside its index and mixer."""
         layers = [
             {"layer": layer.layer, "mixer": layer.mixer, **asdict(layer.summary)}
             for layer in self.layers
@@ -52,10 +66,17 @@ class RoutingReport:
 def inspect_routing(
     checkpoint: Path, data: str, config: InspectConfig, progress: Progress = silent
 ) -> RoutingReport:
-    """Route text through a checkpoint and count.
+    """Run text through a checkpoint and summarise its routing.
 
-    Raises MolError for a folder that is no such checkpoint, one that routes nothing, or data that
-    cannot be read.
+    Args:
+        checkpoint: folder of a Mixture of Layers model.
+        data: source of the text.
+        config: tokens, context length, batch size and the threshold of dead blocks.
+        progress: called with processed and total tokens.
+
+    Raises:
+        MolError: the folder has no such model, the model has no routed blocks, or the data cannot
+            be read.
     """
     device = default_device()
     model = open_checkpoint(checkpoint, device)
@@ -76,23 +97,23 @@ def inspect_routing(
     )
     mol_layers = [i for i in range(settings.num_hidden_layers) if not settings.is_dense(i)]
     counts: dict[int, RoutingCounts] = {}
-    done = 0
+    tokens = 0
     for batch in rows.batches(config.batch_size, device):
         with torch.no_grad():
             out = model.model(**batch.inputs(), use_cache=False)
-        documents = flat_documents(batch)
+        documents = _flat_documents(batch)
         for layer, routing in zip(mol_layers, out.routing, strict=True):
             new = count_routing(
                 routing.blocks, routing.weights, documents, settings.num_routed_blocks
             )
             old = counts.get(layer)
             counts[layer] = new if old is None else old + new
-        done += len(documents)
-        progress(done, rows.tokens)
+        tokens += len(documents)
+        progress(tokens, rows.tokens)
     return RoutingReport(
         checkpoint=str(checkpoint),
         data=data,
-        tokens=done,
+        tokens=tokens,
         num_shared_blocks=settings.num_shared_blocks,
         num_routed_blocks=settings.num_routed_blocks,
         top_k=settings.num_blocks_per_tok,
@@ -107,8 +128,8 @@ def inspect_routing(
     )
 
 
-def flat_documents(batch: Batch) -> Tensor:
-    """(n,) ids of the unpadded tokens' documents, in batch-major order, distinct across rows."""
+def _flat_documents(batch: Batch) -> Tensor:
+    """Document ids of the unpadded tokens, (n,), row by row; distinct across rows."""
     ids = batch.document_ids
     row = torch.arange(len(ids), device=ids.device)[:, None]
     unique = row * (int(ids.max()) + 1) + ids

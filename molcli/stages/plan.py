@@ -1,7 +1,7 @@
-"""Plan: what shapes of a converted model cost, before any of it is computed.
+"""Plan: compare the cost of possible shapes of a converted model before converting.
 
-Sizes, operations, memory and time follow from the parent's configuration alone. With calibration
-statistics and the parent's weights, the spectra of what its layers read forecast the KL, too.
+Sizes, FLOPs, memory and time follow from the parent's configuration alone. The KL can be forecast,
+too, from calibration statistics and the parent's weights.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,10 +14,11 @@ from torch import Tensor
 
 from molcli.config.sections import Recipe, UpcycleConfig
 from molcli.errors import MolError
+from molcli.estimate.cost import Cost, conversion_cost, parent_config, training_cost
 from molcli.estimate.flops import count_flops
-from molcli.estimate.forecast import FORECAST, predictors
+from molcli.estimate.forecast import FORECAST, compute_predictors
+from molcli.estimate.gpus import Gpu
 from molcli.estimate.parameters import count_parameters
-from molcli.estimate.time import Cost, Gpu, conversion_cost, parent_of, training_cost
 from molcli.fitting.shapes import (
     ACTIVE_SHARE,
     DenseShape,
@@ -31,19 +32,34 @@ from molcli.fitting.shapes import (
 from molcli.model.configuration_mol import MoLConfig
 
 PRESETS: tuple[Literal["quality", "balanced", "fast"], ...] = ("quality", "balanced", "fast")
-# num_blocks, num_shared_blocks, top_k: of shapes that differ, and of one shape
+# (num_blocks, num_shared_blocks, top_k) of candidates whose shared blocks differ from the routed
+# ones, and of candidates whose blocks all have one shape.
 SPLIT_BLOCKS = ((9, 1, 1), (17, 1, 1))
-BLOCKS = ((9, 1, 2), (17, 1, 2), (15, 1, 3))
-WIDTHS = 2  # candidates for each of the latter, those nearest to equal shares of width and neurons
-FORECAST_TOLERANCE = 0.05  # forecasts this close are alike: the model with fewer parameters wins
-FEWEST_NEURONS = 0.1  # of the parent's, in the active blocks; narrower candidates have more
+UNIFORM_BLOCKS = ((9, 1, 2), (17, 1, 2), (15, 1, 3))
+# Widths per entry of UNIFORM_BLOCKS: those nearest to equal fractions of d_model and d_ff.
+WIDTHS = 2
+# Relative difference of forecasts that counts as equal; then the model with fewer parameters wins.
+FORECAST_TOLERANCE = 0.05
+# Smallest d_ff of all active blocks together, relative to the parent's. Wider blocks have fewer
+# neurons.
+FEWEST_NEURONS = 0.1
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A shape. settings: of `upcycle`, those that make it. share: active parameters over the
-    parent's, embeddings left out of both. flops: a token, active. checkpoint: bytes. kl: forecast
-    in nats a token right after conversion; None without calibration statistics.
+    """One possible shape and its cost.
+
+    Attributes:
+        name: unique within a plan.
+        settings: keys of the recipe's section `upcycle` that produce this shape.
+        total: parameters.
+        active: parameters that one token uses.
+        share: active parameters over the parent's, both without embeddings.
+        flops: FLOPs per token with active blocks.
+        checkpoint: bytes of the weights on disk.
+        conversion: cost of the conversion.
+        training: cost of the training.
+        kl: forecast right after conversion, nats a token; None without calibration statistics.
     """
 
     name: str
@@ -60,8 +76,18 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Plan:
-    """parent_total, parent_flops: the parent's. recommended: the name of a candidate of about the
-    share asked for: the first guess, or the smallest of about the lowest forecast."""
+    """All candidates, and the recommended one.
+
+    Attributes:
+        parent_total: parameters of the parent.
+        parent_flops: FLOPs per token of the parent.
+        tokens: training tokens that costs are estimated for.
+        gpu: GPU that costs are estimated for.
+        candidates: presets first.
+        recommended: name of the candidate to choose at about the requested share. With forecasts,
+            the smallest model among those with about the lowest KL; else the first candidate after
+            the presets.
+    """
 
     parent_total: int
     parent_flops: int
@@ -71,8 +97,9 @@ class Plan:
     recommended: str
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
+        """Return plain values for JSON."""
+        gpu = {key: getattr(self.gpu, key) for key in ("name", "bf16", "fp32", "memory")}
+        return {**asdict(self), "gpu": gpu}
 
 
 def plan(
@@ -84,25 +111,33 @@ def plan(
     spectra: Mapping[int, Tensor] | None = None,
     fit_tokens: int | None = None,
 ) -> Plan:
-    """The presets, and shapes of about `share` active parameters.
+    """Estimate the cost of the presets and of shapes with about `share` active parameters.
 
-    outline: of `molcli.families.parent.outline`. tokens: of the training budget. spectra:
-    `layer_spectra` by layer; fit_tokens: of the calibration, if not those of the recipe. Of
-    recipe.upcycle counts what is no matter of shape: layers and mixers. Raises MolError where
-    it does not fit the parent.
+    Args:
+        outline: the parent's numbers, from `molcli.families.parent.outline`.
+        recipe: calibration and training settings; of recipe.upcycle only the settings that do not
+            concern shapes: layers and mixers.
+        share: active parameters over the parent's, without embeddings, in (0, 1].
+        tokens: training tokens.
+        gpu: GPU that costs are estimated for.
+        spectra: layer -> `reading_spectrum`, for a forecast of the KL.
+        fit_tokens: tokens of the calibration, if not those of the recipe.
+
+    Raises:
+        MolError: the recipe does not fit the parent, or the share is too small.
     """
     dense = {name: value for name, value in outline.items() if name != "dtype"}
     dtype = outline["dtype"] or torch.bfloat16
     recipe = recipe if fit_tokens is None else _with_tokens(recipe, fit_tokens)
-    found = []
+    candidates = []
     for name, options in _shapes(dense, recipe.upcycle, share):
         config = converted_config(dense, options)
-        count, parent = count_parameters(config), count_parameters(parent_of(config))
-        about = recipe.calibrate
+        count, parent = count_parameters(config), count_parameters(parent_config(config))
+        calibration = recipe.calibrate
         kl = None
         if spectra is not None:
-            kl = FORECAST.kl(predictors(config, spectra, about.tokens))
-        found.append(
+            kl = FORECAST.kl(compute_predictors(config, spectra, calibration.tokens))
+        candidates.append(
             Candidate(
                 name=name,
                 settings=_settings(config, options),
@@ -111,26 +146,28 @@ def plan(
                 share=(count.active - count.embedding) / parent.non_embedding,
                 flops=count_flops(config, recipe.train.context_length).active,
                 checkpoint=count.total * dtype.itemsize,
-                conversion=conversion_cost(config, about.tokens, about.heldout_tokens, gpu),
+                conversion=conversion_cost(
+                    config, calibration.tokens, calibration.heldout_tokens, gpu
+                ),
                 training=training_cost(config, recipe.train, tokens, gpu),
                 kl=kl,
             )
         )
-    whole = parent_of(config)
+    dense_config = parent_config(config)
     return Plan(
-        count_parameters(whole).total,
-        count_flops(whole, recipe.train.context_length).active,
+        count_parameters(dense_config).total,
+        count_flops(dense_config, recipe.train.context_length).active,
         tokens,
         gpu,
-        found,
-        _recommended(found),
+        candidates,
+        _recommended(candidates),
     )
 
 
 def _shapes(
     dense: dict[str, Any], options: UpcycleConfig, share: float
 ) -> Iterator[tuple[str, UpcycleConfig]]:
-    """Presets first, then the candidates, the best guess without a forecast first of these."""
+    """Yield presets first, then candidates, with the best guess without a forecast first."""
     free = replace(
         options,
         d_thin=None,
@@ -143,9 +180,9 @@ def _shapes(
     for preset in PRESETS:
         yield preset, replace(free, preset=preset)
     shape = dense_shape(dense)
-    found = [*_split(free, shape, share), *_alike(free, shape, share)]
+    found = [*_split_candidates(free, shape, share), *_uniform_candidates(free, shape, share)]
     if options.layers == "all":
-        found = [*_of_some_layers(free, dense["num_hidden_layers"], share), *found]
+        found = [*_partial_candidates(free, dense["num_hidden_layers"], share), *found]
     if not found:
         raise MolError(
             f"--active is {share:.1%}, which leaves no room for neurons beside the parent's heads",
@@ -155,12 +192,14 @@ def _shapes(
     yield from found
 
 
-def _of_some_layers(
+def _partial_candidates(
     free: UpcycleConfig, layers: int, share: float
 ) -> Iterator[tuple[str, UpcycleConfig]]:
-    """Presets below the share, in as many of the middle layers as they take; the others stay
-    dense. Of SmolLM2-135M, the thinner in fewer layers keep more right after conversion
-    (tests/bench/results/shared-shape.md)."""
+    """Yield presets with a smaller share in only some of the layers; the others stay dense.
+
+    As many middle layers are converted as bring the model down to `share`. Of SmolLM2-135M, thinner
+    blocks in fewer layers lose less right after conversion (tests/bench/results/shared-shape.md).
+    """
     for preset in reversed(PRESETS):
         saved = 1 - ACTIVE_SHARE[preset]
         few = ceil(layers * (1 - share) / saved)
@@ -170,14 +209,14 @@ def _of_some_layers(
             yield f"{preset} in {few} of {layers} layers", options
 
 
-def _split(
+def _split_candidates(
     free: UpcycleConfig, dense: DenseShape, share: float
 ) -> Iterator[tuple[str, UpcycleConfig]]:
-    """Shared blocks of another shape than the routed ones, as presets have them."""
+    """Yield shapes whose shared blocks differ from the routed ones, as in the presets."""
     for blocks, shared, top_k in SPLIT_BLOCKS:
         wide, thin = split_shapes(share, shared, top_k, dense)
         cost = shared * dense.thin_weights(wide) + top_k * dense.thin_weights(thin)
-        if cost <= share * dense.weights:  # more, where that leaves no room for neurons
+        if cost <= share * dense.weights:  # it is larger where there is no room for neurons
             shapes = f"{wide.width}×{wide.neurons}, {thin.width}×{thin.neurons}"
             options = _with_blocks(free, blocks, shared, top_k, thin)
             yield (
@@ -191,11 +230,11 @@ def _split(
             )
 
 
-def _alike(
+def _uniform_candidates(
     free: UpcycleConfig, dense: DenseShape, share: float
 ) -> Iterator[tuple[str, UpcycleConfig]]:
-    """Blocks of one shape, as in the paper."""
-    for blocks, shared, top_k in BLOCKS:
+    """Yield shapes in which all blocks have one shape, as in the paper."""
+    for blocks, shared, top_k in UNIFORM_BLOCKS:
         active, widths = shared + top_k, 0
         for width in widths_near(share, active, dense):
             thin = thin_shape(share, active, dense, width)
@@ -244,12 +283,14 @@ def _with_tokens(recipe: Recipe, tokens: int) -> Recipe:
 
 
 def _recommended(candidates: list[Candidate]) -> str:
-    """Presets that cost no more than the candidates compete by forecast: without, they are no
-    guess."""
-    made = [c for c in candidates if c.name not in PRESETS]
-    most = max(c.share for c in made)
+    """Choose by forecast, among candidates and presets that are no larger; without one, the first.
+
+    Presets are considered with a forecast only: their share is not the requested one.
+    """
+    shapes = [c for c in candidates if c.name not in PRESETS]
+    most = max(c.share for c in shapes)
     forecast = [(c.kl, c.total, c.name) for c in candidates if c.kl is not None and c.share <= most]
     if not forecast:
-        return made[0].name
+        return shapes[0].name
     enough = min(forecast)[0] * (1 + FORECAST_TOLERANCE)
     return min((total, kl, name) for kl, total, name in forecast if kl <= enough)[2]

@@ -1,4 +1,4 @@
-"""Text sampled from the parent: the data set of those who have none."""
+"""Sample: write text from the parent's own distribution, for those without a data set."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -22,19 +22,28 @@ from molcli.model.parent import end_tokens
 from molcli.model.precision import fast_dtype
 from molcli.progress import Progress, silent
 
-_ON_CPU, _MOST = 64, 8192  # documents at a time
-# Not cuDNN's attention: it plans anew for every length, that is for every token.
+_CPU_BATCH, _LARGEST_BATCH = 64, 8192  # documents
+# Without cuDNN's attention, which makes a new plan for every length, hence for every token.
 _BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def sample(parent: Parent, config: SampleConfig, out: Path, progress: Progress = silent) -> None:
-    """Writes documents drawn from the parent's own distribution as JSON lines.
+    """Write documents drawn from the parent's distribution as JSON lines.
 
-    Each starts with a prompt, or with the parent's BOS (its EOS, or token 0, if it has none), and
-    ends with an EOS or after config.length tokens, the prompt's included; there are as many as make
-    config.tokens. A line holds `input_ids`, and `text` without special tokens if the parent has a
-    tokenizer. The same seed gives the same file on the same machine. Raises MolError if `out`
-    exists, or for prompts that cannot be read or leave no room; a failed run leaves nothing there.
+    A document starts with a prompt, or with the parent's BOS token (EOS, or token 0, if it has
+    none). It ends with an EOS token or after config.length tokens, the prompt included. A line has
+    `input_ids`, and `text` without special tokens if the parent has a tokenizer. The same seed
+    gives the same file on the same machine. A failed run leaves no file.
+
+    Args:
+        parent: the dense model.
+        config: prompts, tokens to write in all, length of a document, temperature, seed and batch
+            size.
+        out: file to write.
+        progress: called with written and total tokens.
+
+    Raises:
+        MolError: `out` exists, or prompts cannot be read or are too long.
     """
     if out.exists():
         raise MolError(f"{out} exists", hint="another path, or remove it first")
@@ -46,70 +55,75 @@ def sample(parent: Parent, config: SampleConfig, out: Path, progress: Progress =
     model.to(device).eval()  # type: ignore[arg-type]
     tokenizer = parent.tokenizer()
     generator = torch.Generator(device).manual_seed(config.seed)
-    at_once = config.batch_size
-    if at_once == "auto":
-        at_once = _documents_at_once(model, config.length)
+    batch_size = config.batch_size
+    if batch_size == "auto":
+        batch_size = _largest_batch(model, config.length)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
-    done = drawn = 0
+    tokens = num_documents = 0
     try:
         with partial.open("w", encoding="utf-8") as file:
-            while done < config.tokens:
-                # As many as will do at the length seen so far: a batch costs as many steps as its
-                # longest document has tokens, however few the documents.
-                length = done / drawn if drawn else config.length
-                count = min(at_once, ceil((config.tokens - done) / length))
+            while tokens < config.tokens:
+                # As many documents as are needed at the mean length so far. A batch takes as many
+                # steps as its longest document has tokens, however few documents there are.
+                length = tokens / num_documents if num_documents else config.length
+                count = min(batch_size, ceil((config.tokens - tokens) / length))
                 starts = list(islice(prompts, count))
-                drawn += count
+                num_documents += count
 
-                def report(new: int, before: int = done) -> None:
+                def report(new: int, before: int = tokens) -> None:
                     progress(min(before + new, config.tokens), config.tokens)
 
                 with sdpa_kernel(_BACKENDS):
-                    documents = _documents(model, starts, config, generator, report)
+                    documents = _sample_batch(model, starts, config, generator, report)
                 for ids in documents:
                     row: dict[str, object] = {"input_ids": ids}
                     if tokenizer is not None:
                         row["text"] = tokenizer.decode(ids, skip_special_tokens=True)
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                    done += len(ids)
+                    tokens += len(ids)
         partial.replace(out)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
 
 
-def _documents_at_once(model: PreTrainedModel, length: int) -> int:
-    """On a GPU, those whose keys, values and odds take half of all memory, whatever else is in it:
-    the same seed is to give the same text."""
+def _largest_batch(model: PreTrainedModel, length: int) -> int:
+    """Number of documents whose keys, values and probabilities fill half of a GPU's memory.
+
+    It does not depend on what else is in memory, so that the same seed gives the same text.
+    """
     if model.device.type != "cuda":
-        return _ON_CPU
+        return _CPU_BATCH
     config, bytes_each = model.config, model.dtype.itemsize
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     cache = 2 * config.num_hidden_layers * heads * width * bytes_each * length
-    # Logits, their float32 copy, odds, and these cumulated in float64.
-    odds = config.vocab_size * (bytes_each + 4 + 4 + 8)
+    # Logits, their float32 copy, probabilities, and their cumulative sum in float64.
+    probabilities = config.vocab_size * (bytes_each + 4 + 4 + 8)
     half = torch.cuda.get_device_properties(model.device).total_memory // 2
-    return int(max(1, min(_MOST, half // (cache + odds))))
+    return int(max(1, min(_LARGEST_BATCH, half // (cache + probabilities))))
 
 
 def _prompts(parent: Parent, config: SampleConfig) -> Iterator[list[int]]:
-    """What each document begins with, endlessly. The first prompt is read at once: a source that
-    gives none fails before a model is opened."""
+    """Yield the first tokens of each document, without end.
+
+    The first prompt is read immediately, so that a source without any fails before a model is
+    opened.
+    """
     if config.prompts is None:
         return repeat([_start_token(parent.config)])
-    found = tokenize(
+    documents = tokenize(
         read_documents(config.prompts),
         parent.tokenizer(),
         vocab_size=parent.config.vocab_size,
         add_eos=False,
     )
-    checked = (_with_room(ids[: config.prompt_length].tolist(), config) for ids in found)
+    checked = (_check_length(ids[: config.prompt_length].tolist(), config) for ids in documents)
     return cycle(chain([next(checked)], checked))
 
 
-def _with_room(prompt: list[int], config: SampleConfig) -> list[int]:
+def _check_length(prompt: list[int], config: SampleConfig) -> list[int]:
     if len(prompt) >= config.length:
         raise MolError(
             f"a prompt in {config.prompts} has {len(prompt)} tokens, and a document "
@@ -121,29 +135,36 @@ def _with_room(prompt: list[int], config: SampleConfig) -> list[int]:
 
 
 @torch.inference_mode()
-def _documents(
+def _sample_batch(
     model: PreTrainedModel,
     starts: list[list[int]],
     config: SampleConfig,
     generator: torch.Generator,
     report: Callable[[int], None],
 ) -> list[list[int]]:
-    """A document from each start. Those that end leave the batch, so that no step works for them.
+    """Sample one document from each start.
 
-    The shortest start is read in one pass; where others go on, their tokens stand in for draws, so
-    that no row needs padding.
-    report: told the tokens drawn so far.
+    Documents that have ended leave the batch, so that no step computes them. The first pass reads
+    as many tokens as the shortest start has. In longer starts, the start's own tokens then replace
+    the sampled ones, so that no row needs padding.
+
+    Args:
+        model: the parent.
+        starts: first tokens of each document.
+        config: length and temperature.
+        generator: on the model's device.
+        report: called with the number of tokens so far.
     """
     ends, count = torch.tensor(end_tokens(model), dtype=torch.int64), len(starts)
-    given = torch.tensor([len(start) for start in starts], device=model.device)
+    start_lengths = torch.tensor([len(start) for start in starts], device=model.device)
     ids = torch.zeros((count, config.length), dtype=torch.int64, device=model.device)
     for row, start in enumerate(starts):
         ids[row, : len(start)] = torch.tensor(start)
     lengths = torch.full((count,), config.length, device=model.device)
     running = torch.arange(count, device=model.device)
     cache = DynamicCache(config=model.config)
-    read, known = 0, int(given.min())
-    drawn = count * known
+    read, known = 0, int(start_lengths.min())
+    tokens = count * known
     for step in range(known, config.length):
         out = model(
             input_ids=ids[running, read:step],
@@ -151,34 +172,37 @@ def _documents(
             logits_to_keep=1,
             **{CACHE_FIELD: cache},
         )
-        read, is_given = step, step < given[running]
-        odds = (out.logits[:, -1].float() / config.temperature).softmax(-1)
-        new = torch.where(is_given, ids[running, step], _draw(odds, generator))
+        read, in_start = step, step < start_lengths[running]
+        probabilities = (out.logits[:, -1].float() / config.temperature).softmax(-1)
+        new = torch.where(in_start, ids[running, step], _draw(probabilities, generator))
         ids[running, step] = new
-        drawn += len(running)
-        ended = torch.isin(new, ends.to(new.device)) & ~is_given
+        tokens += len(running)
+        ended = torch.isin(new, ends.to(new.device)) & ~in_start
         if ended.any():
             lengths[running[ended]] = step + 1
             running = running[~ended]
             if not len(running):
                 break
             cache.batch_select_indices((~ended).nonzero()[:, 0])
-        report(drawn)
+        report(tokens)
     return [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
 
 
-def _draw(odds: Tensor, generator: torch.Generator) -> Tensor:
-    """One index a row of (B, V) probabilities: (B,) int64.
+def _draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw one index from each row of (B, V) probabilities: (B,) int64.
 
-    By inverting the cumulated odds: torch.multinomial draws a number for every entry, which on a
-    CPU takes longer than the model does.
+    It inverts the cumulative distribution. torch.multinomial draws a random number for every entry,
+    which takes longer than the model on a CPU.
     """
-    cumulated = odds.cumsum(-1, dtype=torch.float64)
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     uniform = torch.rand(
-        (len(odds), 1), generator=generator, dtype=torch.float64, device=odds.device
+        (len(probabilities), 1),
+        generator=generator,
+        dtype=torch.float64,
+        device=probabilities.device,
     )
-    above_zero = 1 - uniform  # an entry without odds must not be hit
-    return torch.searchsorted(cumulated, above_zero * cumulated[:, -1:])[:, 0]
+    above_zero = 1 - uniform  # an entry of probability 0 must not be drawn
+    return torch.searchsorted(cumulative, above_zero * cumulative[:, -1:])[:, 0]
 
 
 def _start_token(config: PreTrainedConfig) -> int:

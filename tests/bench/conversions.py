@@ -1,4 +1,4 @@
-"""What the benchmarks of conversions share: cases, and a workshop that does nothing twice."""
+"""Cases of the conversion benchmarks, and a runner that reuses intermediate results."""
 
 import json
 import random
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lines import measured
+from json_lines import measured
 from pruned import CUTS, Cut, influences, kept_layers, write_dense
 from torch import Tensor
 from transformers.utils import logging
@@ -31,20 +31,27 @@ from molcli.stages.evaluate import Models, measure
 from molcli.stages.train import train
 from molcli.stages.upcycle import upcycle
 
-logging.disable_progress_bar()  # lines of bars around each line of figures
+logging.disable_progress_bar()  # bars would surround each line of figures
 
 
 @dataclass(frozen=True)
 class Case:
-    """A name, and `section.key=value` texts on top of what all cases share."""
+    """A conversion to measure.
+
+    Attributes:
+        name: of its row.
+        overrides: `section.key=value` texts, applied after those that all cases share.
+    """
 
     name: str
     overrides: tuple[str, ...]
 
     @classmethod
     def parse(cls, text: str) -> "Case":
-        """`name:key=value,key=[1, 2]`; a key without a section is one of `upcycle`, whose method
-        may be one of CUTS, too."""
+        """Parse `name:key=value,key=[1, 2]`.
+
+        A key without a section belongs to `upcycle`. The value of `method` may be one of CUTS, too.
+        """
         name, _, settings = text.partition(":")
         parts = [part for part in re.split(r",(?=[\w.]+=)", settings) if part]
         keys = [part if "." in part.partition("=")[0] else f"upcycle.{part}" for part in parts]
@@ -52,11 +59,11 @@ class Case:
 
     @property
     def cut(self) -> Cut | None:
-        """A dense model with fewer layers in the place of a conversion."""
+        """The baseline with fewer dense layers that replaces the conversion, if any."""
         return next((cut for cut in CUTS if _method(cut) in self.overrides), None)
 
     def recipe(self, base: str | None, shared: Iterable[str], seed: int) -> Recipe:
-        """The seed draws documents, clusters and the order of training."""
+        """Return the recipe. The seed draws documents, clusters and the order of training."""
         seeds = [f"calibrate.seed={seed}", f"train.seed={seed}"]
         own = [text for text in self.overrides if text not in map(_method, CUTS)]
         return load_recipe(base, [*shared, *own, *seeds])
@@ -67,11 +74,16 @@ def _method(cut: Cut) -> str:
 
 
 @dataclass
-class Workshop:
-    """Converts one parent on one text in a scratch folder. Texts, the parent, calibrations and the
-    newest conversion are kept for what comes next.
+class ConversionRunner:
+    """Convert one parent on one text in a scratch folder.
 
-    data: text, read whole. heldout: text that nothing is fitted to or chosen by.
+    Documents, the parent, calibrations and the latest conversion are reused by later calls.
+
+    Attributes:
+        parent: the dense model.
+        data: source of the text; all of it is read.
+        folder: for checkpoints and calibrations.
+        heldout: source of text that is not used for fitting or selection.
     """
 
     parent: Parent
@@ -85,8 +97,11 @@ class Workshop:
     _tokens: dict[str, str] = field(default_factory=dict)
 
     def calibration(self, recipe: Recipe) -> tuple[Calibration, float]:
-        """And the seconds that it took. On documents that its seed draws from all of the data:
-        `molcli calibrate` takes the first that are enough, in an order of the seed's."""
+        """Return the calibration of a recipe, and the seconds that it took.
+
+        Its documents are drawn from all of the data by the seed. `molcli calibrate` itself uses the
+        first documents that are enough, in an order that depends on the seed.
+        """
         about = recipe.calibrate
         if about not in self._calibrations:
             out = self.folder / f"calibration-{len(self._calibrations)}"
@@ -98,7 +113,7 @@ class Workshop:
         return self._calibrations[about]
 
     def convert(self, recipe: Recipe, cut: Cut | None = None) -> tuple[Path, dict[str, Any]]:
-        """The checkpoint, which the next conversion overwrites, and figures of the conversion."""
+        """Convert. Return the checkpoint, which the next conversion overwrites, and figures."""
         out, key = self.folder / "converted", (recipe.upcycle, recipe.calibrate, cut)
         if self._newest is not None and self._newest[0] == key:
             return out, self._newest[1]
@@ -122,20 +137,22 @@ class Workshop:
         return out, self._newest[1]
 
     def figures(self, checkpoint: Path, config: EvaluateConfig) -> dict[str, Any]:
-        """As `molcli eval` has them of the held-out text: gap is the cross-entropy above the
-        parent's, in nats a token."""
+        """Return the figures of `molcli eval` on held-out text.
+
+        gap: cross-entropy minus the parent's, in nats a token.
+        """
         if self.heldout is None:
             return {}
         model = open_checkpoint(checkpoint, default_device())
         models = Models(model, self.teacher(model.dtype), self.parent.tokenizer())
         only = replace(config, num_prompts=0, recall_sequences=0)
-        found = measure(models, self.heldout, only).heldout
-        assert found is not None and found.parent_ce is not None
+        result = measure(models, self.heldout, only).heldout
+        assert result is not None and result.parent_ce is not None
         names = "ce", "parent_ce", "kl", "agreement", "tokens"
-        return {"gap": found.ce - found.parent_ce} | {n: getattr(found, n) for n in names}
+        return {"gap": result.ce - result.parent_ce} | {n: getattr(result, n) for n in names}
 
     def train(self, checkpoint: Path, data: Data, recipe: Recipe) -> tuple[Path, dict[str, Any]]:
-        """The trained model, which the next training overwrites, and figures of the training."""
+        """Train. Return the trained model, which the next training overwrites, and figures."""
         out, tokens = self.folder / "trained", self._tokenised(data)
         shutil.rmtree(out, ignore_errors=True)
         quiet = replace(recipe, train=replace(recipe.train, checkpoint_every=0))
@@ -144,20 +161,20 @@ class Workshop:
         return out, {"trained_tokens": result.tokens, "seconds": seconds, "peak_gb": peak} | speed
 
     def size(self, checkpoint: Path) -> dict[str, Any]:
-        """share: active parameters over the parent's, embeddings left out of both."""
+        """Return parameter counts. share: active over the parent's, both without embeddings."""
         count = count_parameters(MoLConfig.from_pretrained(checkpoint))
         parent = count_parameters(MoLConfig(**self.parent.mol_config_kwargs()))
         share = (count.active - count.embedding) / parent.non_embedding
         return {"total": count.total, "active": count.active, "share": round(share, 4)}
 
     def teacher(self, dtype: torch.dtype) -> MoLForCausalLM:
-        """The parent as a whole."""
+        """Return the parent as a model."""
         if dtype not in self._teachers:
             self._teachers[dtype] = load_dense(self.parent, dtype, default_device())
         return self._teachers[dtype]
 
     def _draw(self, out: Path, seed: int, tokens: int) -> None:
-        """Writes documents of the data, drawn by the seed, until they are enough."""
+        """Write documents in an order drawn by the seed, until they have enough tokens."""
         if not self._documents:
             size, tokenizer = self.parent.config.vocab_size, self.parent.tokenizer()
             found = load_documents(self.data, tokenizer, vocab_size=size, limit=None)
@@ -189,14 +206,14 @@ class Workshop:
 
     def _cut(self, cut: Cut, recipe: Recipe, calibration: Calibration, out: Path) -> None:
         shape = mol_config(self.parent, recipe.upcycle)
-        # Without a GPU in fp32, as the conversions there compute; stored as the parent is.
+        # Conversions on a CPU compute in fp32; the checkpoint has the parent's dtype.
         dtype = self.parent.embedding().dtype if torch.cuda.is_available() else torch.float32
         layers = kept_layers(cut, shape, lambda: influences(self.teacher(dtype), calibration.fit))
         write_dense(self.parent, layers, out)
 
 
 def _receipt(checkpoint: Path) -> dict[str, Any]:
-    """What the conversion measured on rows that its calibration held out."""
+    """Figures of the conversion's receipt, on rows that its calibration held out."""
     file = checkpoint / "receipt.json"
     if not file.is_file():
         return {}

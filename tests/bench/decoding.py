@@ -1,10 +1,10 @@
-"""Where a decoding step's time goes: the graph alone, `generate` around it, and each kernel.
+"""Split the time of a decoding step: the CUDA graph, `generate` around it, and each kernel.
 
     python tests/bench/decoding.py [--recipe paper-1.3b-1+3of15] [--batch 1] [--context 8192]
 
-Prints one JSON line: milliseconds of a step replayed without `generate`, of a token by `generate`,
-and of reading the active weights and the cache once, at the bandwidth of a copy on this GPU; and
-with --profile the kernels of one step, by time.
+Prints one JSON line with the milliseconds of a step that is replayed without `generate`, of a token
+by `generate`, and of reading the active weights and the cache once at the bandwidth of a copy on
+this GPU. --profile prints the kernels of one step, sorted by time.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import torch
 from triton.testing import do_bench
 
 sys.path.insert(0, str(Path(__file__).parent))
-from machine import machine
+from json_lines import machine
 
 from molcli.config.recipe import load_recipe
 from molcli.estimate.parameters import count_parameters

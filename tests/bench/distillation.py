@@ -1,11 +1,11 @@
-"""Tokens a second of distillation, parent included: SmolLM2-135M's shape, random weights.
+"""Measure tokens per second of distillation with the parent: SmolLM2-135M's shape, random weights.
 
     python tests/bench/distillation.py [--compile on] [--graph on] [--micro-batch 64] \
         [--layer-kind softmax]
 
-Prints one JSON line. MFU counts the matrix products of active parameters: 6 a token for the model
-(2 of them forward), 2 for the parent and for both heads, attention scores left out, against the
-989 TFLOP/s of an H100 in bf16.
+Prints one JSON line. MFU counts the matrix products of active parameters: 6 FLOPs per token and
+parameter for the model (2 of them forward), 2 for the parent, without attention scores. It is
+relative to the bf16 peak of the GPU (molcli/estimate/gpus.py), or of an H100 for an unknown device.
 """
 
 import argparse
@@ -19,23 +19,24 @@ import torch
 from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).parent))
-from machine import machine
+from json_lines import machine
 
 from molcli.config.recipe import load_recipe
 from molcli.config.sections import TrainConfig
 from molcli.data.packing import pack
+from molcli.estimate.gpus import GPUS, find_gpu
 from molcli.estimate.parameters import count_parameters
 from molcli.fitting.shapes import converted_config
 from molcli.model import MoLForCausalLM
 from molcli.model.compiled import compile_layers
 from molcli.model.configuration_mol import MoLConfig
+from molcli.report.machine import device_name
 from molcli.stages.train.balance import RouterLoads
 from molcli.stages.train.batches import MicroBatches, micro_batches
 from molcli.stages.train.gradient_graph import GradientGraph
 from molcli.stages.train.objective import LossWeights, PredictionObjective, Student
 from molcli.stages.train.optimizer import make_optimizer, update
 
-PEAK_FLOPS = 989e12
 DENSE = {
     "vocab_size": 49_152,
     "hidden_size": 576,
@@ -49,7 +50,7 @@ DENSE = {
 
 
 def config(layer_kind: str) -> MoLConfig:
-    """As the recipe smollm2-135m converts it; the parent, where layer_kind is "dense"."""
+    """Return the model that the recipe smollm2-135m makes; "dense" is the parent."""
     if layer_kind == "dense":
         return MoLConfig(**DENSE, layer_kinds=["dense"] * DENSE["num_hidden_layers"])
     kind = "all" if layer_kind == "gated_deltanet" else "none"
@@ -88,16 +89,16 @@ def main() -> None:
     documents = [torch.randint(49_152, (n,), dtype=torch.int32) for n in lengths]
     rows = pack(documents, args.length, seed=0)
 
-    def load() -> MicroBatches:
+    def next_batch() -> MicroBatches:
         index = torch.randint(len(rows), (args.batch,))
         return micro_batches(rows, index, args.micro_batch, accelerator)
 
-    ahead = [load()]
+    ahead = [next_batch()]
 
     def step() -> None:  # in the order of `molcli train`
         objective.backward(ahead.pop(), accelerator)
         _, finite = update(model, optimizer, 1.0, accelerator)
-        ahead.append(load())
+        ahead.append(next_batch())
         assert finite()
         loads.add_step_to_window()
         loads.update_biases(1e-3, accelerator)
@@ -117,13 +118,14 @@ def main() -> None:
     seconds = time.perf_counter() - start
     tokens = args.steps * args.batch * args.length
     count, dense = count_parameters(model.config), count_parameters(parent.config)
+    peak_flops = (find_gpu(device_name(device)) or GPUS["h100"]).bf16
     flops = 6 * count.active + 2 * dense.active  # tied embeddings count once, as heads
     print(
         json.dumps(
             {
                 "command": "python " + " ".join(sys.argv),
                 "tokens_per_second": round(tokens / seconds),
-                "mfu": round(flops * tokens / seconds / PEAK_FLOPS, 3),
+                "mfu": round(flops * tokens / seconds / peak_flops, 3),
                 "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1)
                 if device.type == "cuda"
                 else None,

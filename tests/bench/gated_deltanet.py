@@ -1,16 +1,17 @@
-"""What Gated DeltaNet costs: in 0, a quarter, a half and all of the layers, with gates of ours and
-random ones, right after conversion and after training.
+"""Measure the loss from Gated DeltaNet in 0, a quarter, a half and all of the layers.
+
+Gates are fitted or random; figures are from right after conversion and from after training.
 
     python tests/bench/gated_deltanet.py PARENT --recipe smollm2-135m --data wiki.jsonl \\
         --heldout heldout.jsonl --out lines.jsonl
     python tests/bench/gated_deltanet.py … --only softmax,all,all-random --train-tokens 6M
 
-Rows, for --only: `softmax`, the parent upcycled with softmax attention; `every:4`, `every:2` and
-`all`, that one converted (`molcli convert`); `direct`, upcycled to Gated DeltaNet in all layers at
-once. With -random behind the name: the same checkpoint with its gates drawn as an untrained model
-has them, and nothing refitted. One JSON line each: cross-entropy, its gap to the parent's, and KL
-to the parent on --heldout, in nats a token; seconds are those of the step that the row is named
-after. With --out, lines are appended, and what is there already is not run again.
+Rows, for --only: `softmax` is the parent upcycled with softmax attention. `every:4`, `every:2` and
+`all` are that checkpoint after `molcli convert`. `direct` is the parent upcycled to Gated DeltaNet
+in all layers. The suffix -random means the same checkpoint with gates drawn as in an untrained
+model, without any refit. Each row is one JSON line: cross-entropy, its gap to the parent's, and KL
+to the parent on --heldout, in nats a token. `seconds` is the time of the step that the row is named
+after. With --out, lines are appended to a file, and rows that it already has are not run again.
 """
 
 import argparse
@@ -27,8 +28,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conversions import Case, Workshop
-from lines import Lines, measured
+from conversions import Case, ConversionRunner
+from json_lines import JsonLines, measured
 from upcycle import add_common, chosen, table
 
 from molcli.config.layer_choice import parse_choice
@@ -43,22 +44,22 @@ ROWS = [STEPS[0], *(name for step in STEPS[1:] for name in (step, step + RANDOM)
 
 
 class Checkpoints:
-    """Every checkpoint once, when it is first asked for."""
+    """Make each checkpoint at its first use and keep it."""
 
-    def __init__(self, workshop: Workshop, recipe: Recipe, folder: Path) -> None:
-        self.workshop, self.folder = workshop, folder
+    def __init__(self, runner: ConversionRunner, recipe: Recipe, folder: Path) -> None:
+        self.runner, self.folder = runner, folder
         self.softmax = replace(recipe, upcycle=replace(recipe.upcycle, gated_deltanet="none"))
         self.direct = replace(recipe, upcycle=replace(recipe.upcycle, gated_deltanet="all"))
         self.made: dict[str, tuple[Path, dict[str, Any]]] = {}
 
     def get(self, name: str) -> tuple[Path, dict[str, Any]]:
-        """And figures of its making."""
+        """Return the checkpoint's folder, and figures of how it was made."""
         if name not in self.made:
             out = self.folder / name.replace(":", "-")
             if name.endswith(RANDOM):
                 about = self._random(name.removesuffix(RANDOM), out)
             elif name in ("softmax", "direct"):
-                made, about = self.workshop.convert(getattr(self, name))
+                made, about = self.runner.convert(getattr(self, name))
                 shutil.copytree(made, out)
             else:
                 about = self._converted(name, out)
@@ -69,14 +70,14 @@ class Checkpoints:
         source, about = self.get("softmax")
         about = {name: figure for name, figure in about.items() if name != "receipt"}
         options = replace(self.softmax.convert, gated_deltanet=parse_choice(layers))
-        text = self.workshop.calibration(self.softmax)[0]
+        text = self.runner.calibration(self.softmax)[0]
         both = Text(text.fit, text.heldout, text_hash(text.fit, text.heldout))
         recipe = replace(self.softmax, convert=options)
         _, seconds, peak = measured(lambda: convert(open_source(source), both, recipe, out))
-        return about | self.workshop.size(out) | {"seconds": seconds, "peak_gb": peak}
+        return about | self.runner.size(out) | {"seconds": seconds, "peak_gb": peak}
 
     def _random(self, name: str, out: Path) -> dict[str, Any]:
-        """Every gate projection normal, as at initialisation."""
+        """Draw every gate projection from the normal distribution of an untrained model."""
         checkpoint, about = self.get(name)
         std = json.loads((checkpoint / "config.json").read_text())["initializer_range"]
         generator = torch.Generator().manual_seed(self.softmax.calibrate.seed)
@@ -96,13 +97,13 @@ def main(words: list[str] | None = None) -> None:
     )
     add_common(parser)
     args = parser.parse_args(words)
-    parent, lines, nothing = open_parent(args.parent), Lines(args.out), Case("", ())
+    parent, lines = open_parent(args.parent), JsonLines(args.out)
     names = chosen(ROWS, args.only)
     for seed in map(int, args.seeds.split(",")):
-        recipe = nothing.recipe(args.recipe, args.set, seed)
+        recipe = Case("", ()).recipe(args.recipe, args.set, seed)
         with TemporaryDirectory(prefix="molcli-bench-", dir=args.work) as folder:
-            workshop = Workshop(parent, args.data, Path(folder), args.heldout)
-            checkpoints = Checkpoints(workshop, recipe, Path(folder))
+            runner = ConversionRunner(parent, args.data, Path(folder), args.heldout)
+            checkpoints = Checkpoints(runner, recipe, Path(folder))
             for name in names:
                 settings = [f"recipe={args.recipe}", *args.set]
                 key = {"parent": args.parent, "case": name, "seed": seed, "settings": settings}
@@ -123,16 +124,16 @@ def figures(checkpoints: Checkpoints, name: str) -> dict[str, Any]:
         "gated_deltanet_layers": config["layer_mixers"].count("gated_deltanet"),
         "converted_layers": config["layer_structures"].count("mixture"),
     }
-    return about | layers | checkpoints.workshop.figures(checkpoint, checkpoints.softmax.evaluate)
+    return about | layers | checkpoints.runner.figures(checkpoint, checkpoints.softmax.evaluate)
 
 
 def trained(
     checkpoints: Checkpoints, name: str, recipe: Recipe, args: argparse.Namespace
 ) -> dict[str, Any]:
     checkpoint, about = checkpoints.get(name)
-    out, found = checkpoints.workshop.train(checkpoint, args.train_data or args.data, recipe)
+    out, found = checkpoints.runner.train(checkpoint, args.train_data or args.data, recipe)
     size = {figure: about[figure] for figure in ("total", "active", "share")}
-    return size | found | checkpoints.workshop.figures(out, recipe.evaluate)
+    return size | found | checkpoints.runner.figures(out, recipe.evaluate)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,19 @@
-"""One GPU beside two of the same host: loss curves, weak scaling, checkpoints across.
+"""Compare two GPUs of one host with one: loss curves, weak scaling, resumed checkpoints.
 
     python tests/bench/multi_gpu.py PARENT --data train.jsonl [--converted UP] [--out lines.jsonl]
     python tests/bench/multi_gpu.py --only weak
 
-Prints one JSON line for each result, as soon as it is there, and appends it to --out. What runs is
-told on stderr. Where a part fails, the others go on, and the status at the end is 1.
+Prints one JSON line for each result immediately, and appends it to --out. Progress is on stderr. If
+a part fails, the others still run, and the exit status is 1.
 
-curves: the conversion of PARENT (recipe smollm2-135m), trained with the same batches on one GPU, on
-    two, and on one with another seed: absolute differences of the losses, step by step.
-resume: each of the first two runs, from a checkpoint just past its middle, gone on with the other
-    number of GPUs: absolute differences to the run that was not stopped.
-weak: tokens a second of the 1.3B-scale recipe, random weights and tokens, the same rows for each
-    GPU. efficiency: of two GPUs, against twice one. Without fla-core its blocks use softmax.
+curves: PARENT, converted by the recipe smollm2-135m, is trained with the same batches on one GPU,
+    on two, and on one with another seed. Figures are absolute differences of the losses at each
+    step.
+resume: each of the first two runs is resumed from a checkpoint just after its middle, with the
+    other number of GPUs. Figures are absolute differences to the uninterrupted run.
+weak: tokens per second of the 1.3B-scale recipe with random weights and tokens, and the same rows
+    for each GPU. `efficiency` is the rate of two GPUs over twice the rate of one. Without fla-core,
+    routed blocks use softmax attention.
 """
 
 import argparse
@@ -24,23 +26,23 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from processes import ROOT, Failed, Process, Processes, attempt, passed
+from processes import ROOT, Failed, Process, Processes, attempt, elapsed
 
 RECIPE = "smollm2-135m"
 WORKER = Path(__file__).with_name("weak_worker.py")
 
 
 class Lines:
-    """Results, with what they were measured on."""
+    """Print results with the machine that they were measured on, and append them to a file."""
 
     def __init__(self, out: Path | None) -> None:
         self.out = out
-        # torch is imported beside the first run, not before it.
+        # The first run starts before torch is imported here.
         self.about = ThreadPoolExecutor(1).submit(_machine)
 
     def add(self, kind: str, **figures: Any) -> None:
         about = self.about.result()
-        line = json.dumps({"kind": kind, **figures, "after_seconds": passed(), **about})
+        line = json.dumps({"kind": kind, **figures, "after_seconds": elapsed(), **about})
         print(line, flush=True)
         if self.out is not None:
             self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -50,17 +52,17 @@ class Lines:
 
 def _machine() -> dict[str, str]:
     sys.path.insert(0, str(ROOT))
-    from machine import machine
+    from json_lines import machine
 
     return machine()
 
 
 class Training:
-    """Runs of one recipe on one converted model."""
+    """Train one converted model by one recipe."""
 
     def __init__(self, args: argparse.Namespace, converted: Path, folder: Path) -> None:
         self.args, self.converted, self.folder = args, converted, folder
-        # Past the middle: the next one would come after the end, so that each run writes one.
+        # After the middle, so that each run writes exactly one checkpoint.
         self.saved = args.steps // 2 + 1
 
     def start(
@@ -90,7 +92,7 @@ class Training:
         return processes.start(name, gpus, command + (["--resume"] if resume else []))
 
     def stopped(self, name: str, of: str) -> None:
-        """The folder of a run as it was after its checkpoint, which it loses."""
+        """Make the folder that a run had right after its checkpoint. Moves the checkpoint there."""
         (self.folder / name).mkdir()
         (self.folder / of / "checkpoints").rename(self.folder / name / "checkpoints")
         rows = (self.folder / of / "log.jsonl").read_text().splitlines(keepends=True)
@@ -101,13 +103,13 @@ class Training:
         return [json.loads(line)[key] for line in lines]
 
 
-def difference(one: Sequence[float], other: Sequence[float]) -> dict[str, float]:
-    apart = [abs(a - b) for a, b in zip(one, other, strict=True)]
-    return {"mean": round(sum(apart) / len(apart), 6), "largest": round(max(apart), 6)}
+def differences(one: Sequence[float], other: Sequence[float]) -> dict[str, float]:
+    errors = [abs(a - b) for a, b in zip(one, other, strict=True)]
+    return {"mean": round(sum(errors) / len(errors), 6), "largest": round(max(errors), 6)}
 
 
 def convert(args: argparse.Namespace, folder: Path) -> Path:
-    """What upcycle makes of the parent."""
+    """Upcycle the parent, and return the checkpoint."""
     converted = folder / "converted"
     command = ["-m", "molcli", "upcycle", args.parent, converted]
     with Processes(folder, args.limit) as processes:
@@ -117,7 +119,7 @@ def convert(args: argparse.Namespace, folder: Path) -> Path:
 
 
 def curves(runs: Training, lines: Lines) -> None:
-    """Leaves the runs "one" and "two"."""
+    """Compare loss curves. The runs "one" and "two" stay in the folder for `resume`."""
     with Processes(runs.folder, runs.args.limit) as processes:
         one = runs.start(processes, "one", "0", save=True)
         other = runs.start(processes, "other-seed", "1", seed=1)
@@ -130,8 +132,8 @@ def curves(runs: Training, lines: Lines) -> None:
         one_gpu=one_gpu,
         two_gpus=two_gpus,
         other_seed=other_seed,
-        one_and_two=difference(one_gpu, two_gpus),
-        two_seeds=difference(one_gpu, other_seed),
+        one_and_two=differences(one_gpu, two_gpus),
+        two_seeds=differences(one_gpu, other_seed),
         tokens_per_second={
             name: round(median(runs.log(name, "tokens_per_second"))) for name in ("one", "two")
         },
@@ -139,7 +141,7 @@ def curves(runs: Training, lines: Lines) -> None:
 
 
 def resume(runs: Training, lines: Lines) -> None:
-    """Both at once: nothing is timed."""
+    """Resume both runs concurrently, since nothing is timed."""
     pairs = (("from-one", "one", "0,1"), ("from-two", "two", "0"))
     with Processes(runs.folder, runs.args.limit) as processes:
         resumed = []
@@ -163,7 +165,7 @@ def compare(runs: Training, lines: Lines, process: Process, of: str, gpus: str) 
         resumed_on=len(gpus.split(",")),
         after_steps=runs.saved,
         losses=resumed,
-        to_the_whole_run=difference(resumed, whole),
+        to_the_whole_run=differences(resumed, whole),
     )
 
 
@@ -189,7 +191,7 @@ def weak(args: argparse.Namespace, lines: Lines, folder: Path) -> None:
 
 
 def run(args: argparse.Namespace, folder: Path) -> bool:
-    """Whether all went well."""
+    """Run the selected parts. Return whether all succeeded."""
     lines, done = Lines(args.out), []
     if args.only != "weak":
         done.append(attempt(trained, args, lines, folder))
@@ -204,7 +206,7 @@ def main() -> None:
     )
     parser.add_argument("parent", nargs="?", help="a folder or .gguf file")
     parser.add_argument("--data", help="text to calibrate and train on")
-    parser.add_argument("--converted", type=Path, help="what upcycle made of PARENT, to save time")
+    parser.add_argument("--converted", type=Path, help="PARENT, already upcycled, to save time")
     parser.add_argument("--steps", type=int, default=30, help="of 32,768 tokens, at least 3")
     parser.add_argument("--rows", type=int, default=8, help="of weak scaling, for each GPU a step")
     parser.add_argument("--timed", type=int, default=6, help=argparse.SUPPRESS)

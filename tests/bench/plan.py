@@ -1,14 +1,16 @@
-"""Does `molcli plan` rank conversions as they turn out? Real ones beside its forecast.
+"""Compare the KL that `molcli plan` forecasts with the KL of real conversions.
 
     python tests/bench/plan.py PARENT --data train.jsonl [--heldout heldout.jsonl] --out lines.jsonl
 
-Converts the parent in shapes, with tokens and in layers that differ (`--case name:key=value,...`
-for others), one JSON line each with the predictors and the measured KL, right after conversion, on
---heldout, else on the rows that calibration held out. The last line has Spearman's rank correlation
-of the measured KL with the constants in molcli/estimate/forecast.py, with constants fitted to these
-conversions, and with those where each is forecast from the others alone: the bar is 0.9. Paste
-`constants` where the code has them, if the last of these is the better one. With --out, lines are
-appended, and what is there already is not run again.
+Converts the parent with different shapes, numbers of tokens and layers; `--case name:key=value,...`
+gives others. Each conversion is one JSON line with its predictors and the KL right after
+conversion, on --heldout, or else on the rows that calibration held out.
+
+The last line has Spearman's rank correlation between measured and forecast KL, for three sets of
+constants: those in molcli/estimate/forecast.py, those fitted to these conversions, and those fitted
+to all conversions but the forecast one. The bar is 0.9. If the last correlation is the best, copy
+`constants` into forecast.py. With --out, lines are appended to a file, and rows that it already has
+are not run again.
 """
 
 import argparse
@@ -22,31 +24,31 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conversions import Case, Workshop
-from lines import Lines
-from machine import machine
+from conversions import Case, ConversionRunner
+from json_lines import JsonLines, machine
 from upcycle import chosen
 
 from molcli.config.sections import Recipe
+from molcli.estimate.cost import conversion_cost
 from molcli.estimate.forecast import (
     FORECAST,
     Predictors,
+    compute_predictors,
     fit_forecast,
     layer_spectra,
-    left_out_forecasts,
-    predictors,
+    leave_one_out_forecasts,
     rank_correlation,
 )
-from molcli.estimate.time import GPUS, conversion_cost
+from molcli.estimate.gpus import GPUS
 from molcli.families.parent import Parent, open_parent
 from molcli.model.configuration_mol import MoLConfig
 
 BAR = 0.9
-FEWEST = 3  # conversions that have ranks to compare
+FEWEST = 3  # conversions for a rank correlation
 
 
 def matrix(parent: Parent, tokens: int) -> list[Case]:
-    """Settings around the default one, by the parent's own numbers."""
+    """Return variations of a default conversion, with sizes relative to the parent's."""
     dense = parent.mol_config_kwargs()
     unit, d_ff, layers = dense["head_dim"], dense["intermediate_size"], dense["num_hidden_layers"]
     width = max(1, round(dense["hidden_size"] / 3 / unit)) * unit
@@ -61,7 +63,7 @@ def matrix(parent: Parent, tokens: int) -> list[Case]:
         return Case(name, (*fixed, *keys, *options))
 
     def split(preset: str, *options: str) -> Case:
-        """Shared and routed blocks that differ."""
+        """A preset, whose shared and routed blocks have different shapes."""
         name = " ".join((preset, *(text.removeprefix("upcycle.") for text in options)))
         return Case(name, (f"upcycle.preset={preset}", f"calibrate.tokens={tokens}", *options))
 
@@ -110,43 +112,45 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, help="where the scratch folder is made")
     args = parser.parse_args(words)
 
-    parent, lines = open_parent(args.parent), Lines(args.out)
+    parent, lines = open_parent(args.parent), JsonLines(args.out)
     cases = matrix(parent, args.tokens)
     if args.case:
         cases = [Case.parse(text) for text in args.case]
     names = chosen([case.name for case in cases], args.only)
     runs = [(c, c.recipe(None, args.set, args.seed)) for c in cases if c.name in names]
     with TemporaryDirectory(prefix="molcli-bench-", dir=args.work) as folder:
-        workshop = Workshop(parent, args.data, Path(folder), args.heldout)
+        runner = ConversionRunner(parent, args.data, Path(folder), args.heldout)
         spectra: dict[int, torch.Tensor] = {}
         for case, recipe in runs:
             settings = [*args.set, *case.overrides]
             key = {"parent": args.parent, "case": case.name, "seed": args.seed}
-            lines.row(key | {"settings": settings}, partial(figures, workshop, recipe, spectra))
+            lines.row(key | {"settings": settings}, partial(figures, runner, recipe, spectra))
     rows = [row for row in lines.known() or lines.rows if "predictors" in row]
     rows = [row for row in rows if row["parent"] == args.parent]
     if len(rows) >= FEWEST:
         lines.add(summary(rows))
 
 
-def figures(workshop: Workshop, recipe: Recipe, spectra: dict[int, torch.Tensor]) -> dict[str, Any]:
+def figures(
+    runner: ConversionRunner, recipe: Recipe, spectra: dict[int, torch.Tensor]
+) -> dict[str, Any]:
     """One conversion. spectra: filled at the first call, and the same for all: a calibration on
     fewer tokens has seen fewer directions, and loses less by its own account."""
     if not spectra:
-        calibration, _ = workshop.calibration(recipe)
-        layers = list(range(workshop.parent.config.num_hidden_layers))
-        spectra |= layer_spectra(workshop.parent, calibration.moment, layers)
-    checkpoint, found = workshop.convert(recipe)
+        calibration, _ = runner.calibration(recipe)
+        layers = list(range(runner.parent.config.num_hidden_layers))
+        spectra |= layer_spectra(runner.parent, calibration.moment, layers)
+    checkpoint, found = runner.convert(recipe)
     config = MoLConfig.from_pretrained(checkpoint)
     tokens = found["calibration_tokens"]
-    seen = predictors(config, spectra, tokens)
+    predictors = compute_predictors(config, spectra, tokens)
     cost = conversion_cost(config, tokens, recipe.calibrate.heldout_tokens, GPUS["h100"])
     return {
         **found["receipt"],
         **found,
-        **workshop.figures(checkpoint, recipe.evaluate),
-        "predictors": asdict(seen),
-        "forecast": round(FORECAST.kl(seen), 4),
+        **runner.figures(checkpoint, recipe.evaluate),
+        "predictors": asdict(predictors),
+        "forecast": round(FORECAST.kl(predictors), 4),
         "expected": {
             "h100_seconds": round(cost.seconds, 1),
             "h100_gb": round(cost.memory / 1e9, 2),
@@ -155,11 +159,11 @@ def figures(workshop: Workshop, recipe: Recipe, spectra: dict[int, torch.Tensor]
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Rank correlations over all lines."""
+    """Return rank correlations over all rows."""
     settings = [Predictors(**row["predictors"]) for row in rows]
     kl = [row["kl"] for row in rows]
     fitted = fit_forecast(settings, kl)
-    left_out = left_out_forecasts(settings, kl)
+    left_out = leave_one_out_forecasts(settings, kl)
     ranks = {
         "in_code": rank_correlation([FORECAST.kl(s) for s in settings], kl),
         "fitted": rank_correlation([fitted.kl(s) for s in settings], kl),

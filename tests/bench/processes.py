@@ -1,4 +1,4 @@
-"""Processes of a benchmark, each on some of the GPUs, and what they print."""
+"""Run the processes of a benchmark on selected GPUs, and collect their output."""
 
 import os
 import subprocess
@@ -11,25 +11,33 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 _TAIL = 9000  # characters: tracebacks of two processes, and what torchrun adds
-_BEGUN = time.perf_counter()
+_START = time.perf_counter()
 
 
-def passed() -> int:
-    """Seconds since the benchmark began."""
-    return round(time.perf_counter() - _BEGUN)
+def elapsed() -> int:
+    """Return the seconds since the benchmark started."""
+    return round(time.perf_counter() - _START)
 
 
 def say(text: str) -> None:
-    print(f"[{passed():4} s] {text}", file=sys.stderr, flush=True)
+    """Print a message with the elapsed time on stderr."""
+    print(f"[{elapsed():4} s] {text}", file=sys.stderr, flush=True)
 
 
 class Failed(Exception):
-    """A process did not end well; the end of what it printed."""
+    """A process failed or timed out. The message has the end of its output."""
 
 
 @dataclass(frozen=True)
 class Process:
-    """limit: seconds from now on, after which it is ended."""
+    """A running process.
+
+    Attributes:
+        name: for messages.
+        popen: the process.
+        printed: file with its output.
+        limit: seconds after which `finish` stops it.
+    """
 
     name: str
     popen: subprocess.Popen[bytes]
@@ -37,9 +45,11 @@ class Process:
     limit: float
 
     def finish(self) -> str:
-        """Waits for its end. Returns what it printed. Raises Failed."""
-        late = time.perf_counter() + self.limit
-        while (status := self._wait(min(15, self.limit))) is None and time.perf_counter() < late:
+        """Wait for the process and return its output. Raises Failed."""
+        deadline = time.perf_counter() + self.limit
+        while (
+            status := self._wait(min(15, self.limit))
+        ) is None and time.perf_counter() < deadline:
             say(f"{self.name} is running")
         self.stop()
         how = f"took over {self.limit:g} s" if status is None else f"ended with status {status}"
@@ -50,7 +60,7 @@ class Process:
         return text
 
     def stop(self) -> None:
-        """Ends it, if it still runs: by a signal that torchrun's agent passes on."""
+        """Stop the process if it still runs, by a signal that torchrun's agent forwards."""
         if self.popen.poll() is None:
             self.popen.terminate()
             if self._wait(45) is None:
@@ -65,9 +75,12 @@ class Process:
 
 @dataclass
 class Processes(AbstractContextManager["Processes"]):
-    """Of this Python. What still runs at the end is ended.
+    """Processes of this Python interpreter; those that still run at the end are stopped.
 
-    folder: of files with what they print. limit: seconds for each.
+    Attributes:
+        folder: for files with their output.
+        limit: seconds for each process.
+        started: all processes so far.
     """
 
     folder: Path
@@ -75,18 +88,18 @@ class Processes(AbstractContextManager["Processes"]):
     started: list[Process] = field(default_factory=list)
 
     def start(self, name: str, gpus: str, command: Sequence[object]) -> Process:
-        """On these GPUs."""
-        here = {
+        """Start a process that sees only these GPUs, such as "0,1"."""
+        variables = {
             "CUDA_VISIBLE_DEVICES": gpus,
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
             "MOLCLI_DEBUG": "1",
-            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "10",  # a process that hangs does not hear signals
+            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "10",  # a process that hangs ignores signals
         }
         printed = self.folder / f"{name}.txt"
         with printed.open("wb") as file:
             popen = subprocess.Popen(
                 [sys.executable, *map(str, command)],
-                env=os.environ | here,
+                env=os.environ | variables,
                 stdout=file,
                 stderr=subprocess.STDOUT,
             )
@@ -99,11 +112,11 @@ class Processes(AbstractContextManager["Processes"]):
             process.stop()
 
 
-def attempt(part: Callable[..., object], *given: object) -> bool:
-    """Whether it came to its end; what it failed on is told."""
+def attempt(part: Callable[..., object], *arguments: object) -> bool:
+    """Run a part of a benchmark. Return whether it succeeded; print the error if it failed."""
     try:
-        part(*given)
-    except Exception as error:  # the other parts go on
+        part(*arguments)
+    except Exception as error:  # the other parts still run
         say(f"{part.__name__} failed: {type(error).__name__}: {error}")
         return False
     return True

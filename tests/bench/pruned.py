@@ -1,8 +1,8 @@
-"""Dense models with fewer of the parent's layers: what a conversion has to beat.
+"""Baselines of a conversion: dense models with fewer of the parent's layers.
 
-"skipped": without the layers that would be converted. "depth_pruned": without the least influential
-ones, as many as bring the parent down to the conversion's active parameters. The same two as in
-a full receipt, as checkpoints: to be measured on any text, and trained.
+"skipped" drops the layers that would be converted. "depth_pruned" drops the least influential
+layers, as many as bring the parent down to the conversion's active parameters. A full receipt has
+the same two baselines; here they are checkpoints that can be evaluated on any text, and trained.
 """
 
 from collections.abc import Callable
@@ -14,41 +14,47 @@ import torch.nn.functional as F
 from torch import nn
 
 from molcli.data.packing import TokenRows
+from molcli.estimate.cost import parent_config
 from molcli.estimate.parameters import count_parameters
-from molcli.estimate.time import parent_of
 from molcli.families.parent import Parent
 from molcli.model import MoLConfig, MoLForCausalLM
 from molcli.model.parent import load_dense
 
 Cut = Literal["skipped", "depth_pruned"]
 CUTS: tuple[Cut, ...] = ("skipped", "depth_pruned")
-ROWS = 16  # at a time
+ROWS = 16  # of a batch
 
 
 def kept_layers(cut: Cut, shape: MoLConfig, influence: Callable[[], list[float]]) -> list[int]:
-    """Of the parent of a conversion of this shape, ascending. influence: of each layer."""
+    """Return the indices of the parent's layers that a baseline keeps, ascending.
+
+    Args:
+        cut: the baseline.
+        shape: configuration of the conversion that it is compared with.
+        influence: returns the influence of each layer.
+    """
     layers = range(shape.num_hidden_layers)
     if cut == "skipped":
         return [i for i in layers if shape.is_dense(i)]
-    dense = count_parameters(parent_of(shape))
+    dense = count_parameters(parent_config(shape))
     rest = dense.embedding + shape.hidden_size  # and the final norm
     one = (dense.total - rest) // shape.num_hidden_layers
     count = max(0, (count_parameters(shape).active - rest) // one)
-    found = influence()
-    return sorted(sorted(layers, key=lambda i: -found[i])[:count])
+    scores = influence()
+    return sorted(sorted(layers, key=lambda i: -scores[i])[:count])
 
 
 @torch.no_grad()
 def influences(parent: MoLForCausalLM, rows: TokenRows) -> list[float]:
-    """By layer, one minus the mean cosine of its input and output (arXiv 2403.03853)."""
+    """Return for each layer 1 - the mean cosine of its input and output (arXiv 2403.03853)."""
     sums = [0.0] * len(parent.model.layers)
 
     def add(index: int) -> Callable[..., None]:
         def hook(
             _: nn.Module, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor]
         ) -> None:
-            alike = F.cosine_similarity(inputs[0].float(), output[0].float(), dim=-1)
-            sums[index] += (1 - alike).double().sum().item()
+            cosine = F.cosine_similarity(inputs[0].float(), output[0].float(), dim=-1)
+            sums[index] += (1 - cosine).double().sum().item()
 
         return hook
 
@@ -61,7 +67,7 @@ def influences(parent: MoLForCausalLM, rows: TokenRows) -> list[float]:
 
 
 def write_dense(parent: Parent, layers: list[int], out: Path) -> None:
-    """The parent with these layers alone, as a checkpoint."""
+    """Write the parent with only these layers as a checkpoint."""
     model = load_dense(parent, parent.embedding().dtype, torch.device("cpu"))
     model.model.layers = nn.ModuleList(model.model.layers[i] for i in layers)
     model.config.num_hidden_layers = len(layers)

@@ -1,4 +1,4 @@
-"""The benchmarks of conversions say what they claim to, on a tiny parent."""
+"""The conversion benchmarks measure what they claim to, on a tiny parent."""
 
 import json
 import sys
@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # the benchmarks are scripts
 import gated_deltanet
 import plan
 import upcycle
-from conversions import Case, Workshop
-from lines import Lines
+from conversions import Case, ConversionRunner
+from json_lines import JsonLines
 from pruned import influences, kept_layers, write_dense
 
 from molcli.errors import Interrupted
@@ -54,9 +54,9 @@ def texts(tmp_path):
 
 
 @pytest.fixture
-def workshop(parent, texts, tmp_path):
+def runner(parent, texts, tmp_path):
     (tmp_path / "work").mkdir()
-    return Workshop(open_parent(parent), texts[1], tmp_path / "work", texts[3])
+    return ConversionRunner(open_parent(parent), texts[1], tmp_path / "work", texts[3])
 
 
 def recipe(*settings, seed=0):
@@ -82,43 +82,43 @@ def test_the_matrix_runs_each_row_once(parent, texts, tmp_path, capsys):
     assert capsys.readouterr().out == printed[printed.index("| case") :]
 
 
-def test_all_of_the_parents_layers_are_the_parent(workshop):
-    write_dense(workshop.parent, [0, 1, 2, 3], workshop.folder / "whole")
-    found = workshop.figures(workshop.folder / "whole", recipe().evaluate)
+def test_a_baseline_with_all_layers_equals_the_parent(runner):
+    write_dense(runner.parent, [0, 1, 2, 3], runner.folder / "whole")
+    found = runner.figures(runner.folder / "whole", recipe().evaluate)
     assert found["gap"] == 0 and found["agreement"] == 1
     assert found["kl"] == pytest.approx(0, abs=1e-6)
-    assert workshop.size(workshop.folder / "whole")["share"] == 1
+    assert runner.size(runner.folder / "whole")["share"] == 1
 
 
-def test_the_least_influential_layers_go_first(workshop):
-    shape = mol_config(workshop.parent, recipe("upcycle.layers=[0, 3]").upcycle)
+def test_the_least_influential_layers_are_dropped_first(runner):
+    shape = mol_config(runner.parent, recipe("upcycle.layers=[0, 3]").upcycle)
     assert kept_layers("skipped", shape, list) == [1, 2]
     kept = kept_layers("depth_pruned", shape, lambda: [0.4, 0.1, 0.3, 0.2])
     assert kept == [0, 2, 3]
-    write_dense(workshop.parent, kept, workshop.folder / "cut")
+    write_dense(runner.parent, kept, runner.folder / "cut")
     most = count_parameters(shape).active
     assert (
-        workshop.size(workshop.folder / "cut")["active"]
+        runner.size(runner.folder / "cut")["active"]
         <= most
-        < count_parameters(MoLConfig(**workshop.parent.mol_config_kwargs())).active
+        < count_parameters(MoLConfig(**runner.parent.mol_config_kwargs())).active
     )
 
 
-def test_a_full_receipt_cuts_the_same_layers(workshop):
+def test_a_full_receipt_drops_the_same_layers(runner):
     settings = recipe("upcycle.layers=[0, 3]", "upcycle.receipt=full")
-    calibration, _ = workshop.calibration(settings)
-    checkpoint, _ = workshop.convert(settings)
+    calibration, _ = runner.calibration(settings)
+    checkpoint, _ = runner.convert(settings)
     baselines = json.loads((checkpoint / "receipt.json").read_text())["baselines"]
-    shape, teacher = MoLConfig.from_pretrained(checkpoint), workshop.teacher(torch.float32)
+    shape, teacher = MoLConfig.from_pretrained(checkpoint), runner.teacher(torch.float32)
     kept = kept_layers("depth_pruned", shape, lambda: influences(teacher, calibration.fit))
     assert {*kept, *baselines["depth_pruned"]["layers"]} == {0, 1, 2, 3}
     assert len(baselines["depth_pruned"]["layers"]) == 4 - len(kept) == 1
 
 
-def test_random_gates_change_the_gates_alone(workshop):
-    folder = workshop.folder / "made"
+def test_random_gates_change_the_gates_alone(runner):
+    folder = runner.folder / "made"
     folder.mkdir()
-    made = gated_deltanet.Checkpoints(workshop, recipe("upcycle.layers=[1]"), folder)
+    made = gated_deltanet.Checkpoints(runner, recipe("upcycle.layers=[1]"), folder)
     ours, drawn = (made.get(name)[0] / "model.safetensors" for name in ("all", "all-random"))
     before, after = load_file(ours), load_file(drawn)
     changed = {name for name in before if not before[name].equal(after[name])}
@@ -137,13 +137,13 @@ def test_forecasts_beside_conversions(parent, texts, tmp_path):
     assert set(rows[-1]["rank_correlation"]) == {"in_code", "fitted", "left_out"}
 
 
-def test_a_name_that_is_none_is_refused():
+def test_an_unknown_case_is_refused():
     with pytest.raises(SystemExit, match="no case c; there are a, b"):
         upcycle.chosen(["a", "b"], "b,c")
 
 
 def test_errors_stay_with_their_row_and_signals_end_all(capsys):
-    lines = Lines(None)
+    lines = JsonLines(None)
     lines.row({"case": "a"}, lambda: {}["missing"])
     assert json.loads(capsys.readouterr().out)["error"] == "KeyError: 'missing'"
     assert lines.rows == []

@@ -1,19 +1,19 @@
-"""A matrix of conversions and baselines by seed, right after conversion and after training.
+"""Measure conversions and baselines for several seeds, after conversion and after training.
 
     python tests/bench/upcycle.py PARENT --recipe smollm2-135m --data wiki.jsonl \\
         --heldout heldout.jsonl --seeds 0,1,2 --out lines.jsonl
     python tests/bench/upcycle.py … --only fitted,svd,random --train-tokens 6M \\
         --train-data train.jsonl --learning-rate svd=1e-3/1e-4 --learning-rate random=1e-3/1e-3,3e-3
 
-Without --case, the cases are: `fitted`, the recipe's shape in all layers; `75%`, a shape of so many
-active parameters; `upper-half`, `every-other`, `middle` and `auto`,
-half of the layers, the last of these by what each costs alone; and what `fitted` has to beat:
-`pca`, `svd`, `random`, `skipped` and `depth_pruned` (tests/bench/pruned.py).
+Without --case, the cases are: `fitted`, the recipe's shape in all layers; `75%`, a shape with 75%
+of the parameters active; `upper-half`, `every-other`, `middle` and `auto`, half of the layers,
+where `auto` selects those that cost least alone; and the baselines `pca`, `svd`, `random`,
+`skipped` and `depth_pruned` (tests/bench/pruned.py).
 
-One JSON line per conversion and per training, a markdown table at the end: means over seeds, and
-half the range between them. gap: the cross-entropy above the parent's on --heldout, in nats a
-token, through the functions of `molcli eval`; receipt: on the rows that calibration held out. With
---out, lines are appended, and what is there already is not run again.
+Prints one JSON line per conversion and per training, and at the end a markdown table with means
+over seeds and half of their range. gap: cross-entropy minus the parent's on --heldout, in nats a
+token, as in `molcli eval`. receipt: figures on the rows that calibration held out. With --out,
+lines are appended to a file, and rows that it already has are not run again.
 """
 
 import argparse
@@ -24,8 +24,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conversions import Case, Workshop
-from lines import Lines
+from conversions import Case, ConversionRunner
+from json_lines import JsonLines
 
 from molcli.cli.plan import parse_count
 from molcli.config.sections import Recipe
@@ -35,7 +35,7 @@ BASELINES = "pca", "svd", "random", "skipped", "depth_pruned"
 
 
 def default_cases(layers: int) -> list[Case]:
-    """layers: of the parent."""
+    """Return the cases for a parent with so many layers."""
     texts = [
         "fitted:",
         "75%:preset=quality",
@@ -49,10 +49,10 @@ def default_cases(layers: int) -> list[Case]:
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
-    """What this benchmark and that of Gated DeltaNet are told alike."""
+    """Add the options that this benchmark shares with the one of Gated DeltaNet."""
     parser.add_argument("parent")
     parser.add_argument("--data", required=True, help="text to calibrate on, and train on")
-    parser.add_argument("--heldout", required=True, help="text that nothing else sees")
+    parser.add_argument("--heldout", required=True, help="text for evaluation only")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--only", help="names of cases, a,b")
     parser.add_argument("--recipe", help="of all cases")
@@ -80,7 +80,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
 
 
 def chosen(names: list[str], only: str | None) -> list[str]:
-    """Those that --only names, in their order. Exits on an unknown one."""
+    """Return the names that --only selects, in the order of `names`. Exits on an unknown name."""
     wanted = names if only is None else only.split(",")
     if unknown := sorted(set(wanted) - set(names)):
         sys.exit(f"no case {', '.join(unknown)}; there are {', '.join(names)}")
@@ -88,7 +88,7 @@ def chosen(names: list[str], only: str | None) -> list[str]:
 
 
 def training(recipe: Recipe, case: str, rates: list[str], tokens: int) -> list[Recipe]:
-    """Recipes to train a case with, one per learning rate given for it; else the recipe's own."""
+    """Return a recipe for each learning rate of the case; without any, the recipe's own."""
     base = replace(recipe.train, tokens=tokens)
     given = dict(text.partition("=")[::2] for text in rates).get(case)
     settings = [base] if given is None else []
@@ -101,14 +101,14 @@ def training(recipe: Recipe, case: str, rates: list[str], tokens: int) -> list[R
 
 def main(words: list[str] | None = None) -> None:
     args = arguments(words)
-    parent, lines = open_parent(args.parent), Lines(args.out)
+    parent, lines = open_parent(args.parent), JsonLines(args.out)
     cases = default_cases(parent.config.num_hidden_layers)
     if args.case:
         cases = [Case.parse(text) for text in args.case]
     names = [case.name for case in cases]
     wanted, seeds = chosen(names, args.only), [int(seed) for seed in args.seeds.split(",")]
     chosen(names, ",".join(text.partition("=")[0] for text in args.learning_rate) or None)
-    # A slip in any case shows before hours of the others.
+    # Load all recipes first: an error in one shows before hours of work on the others.
     runs = [
         (c, seed, c.recipe(args.recipe, args.set, seed))
         for seed in seeds
@@ -116,21 +116,21 @@ def main(words: list[str] | None = None) -> None:
         if c.name in wanted
     ]
     with TemporaryDirectory(prefix="molcli-bench-", dir=args.work) as folder:
-        workshop = Workshop(parent, args.data, Path(folder), args.heldout)
+        runner = ConversionRunner(parent, args.data, Path(folder), args.heldout)
         for case, seed, recipe in runs:
             settings = [f"recipe={args.recipe}", *args.set, *case.overrides]
             key = {"parent": args.parent, "case": case.name, "seed": seed, "settings": settings}
 
             def converted(case: Case = case, recipe: Recipe = recipe) -> dict[str, Any]:
-                checkpoint, found = workshop.convert(recipe, case.cut)
-                return found | workshop.figures(checkpoint, recipe.evaluate)
+                checkpoint, found = runner.convert(recipe, case.cut)
+                return found | runner.figures(checkpoint, recipe.evaluate)
 
             def trained(recipe: Recipe, case: Case = case) -> dict[str, Any]:
-                checkpoint, found = workshop.convert(recipe, case.cut)
+                checkpoint, found = runner.convert(recipe, case.cut)
                 data = recipe.train.data or args.train_data or args.data
-                out, about = workshop.train(checkpoint, data, recipe)
+                out, about = runner.train(checkpoint, data, recipe)
                 size = {name: found[name] for name in ("total", "active", "share")}
-                return size | about | workshop.figures(out, recipe.evaluate)
+                return size | about | runner.figures(out, recipe.evaluate)
 
             lines.row(key | {"train_tokens": 0}, converted)
             if not args.train_tokens:
@@ -143,7 +143,7 @@ def main(words: list[str] | None = None) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A line per case, training budget and learning rates."""
+    """Return a markdown table with a line per case, training tokens and learning rates."""
     heads = ["case", "trained on", "rates", "seeds", "share", "gap", "KL", "s", "GB"]
     lines = [heads, ["---"] * len(heads)]
     groups: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
@@ -161,7 +161,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def spread(values: list[float], digits: int = 3) -> str:
-    """Mean, and half the range where there is one."""
+    """Format the mean, and half the range of several values."""
     if not values:
         return "–"
     mean, half = sum(values) / len(values), (max(values) - min(values)) / 2

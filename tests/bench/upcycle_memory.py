@@ -1,4 +1,4 @@
-"""Time and memory of a conversion, for a parent of random weights.
+"""Measure time and memory of a conversion, for a parent with random weights.
 
     python tests/bench/upcycle_memory.py --shape llama-1.3b --tokens 98304
     python tests/bench/upcycle_memory.py --shape llama-8b --tokens 32768
@@ -7,12 +7,13 @@
     python tests/bench/upcycle_memory.py --shape smollm2-135m --dtype float32 --layers 3 \
         --tokens 196608
 
-Prints one JSON line: seconds of calibration and of conversion, and of reading the parent's bytes
-and writing the checkpoint's plainly, all files in the page cache; the peak of the GPU's memory,
-and of the host's as the system counts it, of which imports take `host_gb_at_start`. The parent is
-in shards; its layers are copies of one, so that drawing them costs little. `bars`: what was found,
-what it may be at most, and whether it is.
---decompositions times, of this shape, the matrix factors that a conversion takes most of.
+Prints one JSON line. It has the seconds of calibration, of conversion, and of plainly reading the
+parent's bytes and writing the checkpoint's, with all files in the page cache; the peak of GPU
+memory; and the peak of host memory as the system counts it, of which imports take
+`host_gb_at_start`. `bars` has measured values, their limits, and whether they are met.
+
+The parent is stored in shards. Its layers are copies of one, which saves drawing random numbers.
+--decompositions times the matrix factorisations that a conversion of this shape needs most.
 """
 
 import argparse
@@ -30,8 +31,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import torch
-from conversions import measured
-from machine import machine
+from json_lines import machine, measured
 from transformers import LlamaConfig
 
 from molcli.config.recipe import load_recipe
@@ -42,7 +42,7 @@ from molcli.model.checkpoint import default_device
 from molcli.stages.calibrate import calibrate
 from molcli.stages.upcycle import upcycle
 
-# d_model, neurons, query heads, key-value heads, vocabulary, layers, whether the head is tied
+# d_model, d_ff, query heads, key-value heads, vocabulary, layers, whether embeddings are tied
 SHAPES = {
     "smollm2-135m": (576, 1536, 9, 3, 49_152, 30, True),
     "llama-1b": (2048, 8192, 32, 8, 128_256, 16, True),
@@ -71,7 +71,7 @@ def main() -> None:
     args = arguments()
     with TemporaryDirectory(dir=args.work) as scratch:
         folder = Path(scratch)
-        # In a process of its own, whose memory does not count.
+        # In another process, whose memory does not count.
         making = (folder / "parent", args.shape, args.layers, args.dtype)
         child = get_context("spawn").Process(target=make_parent, args=making)
         child.start()
@@ -123,7 +123,7 @@ def main() -> None:
 
 
 def bars(found: dict[str, Any]) -> dict[str, list[Any]]:
-    """Of host memory, in GB; and of seconds over plain reading and writing, without a fit."""
+    """Return limits of host memory, in GB, and of seconds over plain input and output."""
     limits = {"host_gb_2_layers_and_2": (found["host_peak_gb"], 2 * found["largest_layer_gb"] + 2)}
     if found["shape"] == "smollm2-135m":
         limits["host_gb_smollm2"] = found["host_peak_gb"], 2.5
@@ -133,14 +133,14 @@ def bars(found: dict[str, Any]) -> dict[str, list[Any]]:
 
 
 def make_parent(folder: Path, shape: str, layers: int | None, dtype_name: str) -> None:
-    d, neurons, heads, kv_heads, vocabulary, count, tied = SHAPES[shape]
+    d, d_ff, num_heads, num_kv_heads, vocabulary, count, tied = SHAPES[shape]
     folder.mkdir(parents=True)
     count, dtype = layers or count, getattr(torch, dtype_name)
     LlamaConfig(
         hidden_size=d,
-        intermediate_size=neurons,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
+        intermediate_size=d_ff,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_kv_heads,
         vocab_size=vocabulary,
         num_hidden_layers=count,
         tie_word_embeddings=tied,
@@ -153,7 +153,7 @@ def make_parent(folder: Path, shape: str, layers: int | None, dtype_name: str) -
     def drawn(*size: int) -> torch.Tensor:
         return torch.empty(*size, dtype=dtype).normal_(std=0.02, generator=generator)
 
-    kv = d // heads * kv_heads
+    kv = d // num_heads * num_kv_heads
     one = {
         "input_layernorm.weight": torch.ones(d, dtype=dtype),
         "post_attention_layernorm.weight": torch.ones(d, dtype=dtype),
@@ -161,9 +161,9 @@ def make_parent(folder: Path, shape: str, layers: int | None, dtype_name: str) -
         "self_attn.k_proj.weight": drawn(kv, d),
         "self_attn.v_proj.weight": drawn(kv, d),
         "self_attn.o_proj.weight": drawn(d, d),
-        "mlp.gate_proj.weight": drawn(neurons, d),
-        "mlp.up_proj.weight": drawn(neurons, d),
-        "mlp.down_proj.weight": drawn(d, neurons),
+        "mlp.gate_proj.weight": drawn(d_ff, d),
+        "mlp.up_proj.weight": drawn(d_ff, d),
+        "mlp.down_proj.weight": drawn(d, d_ff),
     }
     writer = ShardedWriter(folder)
     writer.add("model.embed_tokens.weight", drawn(vocabulary, d) * 50)
@@ -177,7 +177,7 @@ def make_parent(folder: Path, shape: str, layers: int | None, dtype_name: str) -
 
 
 def make_text(path: Path, tokens: int, vocabulary: int) -> None:
-    """Documents of 20 to 1,000 tokens, which differ in how common their tokens are."""
+    """Write documents of 20 to 1,000 tokens with vocabularies of different sizes."""
     generator = torch.Generator().manual_seed(0)
     made = 0
     with path.open("w", encoding="utf-8") as file:
@@ -192,13 +192,13 @@ def make_text(path: Path, tokens: int, vocabulary: int) -> None:
 
 
 def run(work: Callable[[], Any]) -> tuple[float, float | None]:
-    """Seconds, and the peak of the GPU's memory in GB."""
+    """Return seconds and peak GPU memory in GB."""
     _, seconds, peak = measured(work)
     return round(seconds, 2), peak
 
 
 def plain_seconds(parent: Parent, out: Path, copy: Path) -> float:
-    """Of reading all that the parent has, and of writing as much as the checkpoint has."""
+    """Return the seconds of reading the parent's files and copying the checkpoint's."""
     start = time.perf_counter()
     for file in sorted(parent.folder.glob("*.safetensors")):
         with file.open("rb", buffering=0) as source:
@@ -220,7 +220,7 @@ def largest_layer_gb(out: Path) -> float:
 
 
 def decompositions(config: Any) -> dict[str, float]:
-    """Seconds of one, after a first that is not counted."""
+    """Return the seconds of each factorisation, after one call for warm-up."""
     d, joint = (
         config.hidden_size,
         config.num_heads_thin * config.head_dim + config.d_ff_thin,
@@ -248,7 +248,7 @@ def size_gb(folder: Path) -> float:
 
 
 def host_gb() -> float:
-    """The peak so far of what this process had in memory."""
+    """Return the peak memory of this process so far, in GB."""
     unit = 1 if sys.platform == "darwin" else 1024
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
 

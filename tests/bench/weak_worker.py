@@ -1,4 +1,4 @@
-"""One process of `multi_gpu.py`'s weak scaling: the first one prints a JSON line."""
+"""Run one process of the weak scaling in `multi_gpu.py`; rank 0 prints a JSON line."""
 
 import argparse
 import json
@@ -25,8 +25,8 @@ WARM_UP = 3  # steps
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, required=True, help="for each GPU a step")
-    parser.add_argument("--timed", type=int, required=True, help="steps")
+    parser.add_argument("--rows", type=int, required=True, help="per GPU and step")
+    parser.add_argument("--timed", type=int, required=True, help="number of steps that are timed")
     parser.add_argument("--sharding", choices=["auto", "full", "optimizer"], required=True)
     parser.add_argument("--compile", choices=["on", "off"], required=True)
     args = parser.parse_args()

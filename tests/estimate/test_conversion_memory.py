@@ -1,4 +1,4 @@
-"""The estimate against what a conversion allocates, counted storage by storage."""
+"""The estimate is near what a conversion allocates, counted by storage."""
 
 import json
 import weakref
@@ -22,7 +22,7 @@ from molcli.stages.upcycle import upcycle
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of all storages that operations made and that are still there; their peak."""
+    """Count the bytes of storages that operations created and that still exist, and the peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class LiveBytes(TorchDispatchMode):
         self.now -= self.sizes.pop(key)
 
 
-def test_storages_are_counted_once_and_until_they_are_gone() -> None:
+def test_storages_count_once_until_they_are_freed() -> None:
     with LiveBytes() as live:
         x = torch.zeros(1000)
         y = x.view(10, 100) + 1
@@ -80,7 +80,7 @@ def test_storages_are_counted_once_and_until_they_are_gone() -> None:
         ),
     ],
 )
-def test_a_conversion_holds_what_is_estimated(
+def test_peak_of_a_conversion_is_near_the_estimate(
     options: dict[str, Any],
     tokens: int,
     chunk_bytes: int,
@@ -90,7 +90,7 @@ def test_a_conversion_holds_what_is_estimated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(chunks.CHUNK_BYTES, "cpu", chunk_bytes)
-    monkeypatch.setitem(losses.LOGITS_AT_ONCE, "cpu", 2**20)
+    monkeypatch.setitem(losses.LOGITS_PER_CHUNK, "cpu", 2**20)
     dense = open_parent(tiny_parent("llama", tokenizer=False, hidden_size=128, **parent))
     data, heldout = tmp_path / "text.jsonl", 512
     generator = torch.Generator().manual_seed(0)

@@ -47,21 +47,21 @@ def counted(config: MoLConfig) -> int:
 
 @pytest.mark.parametrize("kind", ["dense", "softmax"])
 @pytest.mark.parametrize("gated", [True, False])
-def test_of_one_token_they_are_torchs(kind: str, gated: bool) -> None:
+def test_flops_of_one_token_match_torchs_counter(kind: str, gated: bool) -> None:
     config = MoLConfig(layer_kinds=[kind] * 2, mlp_gated=gated, **SHAPE)
     heads = 4 if kind == "dense" else 3 * 2  # of one layer; three blocks of two run
     attention = 2 * heads * 4 * 8  # its one key is the token itself
     assert counted(config) == count_flops(config, 1).active - attention
 
 
-def test_of_a_wider_shared_block_they_are_torchs() -> None:
+def test_flops_of_a_wider_shared_block_match_torchs_counter() -> None:
     wide = dict(d_thin_shared=24, d_ff_thin_shared=8, num_heads_shared=4)
     config = MoLConfig(layer_kinds=["softmax"] * 2, num_kv_heads_shared=2, **SHAPE | wide)
     attention = 2 * (4 + 2 * 2) * 4 * 8
     assert counted(config) == count_flops(config, 1).active - attention
 
 
-def test_a_dense_model_costs_two_a_weight_and_its_attention() -> None:
+def test_a_dense_model_takes_two_flops_per_weight_plus_attention() -> None:
     config = MoLConfig(layer_kinds=["dense"] * 2, **SHAPE)
     norms = 5 * 32
     weights = count_parameters(config).total - norms  # the tied head counts, the look-up does not
@@ -71,7 +71,7 @@ def test_a_dense_model_costs_two_a_weight_and_its_attention() -> None:
 
 
 @pytest.mark.parametrize("kind", ["softmax", "gated_deltanet"])
-def test_what_is_not_active_are_the_other_blocks(kind: str) -> None:
+def test_inactive_flops_are_those_of_the_other_blocks(kind: str) -> None:
     """Two of four routed blocks: at equal numbers of keys, the rest would cost as much again."""
     config = MoLConfig(layer_kinds=[kind] * 2, **SHAPE)
     every = MoLConfig(layer_kinds=[kind] * 2, **SHAPE | {"num_blocks_per_tok": 4})
@@ -97,7 +97,7 @@ def test_routed_attention_sees_its_own_tokens_and_deltanet_none() -> None:
     assert found.total == found.active
 
 
-def test_training_is_three_passes_and_the_parents() -> None:
+def test_training_takes_three_passes_plus_the_parents() -> None:
     config, dense = (MoLConfig(layer_kinds=[kind] * 2, **SHAPE) for kind in ("softmax", "dense"))
     once, parents = count_flops(config, 64).active, count_flops(dense, 64).active
     assert training_flops(config, 64, parent=None) == 3 * once

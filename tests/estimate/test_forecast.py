@@ -12,7 +12,7 @@ from molcli.estimate.forecast import (
     Forecast,
     Predictors,
     fit_forecast,
-    left_out_forecasts,
+    leave_one_out_forecasts,
     rank_correlation,
     reading_spectrum,
 )
@@ -24,15 +24,15 @@ def drawn(count: int, seed: int = 0) -> list[Predictors]:
     return [Predictors(*values) for values in generator.uniform(0.1, 8, (count, 6)).tolist()]
 
 
-def test_the_constants_of_a_power_law_are_found_again() -> None:
+def test_fit_recovers_the_constants_of_a_power_law() -> None:
     law = Forecast((0.3, 0.8, -0.4, -0.2, 0.1, 0.5, -0.1))
     settings = drawn(40)
     kl = [law.kl(setting) for setting in settings]
     assert fit_forecast(settings, kl).constants == pytest.approx(law.constants, abs=1e-3)
-    assert left_out_forecasts(settings, kl) == pytest.approx(kl, rel=1e-3)
+    assert leave_one_out_forecasts(settings, kl) == pytest.approx(kl, rel=1e-3)
 
 
-def test_a_predictor_that_never_varied_has_no_say() -> None:
+def test_a_constant_predictor_gets_the_constant_zero() -> None:
     settings = [replace(p, weights=1.0, clones=4.0) for p in drawn(20)]
     found = fit_forecast(settings, [p.lost_reading for p in settings]).constants
     assert found[3] == found[6] == 0
@@ -45,12 +45,12 @@ def test_more_text_helps_until_there_is_enough() -> None:
     assert kl == pytest.approx([1e4 + 1, 2, 1.1, 1.01, 1], rel=1e-3)
 
 
-def test_what_was_left_out_does_not_tell() -> None:
+def test_leave_one_out_forecasts_do_not_see_the_target() -> None:
     """Noise is fitted in part, but never forecast."""
     settings, noise = drawn(12), np.random.default_rng(1).uniform(0.1, 1, 12).tolist()
     fitted = [fit_forecast(settings, noise).kl(setting) for setting in settings]
     assert rank_correlation(fitted, noise) > rank_correlation(
-        left_out_forecasts(settings, noise), noise
+        leave_one_out_forecasts(settings, noise), noise
     )
 
 
@@ -63,12 +63,12 @@ def test_rank_correlation_by_hand() -> None:
 
 
 @given(st.lists(st.integers(-50, 50), min_size=2, max_size=20).filter(lambda v: len(set(v)) > 1))
-def test_rank_correlation_sees_order_only(values: list[int]) -> None:
+def test_rank_correlation_depends_on_order_only(values: list[int]) -> None:
     assert rank_correlation(values, [value**3 for value in values]) == pytest.approx(1)
     assert rank_correlation(values, [-2 * value for value in values]) == pytest.approx(-1)
 
 
-def test_a_spectrum_is_what_bases_retain() -> None:
+def test_sums_of_a_spectrum_are_what_bases_retain() -> None:
     torch.manual_seed(0)
     factors = torch.randn(2, 9, 6, dtype=torch.float64)
     gram, moment = factors.mT @ factors

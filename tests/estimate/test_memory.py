@@ -1,4 +1,4 @@
-"""Exact parts against real tensors; activations against what autograd really keeps."""
+"""Exact parts match real tensors; activations are near those that autograd saves."""
 
 from typing import Any
 
@@ -32,14 +32,14 @@ def config(kind: str, **settings: Any) -> MoLConfig:
 
 def memory(c: MoLConfig, **settings: Any) -> Any:
     usual: dict[str, Any] = dict(
-        trainable=0, tokens=256, product_bytes=4, parent=None, logits_at_once=2**20
+        trainable=0, tokens=256, product_bytes=4, parent=None, logits_per_chunk=2**20
     )
     return training_memory(c, **(usual | settings))
 
 
 @pytest.mark.parametrize("kind", ["dense", "softmax", "gated_deltanet"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_weights_gradients_and_moments_are_what_torch_holds(kind: str, tied: bool) -> None:
+def test_weights_gradients_and_moments_match_torch(kind: str, tied: bool) -> None:
     c = config(kind, tie_word_embeddings=tied, num_hidden_layers=2, layer_kinds=["dense", kind])
     model = MoLForCausalLM(c)
     for parameter in model.model.embed_tokens.parameters():
@@ -59,7 +59,7 @@ def test_weights_gradients_and_moments_are_what_torch_holds(kind: str, tied: boo
     assert estimate.optimizer == sum(t.nbytes for t in moments if t.ndim)
 
 
-def test_the_parent_is_held_in_the_products_dtype() -> None:
+def test_the_parent_has_the_dtype_of_products() -> None:
     dense = config("dense")
     assert memory(config("softmax")).parent == 0
     held = memory(config("softmax"), parent=dense, product_bytes=2).parent
@@ -101,7 +101,7 @@ def kept(c: MoLConfig, *, bf16: bool, recompute: bool = False) -> int:
         ("gated_deltanet", {}, 0.35),
     ],
 )
-def test_activations_are_near_what_is_kept(
+def test_activations_are_near_those_that_autograd_saves(
     kind: str, shared: dict[str, int], tolerance: float, bf16: bool
 ) -> None:
     c = config(kind, **shared)
@@ -112,8 +112,8 @@ def test_activations_are_near_what_is_kept(
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("kind", ["softmax", "gated_deltanet"])
 def test_activations_grow_with_the_shared_block_alone(kind: str, compiled: bool) -> None:
-    """By as much as two routed blocks more would, where the shared ones are twice as many rows; and
-    the other way round, a shared block of the routed ones' shape by name changes nothing."""
+    """Activations grow linearly with the shared block's width. A shared block whose shape is given
+    explicitly, and is that of the routed blocks, changes nothing."""
     c = config(kind)
     usual = memory(c, compiled=compiled)
     own = dict(d_thin_shared=64, d_ff_thin_shared=170, num_heads_shared=2)
@@ -123,7 +123,7 @@ def test_activations_grow_with_the_shared_block_alone(kind: str, compiled: bool)
     assert wider - wide == wide - usual.activations > 0
 
 
-def test_holding_less_counts_less() -> None:
+def test_recomputation_and_layerwise_training_need_less_memory() -> None:
     c = config("softmax", num_hidden_layers=12, layer_kinds=["softmax"] * 12)
     whole, again, alone = (
         memory(c, tokens=4096, **setting)
@@ -144,8 +144,8 @@ def test_holding_less_counts_less() -> None:
     )
 
 
-def test_ranks_share_all_but_what_runs() -> None:
-    """Beside its share, a rank of four has two layers of 24 and the embedding."""
+def test_ranks_shard_all_but_gathered_layers() -> None:
+    """In addition to its shard, each of four ranks holds two layers of 24 and the embedding."""
     c = config("softmax", num_hidden_layers=24, layer_kinds=["softmax"] * 24)
     total = count_parameters(c).total
     alone, shared = (memory(c, trainable=total, ranks=ranks) for ranks in (1, 4))
@@ -203,10 +203,10 @@ OF_15 = dict(
         (OF_15, "gated_deltanet", False, 3 * 4096, 66.7 * 2**30),
     ],
 )
-def test_compiled_steps_are_near_what_an_h100_held(
+def test_compiled_steps_are_near_measured_peaks_on_an_h100(
     shape: dict[str, Any], kind: str, distilled: bool, tokens: int, peak: float
 ) -> None:
-    """Peaks: tests/bench/results, torch 2.11; those of OF_15 with all logits at once."""
+    """Peaks: tests/bench/results, torch 2.11; those of OF_15 computed all logits together."""
     layers = shape["num_hidden_layers"]
     c = MoLConfig(
         **shape, num_shared_blocks=1, layer_kinds=[kind] * layers, tie_word_embeddings=True
@@ -218,7 +218,7 @@ def test_compiled_steps_are_near_what_an_h100_held(
         tokens=tokens,
         product_bytes=2,
         parent=parent if distilled else None,
-        logits_at_once=2**26 if distilled else tokens * c.vocab_size,
+        logits_per_chunk=2**26 if distilled else tokens * c.vocab_size,
         compiled=True,
     )
     assert estimate.total == pytest.approx(peak, rel=0.15)

@@ -46,7 +46,7 @@ def config(kind: str, blocks: tuple[int, int, int], **settings: Any) -> MoLConfi
         ("gated_deltanet", (15, 1, 3), SCALE_1B, 2080),
     ],
 )
-def test_totals_are_the_papers(
+def test_totals_match_the_paper(
     kind: str, blocks: tuple[int, int, int], scale: dict[str, Any], millions: float
 ) -> None:
     total = count_parameters(config(kind, blocks, **scale)).total
@@ -54,7 +54,7 @@ def test_totals_are_the_papers(
     assert total / 1e6 == pytest.approx(millions, abs=half_of_the_last_digit)
 
 
-def test_active_of_the_large_model_is_the_papers() -> None:
+def test_active_parameters_of_the_large_model_match_the_paper() -> None:
     """The paper's 0.61B leaves out what Gated DeltaNet has beyond softmax attention."""
     with_softmax, with_deltanet = (
         count_parameters(config(kind, (15, 1, 3), **SCALE_1B)).active / 1e9
@@ -91,7 +91,7 @@ def test_active_of_the_large_model_is_the_papers() -> None:
         ]
     ),
 )
-def test_total_is_the_models_own(
+def test_total_matches_the_model(
     flags: dict[str, bool],
     kinds: list[str],
     shared: int,

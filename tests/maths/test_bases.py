@@ -1,4 +1,4 @@
-"""The reading basis: what it keeps, and that nothing of its rank keeps more."""
+"""Bases keep what they claim to, and no basis of the same rank keeps more."""
 
 import pytest
 import torch
@@ -6,7 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from molcli.maths.bases import reading_basis, square_roots
+from molcli.maths.bases import (
+    leading_directions,
+    procrustes_rotation,
+    reading_basis,
+    square_roots,
+    unit_trace,
+)
 
 WIDTH = 7
 seeds = st.integers(0, 999)
@@ -37,7 +43,7 @@ def test_square_roots(seed: int) -> None:
     torch.testing.assert_close(root @ inverse, torch.eye(WIDTH, dtype=torch.float64))
 
 
-def test_directions_that_never_occur_are_lifted() -> None:
+def test_square_roots_of_a_singular_moment_are_finite() -> None:
     """At a singular moment the inverse root stays finite: 1e4 over the largest root's inverse."""
     moment = torch.diag(torch.tensor([4.0, 1.0, 0.0], dtype=torch.float64))
     _, inverse = square_roots(moment)
@@ -82,3 +88,38 @@ def test_coordinates_are_orthonormal_and_uncorrelated(seed: int, rank: int) -> N
     torch.testing.assert_close(projection @ projection.T, torch.eye(rank, dtype=torch.float64))
     torch.testing.assert_close(projection @ moment @ projection.T, variances.diag())
     assert (variances.diff() <= 0).all()
+
+
+def orthonormal(generator: torch.Generator, d: int, r: int) -> torch.Tensor:
+    return torch.linalg.qr(torch.randn(d, r, generator=generator, dtype=torch.float64)).Q
+
+
+@given(st.integers(0, 100), st.integers(1, 8))
+def test_leading_directions_retain_the_largest_singular_values(seed: int, r: int) -> None:
+    """The best rank-r approximation (Eckart and Young): its error is the rest of the spectrum."""
+    x = torch.randn(20, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    basis, retained = leading_directions(x.mT @ x, r)
+    values = torch.linalg.svdvals(x).square()
+    torch.testing.assert_close(basis.mT @ basis, torch.eye(r, dtype=torch.float64))
+    assert retained == pytest.approx((values[:r].sum() / values.sum()).item())
+    left = (x - x @ basis @ basis.mT).square().sum().item()
+    assert left == pytest.approx(values[r:].sum().item(), abs=1e-9)
+
+
+@given(st.integers(0, 100), st.integers(1, 6))
+def test_procrustes_rotation_keeps_the_span_and_is_nearest(seed: int, r: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    basis, wanted, other = (orthonormal(generator, 9, r) for _ in range(3))
+    turned = procrustes_rotation(basis, wanted)
+    torch.testing.assert_close(turned @ turned.mT, basis @ basis.mT)
+    best = (turned - wanted).square().sum()
+    rotation = orthonormal(generator, r, r)
+    for candidate in (basis, basis @ rotation):
+        assert best <= (candidate - wanted).square().sum() + 1e-9
+    same_space = other @ rotation
+    torch.testing.assert_close(procrustes_rotation(other, same_space), same_space)
+
+
+def test_unit_trace() -> None:
+    assert unit_trace(torch.diag(torch.tensor([1.0, 3.0]))).trace() == 1
+    assert unit_trace(torch.zeros(2, 2)).trace() == 0

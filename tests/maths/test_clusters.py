@@ -26,7 +26,7 @@ def planted(count: int, each: int, seed: int, noise: float = 0.01) -> tuple[Tens
 @settings(max_examples=30)
 @given(count=st.integers(1, 8), seed=st.integers(0, 999))
 def test_planted_clusters_are_found(count: int, seed: int) -> None:
-    """One centroid at each, and no row on the wrong side."""
+    """Each planted cluster has one centroid, and no row is assigned to another one."""
     centres, rows = planted(count, 40, seed)
     found = cosine_kmeans(rows, count, seeded(seed))
     similarity, match = (found @ centres.T).max(1)
@@ -54,7 +54,7 @@ def test_the_seed_decides() -> None:
     assert not torch.equal(one, other)
 
 
-def test_many_rows_are_thinned_out_evenly() -> None:
+def test_many_rows_are_subsampled_evenly() -> None:
     """Past 16,384 rows a sample is clustered: of all rows, not of the first ones."""
     centres, rows = planted(2, 17_000, 0)
     found = cosine_kmeans(rows[:18_000], 2, seeded(0))

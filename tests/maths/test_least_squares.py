@@ -103,7 +103,7 @@ def random_turn(generator: torch.Generator) -> Tensor:
 
 
 @given(seed=seeds, scale=st.floats(0.1, 10))
-def test_a_turn_and_its_scale_are_found(seed: int, scale: float) -> None:
+def test_aligning_rotation_recovers_rotation_and_scale(seed: int, scale: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     have = torch.randn(2, 3, P, generator=generator, dtype=torch.float64)
     turn = random_turn(generator)
@@ -113,7 +113,7 @@ def test_a_turn_and_its_scale_are_found(seed: int, scale: float) -> None:
 
 
 @given(seed=seeds)
-def test_no_other_turn_or_scale_aligns_better(seed: int) -> None:
+def test_no_other_rotation_or_scale_aligns_better(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     have, wanted, prior = (
         torch.randn(2, *shape, generator=generator, dtype=torch.float64)
@@ -141,7 +141,7 @@ def test_no_other_turn_or_scale_aligns_better(seed: int) -> None:
         assert (error(factor * size) > error(size))[inside].all()
 
 
-def test_a_block_without_tokens_gets_zeros_and_leaves_its_neighbour_alone() -> None:
+def test_a_block_without_tokens_gets_zeros_and_does_not_change_others() -> None:
     s = samples(0)
     keep = torch.tensor([1.0, 0.0], dtype=torch.float64)[:, None, None]
     gram, cross = s.gram * keep, s.cross * keep

@@ -1,4 +1,4 @@
-"""Chunked losses against the full logits."""
+"""Chunked losses equal those from the full logits."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ VOCAB = 11
 
 
 def naive(model: Head, labels: Tensor, parent: Head) -> dict[str, Tensor]:
-    """The same sums from all logits at once."""
+    """The same sums, from all logits together."""
     known = labels[:, 1:] != IGNORED
     targets = labels[:, 1:][known][:, None]
     log_q = (model.hidden @ model.weight.T).log_softmax(-1)[:, :-1][known]
@@ -60,7 +60,7 @@ def test_sums_and_gradients_equal_the_full_computation(
     labels = torch.randint(VOCAB, (batch, length), generator=generator)
     labels[torch.rand(batch, length, generator=generator) < ignored] = IGNORED
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(losses.LOGITS_AT_ONCE, "cpu", chunk * VOCAB)
+        patch.setitem(losses.LOGITS_PER_CHUNK, "cpu", chunk * VOCAB)
         ours = token_losses(model, labels, parent)
         full = naive(model, labels, parent)
         for name, value in full.items():
@@ -77,7 +77,7 @@ def test_sums_and_gradients_equal_the_full_computation(
         torch.testing.assert_close(gradient, value)
 
 
-def test_only_what_asks_gets_a_gradient() -> None:
+def test_only_tensors_that_require_a_gradient_get_one() -> None:
     model, parent = random_head(1, 4, 3, 0), random_head(1, 4, 3, 1)
     frozen = Head(model.hidden, model.weight.detach())
     labels = torch.ones(1, 4, dtype=torch.int64)
@@ -86,7 +86,7 @@ def test_only_what_asks_gets_a_gradient() -> None:
     assert parent.weight.grad is None and parent.hidden.grad is None
 
 
-def test_without_parent_the_gradient_is_cross_entropys() -> None:
+def test_without_parent_the_gradient_is_that_of_cross_entropy() -> None:
     model, labels = random_head(2, 6, 3, 0), torch.ones(2, 6, dtype=torch.int64)
     ours = training_loss(model, labels, None, ce_weight=1.0, kl_weight=1.0)
     full = naive(model, labels, model)["cross_entropy"]
@@ -118,7 +118,7 @@ def test_low_precision_is_reduced_in_fp32() -> None:
 
 
 def test_no_graph_keeps_logits() -> None:
-    """Nothing as wide as the vocabulary waits for the backward pass, but the weight's gradient."""
+    """Only the weight's gradient has a dimension of the vocabulary's size between the passes."""
     model, parent = random_head(2, 65, 4, 0), random_head(2, 65, 4, 1)
     shapes: list[torch.Size] = []
 
@@ -166,7 +166,7 @@ def test_a_temperature_softens_both_distributions(
     labels = torch.randint(VOCAB, (2, 6), generator=torch.Generator().manual_seed(seed))
     labels[0, 3] = IGNORED
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(losses.LOGITS_AT_ONCE, "cpu", chunk * VOCAB)
+        patch.setitem(losses.LOGITS_PER_CHUNK, "cpu", chunk * VOCAB)
         ours = training_loss(
             model, labels, parent, ce_weight=ce_weight, kl_weight=0.7, temperature=temperature
         )
@@ -186,7 +186,7 @@ def test_a_temperature_softens_both_distributions(
 
 
 def bucketed(model: Head, labels: Tensor, parent: Head, k: int) -> Tensor:
-    """KL over the parent's k tokens and the sum of all others, from all probabilities at once."""
+    """KL over the parent's k tokens and the sum of all others, from all probabilities together."""
     known = labels[:, 1:] != IGNORED
     q = (model.hidden @ model.weight.T).softmax(-1)[:, :-1][known]
     p = (parent.hidden @ parent.weight.T).softmax(-1)[:, :-1][known].detach()
@@ -216,7 +216,7 @@ def test_top_k_targets_equal_the_full_computation(
     labels = torch.randint(VOCAB, (batch, length), generator=generator)
     labels[torch.rand(batch, length, generator=generator) < ignored] = IGNORED
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(losses.LOGITS_AT_ONCE, "cpu", chunk * VOCAB)
+        patch.setitem(losses.LOGITS_PER_CHUNK, "cpu", chunk * VOCAB)
         kept = top_k_predictions(parent, k)
         training = training_loss(model, labels, kept, ce_weight=0.3, kl_weight=0.9)
     assert kept.ids.shape == (batch, length, k) and kept.rest.shape == (batch, length)
@@ -248,14 +248,14 @@ def test_the_parent_itself_has_no_kl_to_its_top_k() -> None:
 
 def test_rounded_targets_still_sum_to_one() -> None:
     kept = top_k_predictions(random_head(2, 6, 4, 0), 5)
-    half = TopK(kept.ids, kept.log_probs.half(), kept.rest.half()).exact(torch.float64)
+    half = TopK(kept.ids, kept.log_probs.half(), kept.rest.half()).normalise(torch.float64)
     total = half.log_probs.exp().sum(-1) + half.rest.exp()
     torch.testing.assert_close(total, torch.ones_like(total))
     # fp16 keeps 11 bits of a logarithm; these are below 16.
     assert (half.log_probs - kept.log_probs).abs().max() < 2 * 16 * 2**-11
 
 
-def test_a_sure_students_rest_is_not_lost_in_rounding() -> None:
+def test_the_rest_of_a_confident_student_is_not_lost_in_rounding() -> None:
     """In fp32 the rest's mass, 1e-9, would vanish in 1 - q; its logarithm does not."""
     logits = torch.tensor([[21.0, 0.0, 0.0, 0.0]])
     model = Head(logits.expand(1, 2, 4).contiguous().requires_grad_(), torch.eye(4))
@@ -269,15 +269,15 @@ def test_a_sure_students_rest_is_not_lost_in_rounding() -> None:
     torch.testing.assert_close(gradient[0, 0], torch.tensor([0.5, -0.5 / 3, -0.5 / 3, -0.5 / 3]))
 
 
-def test_a_chunks_loss_is_one_graph_whatever_the_parent_is() -> None:
-    """What torch.compile captures, run eagerly: a break in the graph would raise."""
+def test_loss_of_a_chunk_compiles_to_one_graph_for_any_parent() -> None:
+    """torch.compile captures it, and it runs eagerly: a graph break would raise."""
     generator = torch.Generator().manual_seed(0)
     whole = torch.compile(losses._chunk_loss, dynamic=True, backend="eager", fullgraph=True)
     for n in (5, 8):
         q, p = torch.randn(2, n, VOCAB, generator=generator)
         known = torch.rand(n, generator=generator) > 0.3
         targets = torch.randint(VOCAB, (n, 1), generator=generator)
-        for taught in (None, p, losses.keep_top_k(p.log_softmax(1), 4)):
+        for taught in (None, p, losses.truncate_to_top_k(p.log_softmax(1), 4)):
             arguments = (q, taught, targets, known, 0.3, 0.7)
             for ours, right in zip(whole(*arguments), losses._chunk_loss(*arguments), strict=True):
                 torch.testing.assert_close(ours, right)

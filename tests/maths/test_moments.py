@@ -35,7 +35,9 @@ def test_chunks_are_summed_in_float64() -> None:
     shrinkage=st.floats(0, 1),
     seed=st.integers(0, 99),
 )
-def test_blocks_are_drawn_towards_their_sum(sizes: list[int], shrinkage: float, seed: int) -> None:
+def test_shrinkage_mixes_blocks_with_their_sum(
+    sizes: list[int], shrinkage: float, seed: int
+) -> None:
     """Blocks without rows included."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(sum(sizes), 3, generator=generator, dtype=torch.float64)
@@ -60,7 +62,7 @@ def test_blocks_are_drawn_towards_their_sum(sizes: list[int], shrinkage: float, 
         torch.testing.assert_close(found, expected)
 
 
-def test_unit_rms_ignores_size_and_survives_zero() -> None:
+def test_unit_rms_ignores_scale_and_accepts_zero() -> None:
     x = torch.randn(4, 64, dtype=torch.float64)
     torch.testing.assert_close(
         unit_rms(x).square().mean(-1), torch.ones(4).double(), atol=1e-5, rtol=0

@@ -1,4 +1,4 @@
-"""The forecast of a falling loss."""
+"""Forecasts of a falling loss."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def test_a_power_law_is_continued_exactly(
 
 
 @given(st.integers(0, 2**32 - 1), EXPONENTS)
-def test_noise_and_wild_windows_move_it_little(seed: int, exponent: float) -> None:
+def test_noise_and_outliers_change_the_forecast_little(seed: int, exponent: float) -> None:
     """Noise of 2% a window, and one window in twelve ten times too high."""
     tokens, kl = power_law(4.0, exponent, 240)
     generator = np.random.default_rng(seed)
@@ -75,7 +75,7 @@ def test_units_do_not_matter(
     assert two == (None if one is None else pytest.approx(tokens_unit * one, rel=1e-5))
 
 
-def test_what_tells_nothing_gives_none() -> None:
+def test_curves_without_a_forecast_give_none() -> None:
     tokens, kl = (values.tolist() for values in power_law(1.0, 0.3, 20))
     assert tokens_to_recovery(tokens, kl, 0.7) is not None
     assert tokens_to_recovery(tokens[: FEWEST - 1], kl[: FEWEST - 1], 0.7) is None

@@ -37,7 +37,7 @@ def gaps_by_hand(blocks: Tensor, documents: Tensor, block: int) -> list[int]:
 
 
 @given(routings())
-def test_counts_are_those_by_hand(routing: tuple[Tensor, Tensor, Tensor, int]) -> None:
+def test_counts_match_a_count_by_hand(routing: tuple[Tensor, Tensor, Tensor, int]) -> None:
     blocks, weights, documents, num_blocks = routing
     counts = count_routing(blocks, weights, documents, num_blocks)
     assert counts.tokens == len(blocks)
@@ -66,7 +66,7 @@ def test_batches_cut_between_documents_add_up(
 
 
 @given(routings())
-def test_the_summary_is_that_by_hand(routing: tuple[Tensor, Tensor, Tensor, int]) -> None:
+def test_summary_matches_figures_by_hand(routing: tuple[Tensor, Tensor, Tensor, int]) -> None:
     blocks, weights, documents, num_blocks = routing
     tokens, top_k = blocks.shape
     summary = summarise(count_routing(blocks, weights, documents, num_blocks), dead_share=0.0)
@@ -96,7 +96,7 @@ def test_the_summary_is_that_by_hand(routing: tuple[Tensor, Tensor, Tensor, int]
         assert summary.layer_p95_gap == pooled[math.ceil(0.95 * len(pooled)) - 1]
 
 
-def test_turns_of_two_blocks() -> None:
+def test_two_blocks_that_alternate() -> None:
     blocks = torch.tensor([[0], [1]] * 4)
     summary = summarise(count_routing(blocks, torch.ones(8, 1), torch.zeros(8), 2), dead_share=0.01)
     assert summary.entropy == 1.0
@@ -111,7 +111,7 @@ def test_a_gap_does_not_reach_into_the_next_document() -> None:
     assert counts.gaps.tolist() == [[0, 2]]
 
 
-def test_dead_is_below_a_share_of_the_uniform_load() -> None:
+def test_blocks_below_a_share_of_the_uniform_load_are_dead() -> None:
     counts = RoutingCounts(
         tokens=1000,
         chosen=torch.tensor([995, 4, 1, 0]),
@@ -129,7 +129,7 @@ def test_one_block_counts_as_evenly_loaded() -> None:
     assert summary.layer_mean_gap == 1.0
 
 
-def test_the_margin_is_between_the_last_chosen_and_the_first_left_out() -> None:
+def test_margin_is_between_the_lowest_chosen_and_the_highest_rejected() -> None:
     scores = torch.tensor([[3.0, 1.0, 2.5], [0.0, 0.25, 4.0]])
     assert routing_margin(scores, 1) == pytest.approx((0.5 + 3.75) / 2)
     assert routing_margin(scores, 2) == pytest.approx((1.5 + 0.25) / 2)

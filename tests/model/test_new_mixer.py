@@ -119,6 +119,6 @@ def test_its_costs_are_counted(model):
         tokens=64,
         product_bytes=2,
         parent=None,
-        logits_at_once=1 << 20,
+        logits_per_chunk=1 << 20,
     )
     assert memory.activations > 0

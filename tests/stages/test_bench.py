@@ -1,4 +1,4 @@
-"""`molcli bench`: what it times is there and right; how long it takes is the machine's."""
+"""`molcli bench` times the right work. The times themselves depend on the machine."""
 
 import itertools
 import json
@@ -14,10 +14,9 @@ from molcli.config.recipe import load_recipe
 from molcli.errors import MolError
 from molcli.model import MoLForCausalLM
 from molcli.model.routing.router import Router
-from molcli.stages.bench import SECTIONS, Row, bench, open_benchmark_pair
-from molcli.stages.bench import measure as sizes
-from molcli.stages.bench import measure as timing
-from molcli.stages.bench.models import like, load, routed
+from molcli.stages.bench import SECTIONS, Row, bench, measure, open_benchmark_pair
+from molcli.stages.bench.models import equivalent_llama
+from molcli.stages.bench.routing import forced_routing, load_extremes
 from molcli.stages.init import untrained_config
 
 TINY = [
@@ -30,7 +29,7 @@ TINY = [
     "model.d_thin=32",
     "model.d_ff_thin=24",
 ]
-LITTLE = sizes.Sizes(
+LITTLE = measure.Sizes(
     prefill=(16,), decode=((1, 8), (2, 4)), new_tokens=2, train=((1, 8),), rows=32, repeats=1
 )
 
@@ -42,7 +41,7 @@ def config():
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Advances with every call of a module and with every reading, whatever the machine takes."""
+    """A clock that advances with each call of a module and each reading, not with real time."""
     ticks, call = itertools.count(1), nn.Module.__call__
 
     def counted(module, *args, **options):
@@ -50,17 +49,17 @@ def clock(monkeypatch):
         return call(module, *args, **options)
 
     monkeypatch.setattr(nn.Module, "__call__", counted)
-    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
 
 
 @pytest.fixture(autouse=True)
 def little(monkeypatch):
-    monkeypatch.setattr(sizes, "CPU", LITTLE)
+    monkeypatch.setattr(measure, "CPU_SIZES", LITTLE)
 
 
 def test_every_section_has_its_rows_for_both_kinds_of_routing(config, clock):
-    contest = open_benchmark_pair(config, None, None, torch.device("cpu"))
-    report = bench(contest, SECTIONS)
+    pair = open_benchmark_pair(config, None, None, torch.device("cpu"))
+    report = bench(pair, SECTIONS)
     works = [row.work for row in report.rows]
     assert len(works) == len(set(works)) == 2 * (1 + 2 + 1 + 1 + 1)
     assert all(row.mol > 0 for row in report.rows)
@@ -71,29 +70,29 @@ def test_every_section_has_its_rows_for_both_kinds_of_routing(config, clock):
     json.dumps(report.to_json())
 
 
-def test_ratios_say_how_much_faster_the_model_is():
+def test_ratio_is_the_speed_over_the_peers():
     assert Row("a", "tokens/s", 30.0, 10.0).ratio == 3
     assert Row("a", "ms a token", 2.0, 6.0).ratio == 3
     assert Row("a", "TFLOP/s", None, 6.0).ratio is None
 
 
-def test_the_peer_of_a_two_matrix_ffn_is_gated_and_as_large(config):
+def test_the_peer_of_a_two_matrix_ffn_has_a_gated_ffn_of_equal_size(config):
     config.hidden_size, config.intermediate_size, config.num_attention_heads = 2048, 8192, 32
-    peer = like(config)
+    peer = equivalent_llama(config)
     assert (peer.intermediate_size, peer.num_attention_heads) == (5504, 32)
     config.mlp_gated, config.intermediate_size = True, 1000
-    assert like(config).intermediate_size == 1000
+    assert equivalent_llama(config).intermediate_size == 1000
 
 
-def test_skewed_routing_is_skewed_and_leaves_no_trace(config):
+def test_forced_routing_is_as_named_and_restored(config):
     torch.manual_seed(0)
     model = MoLForCausalLM(config).eval()
     ids = torch.randint(120, (1, 256))
     before = model(ids).logits
-    with routed(model, "even", ids):
-        even = load(model, ids)
-    with routed(model, "skewed", ids):
-        skewed = load(model, ids)
+    with forced_routing(model, "even", ids):
+        even = load_extremes(model, ids)
+    with forced_routing(model, "skewed", ids):
+        skewed = load_extremes(model, ids)
     assert 1.5 > even[0] >= 1 >= even[1] > 0.5
     assert skewed[0] > even[0] and even[1] > skewed[1]
     assert torch.equal(model(ids).logits, before)

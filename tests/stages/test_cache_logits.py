@@ -50,7 +50,7 @@ def kl_of(out: Path) -> list[float]:
 
 @pytest.mark.parametrize("k", [5, VOCAB])
 @torch.no_grad()
-def test_it_holds_what_the_parent_predicts_for_each_document(
+def test_cache_has_the_parents_predictions_for_each_document(
     parent: Parent, corpus: Corpus, tmp_path: Path, k: int
 ) -> None:
     tokens = cache_logits(parent, corpus(), CONFIG, tmp_path / "cache", top_k=k, shard_bytes=9_000)
@@ -74,7 +74,7 @@ def test_it_holds_what_the_parent_predicts_for_each_document(
             torch.testing.assert_close(left, (1 - kept.sum(-1)).clamp(min=0), rtol=0, atol=1e-6)
 
 
-def test_a_stopped_run_loses_one_shard_and_ends_as_an_unstopped_one(
+def test_a_stopped_run_loses_one_shard_and_resumes_to_the_same_cache(
     parent: Parent, corpus: Corpus, tmp_path: Path
 ) -> None:
     data, how = corpus(), dict(top_k=5, shard_bytes=4 * ROW_BYTES)
@@ -106,7 +106,7 @@ def test_a_stopped_run_loses_one_shard_and_ends_as_an_unstopped_one(
     assert shards(out) == shards(tmp_path / "whole")
 
 
-def test_training_on_the_whole_vocabulary_is_training_on_the_parent(
+def test_training_on_a_whole_vocabulary_cache_equals_training_on_the_parent(
     parent: Parent, tiny_mol: Make, corpus: Corpus, tmp_path: Path
 ) -> None:
     """The same rows in the same order, whole passes included; only fp16 stands between the two, and
@@ -127,7 +127,7 @@ def test_training_on_the_whole_vocabulary_is_training_on_the_parent(
     assert part[-1] < 0.9 * part[0]
 
 
-def test_a_cache_is_resumed_in_training_wherever_it_lies(
+def test_training_resumes_on_a_cache_that_was_moved(
     parent: Parent, tiny_mol: Make, corpus: Corpus, tmp_path: Path
 ) -> None:
     checkpoint, cache = tiny_mol(), tmp_path / "cache"
@@ -171,7 +171,9 @@ def test_another_models_cache_is_refused(
         open_logits(tmp_path / "cache", **given)
 
 
-def test_what_is_no_cache_is_refused(parent: Parent, corpus: Corpus, tmp_path: Path) -> None:
+def test_a_folder_without_a_cache_is_refused(
+    parent: Parent, corpus: Corpus, tmp_path: Path
+) -> None:
     with pytest.raises(MolError, match="top-k is 129"):
         cache_logits(parent, corpus(), CONFIG, tmp_path / "out", top_k=129)
     with pytest.raises(MolError, match="no cache to resume"):
@@ -187,7 +189,7 @@ def test_what_is_no_cache_is_refused(parent: Parent, corpus: Corpus, tmp_path: P
         open_logits(tmp_path / "cut", None, vocab_size=VOCAB, length=32)
 
 
-def test_a_stage_with_data_of_its_own_does_without_the_cache(
+def test_a_stage_with_its_own_data_does_not_use_the_cache(
     parent: Parent, tiny_mol: Make, corpus: Corpus, tmp_path: Path
 ) -> None:
     cache_logits(parent, corpus(), CONFIG, tmp_path / "cache", top_k=5)
@@ -219,7 +221,7 @@ def test_a_stage_with_data_of_its_own_does_without_the_cache(
         ),
     ],
 )
-def test_what_a_cache_cannot_teach_is_refused_before_any_work(
+def test_stages_that_a_cache_does_not_support_are_refused_before_any_work(
     parent: Parent,
     tiny_mol: Make,
     corpus: Corpus,

@@ -27,7 +27,7 @@ MILLIONS = {
 SHRINK = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, head_dim=8)
 
 
-def test_the_papers_recipes_are_these() -> None:
+def test_there_is_a_recipe_for_each_of_the_papers_models() -> None:
     assert {name for name in bundled_recipes() if name.startswith("paper-")} == set(MILLIONS)
 
 
@@ -44,7 +44,7 @@ def test_a_paper_recipe_builds_with_the_papers_parameters(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MILLIONS)
-def test_the_name_says_what_runs(name: str) -> None:
+def test_the_recipes_name_matches_its_blocks(name: str) -> None:
     """1+3of15: one shared block and 3 of the 14 others."""
     config = untrained_config(load_recipe(name).model)
     shape = name.split("-")[-1]

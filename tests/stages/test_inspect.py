@@ -1,4 +1,4 @@
-"""The routing report of a tiny model against its own routing, one document at a time."""
+"""The routing report of a tiny model matches the routing of each document alone."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Plans: what they promise is what a conversion then has."""
+"""The figures of a plan match those of the conversion."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,9 +10,10 @@ import torch
 
 from molcli.config.sections import CalibrateConfig, Recipe, TrainConfig, UpcycleConfig
 from molcli.errors import MolError
-from molcli.estimate.forecast import FORECAST, Forecast, layer_spectra, predictors
+from molcli.estimate.cost import Cost, conversion_cost, parent_config, training_cost
+from molcli.estimate.forecast import FORECAST, Forecast, compute_predictors, layer_spectra
+from molcli.estimate.gpus import GPUS
 from molcli.estimate.parameters import count_parameters
-from molcli.estimate.time import GPUS, Cost, conversion_cost, parent_of, training_cost
 from molcli.families.parent import open_parent, outline
 from molcli.fitting.shapes import converted_config
 from molcli.stages.plan import PRESETS, plan
@@ -30,7 +31,7 @@ SMOLLM2: dict[str, Any] = {
 DENSE = {name: value for name, value in SMOLLM2.items() if name != "dtype"}
 
 
-def test_candidates_keep_to_the_share_and_say_how_to_make_them() -> None:
+def test_candidates_have_the_requested_share_and_reproducible_settings() -> None:
     found = plan(SMOLLM2, Recipe(), 0.6, 10**6, GPUS["h100"])
     assert [c.name for c in found.candidates[:3]] == list(PRESETS)
     assert len(found.candidates) == 3 + 2 + 2 + 6
@@ -40,8 +41,9 @@ def test_candidates_keep_to_the_share_and_say_how_to_make_them() -> None:
         assert (count.total, count.active) == (candidate.total, candidate.active)
         assert candidate.checkpoint == 2 * count.total
         assert candidate.name in PRESETS or 0.57 <= candidate.share <= 0.61
-    assert found.parent_total == count_parameters(parent_of(config)).total
+    assert found.parent_total == count_parameters(parent_config(config)).total
     assert found.recommended == found.candidates[3].name
+    assert set(found.to_json()["gpu"]) == {"name", "bf16", "fp32", "memory"}
 
 
 @pytest.mark.parametrize(
@@ -53,8 +55,8 @@ def test_candidates_keep_to_the_share_and_say_how_to_make_them() -> None:
         (0.3, set()),
     ],
 )
-def test_presets_below_the_share_fit_some_layers(share: float, some: set[str]) -> None:
-    """As many of them as bring the model down to it, and no more."""
+def test_presets_below_the_share_convert_some_layers(share: float, some: set[str]) -> None:
+    """As many layers as bring the model down to the share, and no more."""
     found = plan(SMOLLM2, Recipe(), share, 10**6, GPUS["h100"]).candidates
     partial = [c for c in found if "layers" in c.settings]
     assert {c.name.removesuffix(" layers") for c in partial} == some
@@ -65,11 +67,11 @@ def test_presets_below_the_share_fit_some_layers(share: float, some: set[str]) -
         )
         assert candidate.share <= share + 0.01  # a layer's share differs a little from its preset's
         count = count_parameters(converted_config(DENSE, fewer))
-        parent = count_parameters(parent_of(converted_config(DENSE, fewer)))
+        parent = count_parameters(parent_config(converted_config(DENSE, fewer)))
         assert (count.active - count.embedding) / parent.non_embedding > share
 
 
-def test_only_layers_and_mixers_of_the_recipe_count() -> None:
+def test_only_layers_and_mixers_of_the_recipe_matter() -> None:
     few = UpcycleConfig(layers=[0, 1], d_thin=448, d_ff_thin=7, num_heads_thin=1)
     few = replace(few, d_thin_shared=576, d_ff_thin_shared=7, num_heads_shared=9)
     found = plan(SMOLLM2, Recipe(upcycle=few), 0.5, 10**6, GPUS["h100"])
@@ -85,7 +87,7 @@ def test_no_room_for_neurons_is_refused() -> None:
 def test_the_lowest_forecast_within_the_share_is_recommended(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A forecast by lost reading energy alone takes the widest shape that is cheap enough."""
+    """A forecast by lost reading energy alone prefers the widest shape within the share."""
     alone = Forecast((0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0))
     monkeypatch.setattr("molcli.stages.plan.FORECAST", alone)
     spectrum = torch.linspace(1, 0, 576, dtype=torch.float64)
@@ -104,7 +106,7 @@ def test_the_lowest_forecast_within_the_share_is_recommended(
 def test_predictors_by_hand() -> None:
     spectra = {i: torch.full((576,), 1 / 576, dtype=torch.float64) for i in (3, 7)}
     alike = converted_config(DENSE, UpcycleConfig(layers=[3, 7], d_thin=192))
-    found = predictors(alike, spectra, 8192)
+    found = compute_predictors(alike, spectra, 8192)
     thin = 192 * (2 * 576 + 2 * 64 * (3 + 1) + 3 * 512)
     whole = 576 * (2 * 64 * (9 + 3) + 3 * 1536)
     assert found.layers == 2
@@ -115,7 +117,7 @@ def test_predictors_by_hand() -> None:
     assert found.clones == pytest.approx((1 + 2 * 4) / 3)
 
     split = converted_config(DENSE, UpcycleConfig(layers=[3]))  # 256 wide and 192
-    found = predictors(split, spectra, 8192)
+    found = compute_predictors(split, spectra, 8192)
     wide = 256 * (2 * 576 + 2 * 64 * (9 + 3) + 3 * 784)
     thin = 192 * (2 * 576 + 2 * 64 * (1 + 1) + 3 * 496)
     assert found.weights == pytest.approx((wide + thin) / whole)
@@ -130,13 +132,13 @@ def test_predictors_by_hand() -> None:
 @pytest.mark.parametrize(
     "blocks", [{"num_blocks": 1, "top_k": 0}, {"num_shared_blocks": 0, "top_k": 2}]
 )
-def test_without_routed_or_shared_blocks_there_is_a_forecast_too(blocks: dict[str, Any]) -> None:
+def test_forecast_without_routed_or_shared_blocks(blocks: dict[str, Any]) -> None:
     config = converted_config(DENSE, UpcycleConfig(layers=[3], **blocks))
     spectra = {3: torch.full((576,), 1 / 576, dtype=torch.float64)}
-    assert FORECAST.kl(predictors(config, spectra, 8192)) > 0
+    assert FORECAST.kl(compute_predictors(config, spectra, 8192)) > 0
 
 
-def test_spectra_come_from_weights_and_moments(tiny_parent: Callable[..., Path]) -> None:
+def test_spectra_depend_on_weights_and_moments(tiny_parent: Callable[..., Path]) -> None:
     parent = open_parent(tiny_parent("qwen3"))
     eye = torch.eye(64, dtype=torch.float64)
     spectra = dict(layer_spectra(parent, lambda layer: eye, [0, 1]))
@@ -150,7 +152,7 @@ def test_spectra_come_from_weights_and_moments(tiny_parent: Callable[..., Path])
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "phi3"])
-def test_an_outline_is_the_opened_parents_numbers(
+def test_an_outline_has_the_numbers_of_the_opened_parent(
     family: str, tiny_parent: Callable[..., Path]
 ) -> None:
     folder = tiny_parent(family, dtype=torch.bfloat16)
@@ -161,7 +163,7 @@ def test_an_outline_is_the_opened_parents_numbers(
     assert found == opened
 
 
-def test_costs_grow_with_what_is_asked_for() -> None:
+def test_costs_grow_with_tokens_layers_and_widths() -> None:
     gpu, config = GPUS["h100"], converted_config(DENSE, UpcycleConfig(d_thin=192))
 
     def conversion(tokens: int) -> Cost:
@@ -187,7 +189,7 @@ def test_costs_grow_with_what_is_asked_for() -> None:
         assert cost.seconds > equal.seconds and cost.memory > equal.memory
 
 
-def test_calibrated_tokens_win_over_the_recipes() -> None:
+def test_calibrated_tokens_override_the_recipe() -> None:
     about = CalibrateConfig(tokens=10**7)
     spectra = dict.fromkeys(range(30), torch.full((576,), 1 / 576, dtype=torch.float64))
     few = plan(SMOLLM2, Recipe(calibrate=about), 0.5, 1, GPUS["h100"], spectra, 1000)

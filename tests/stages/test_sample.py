@@ -21,7 +21,7 @@ from molcli.config.sections import SampleConfig
 from molcli.data.mixture import load_rows
 from molcli.errors import MolError
 from molcli.families.parent import open_parent
-from molcli.stages.sample import _documents, _documents_at_once, _draw, sample
+from molcli.stages.sample import _draw, _largest_batch, _sample_batch, sample
 
 CONFIG = SampleConfig(tokens=600, length=48, batch_size=5, seed=3)
 
@@ -73,8 +73,8 @@ def test_a_parent_without_tokenizer_gives_data_that_packs(
 
 
 class Chained:
-    """A model whose first token is free and whose next one follows from all tokens so far, which
-    it knows from its cache alone."""
+    """A model whose next token depends on all tokens so far, which it reads from its cache. The
+    first token is arbitrary."""
 
     device = torch.device("cpu")
     config = PreTrainedConfig(bos_token_id=1, eos_token_id=0, num_hidden_layers=1)
@@ -105,7 +105,8 @@ class Chained:
 def test_documents_that_leave_the_batch_do_not_disturb_the_others() -> None:
     generator = torch.Generator().manual_seed(0)
     model: Any = Chained()
-    documents = _documents(model, [[1]] * 40, SampleConfig(length=9), generator, lambda drawn: None)
+    config = SampleConfig(length=9)
+    documents = _sample_batch(model, [[1]] * 40, config, generator, lambda drawn: None)
     assert len({len(ids) for ids in documents}) > 3
     for ids in documents:
         assert all(ids[i] == Chained.follows(ids[:i]) for i in range(2, len(ids)))
@@ -119,7 +120,7 @@ def test_prompts_of_any_length_are_continued_from_all_of_their_tokens() -> None:
     starts = [[1 + i % 12, 0, *range(1, 1 + i % 5)] for i in range(40)]
     model: Any = Chained()
     seen: list[int] = []
-    documents = _documents(model, starts, SampleConfig(length=12), generator, seen.append)
+    documents = _sample_batch(model, starts, SampleConfig(length=12), generator, seen.append)
     assert len({len(ids) for ids in documents}) > 3
     for ids, start in zip(documents, starts, strict=True):
         assert ids[: len(start)] == start and len(ids) > len(start)
@@ -129,7 +130,7 @@ def test_prompts_of_any_length_are_continued_from_all_of_their_tokens() -> None:
     assert seen == sorted(seen) and seen[-1] <= 40 * 12
 
 
-def test_prompts_are_taken_in_turn(tiny_parent: Callable[..., Path], tmp_path: Path) -> None:
+def test_prompts_are_used_in_rotation(tiny_parent: Callable[..., Path], tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("the quick brown\n\na lazy dog sleeps\n\nwhile\n")
     folder = tiny_parent("llama")
@@ -144,7 +145,7 @@ def test_prompts_are_taken_in_turn(tiny_parent: Callable[..., Path], tmp_path: P
         assert row["input_ids"][: len(start)] == start and len(row["input_ids"]) > len(start)
 
 
-def test_of_long_prompts_the_first_tokens_are_taken(
+def test_long_prompts_are_cut_to_their_first_tokens(
     tiny_parent: Callable[..., Path], tmp_path: Path
 ) -> None:
     prompts = tmp_path / "prompts.jsonl"
@@ -157,7 +158,7 @@ def test_of_long_prompts_the_first_tokens_are_taken(
     assert {row["input_ids"][0] for row in rows[1::2]} == {11}
 
 
-def test_a_prompt_without_room_leaves_nothing(
+def test_a_prompt_that_is_too_long_is_refused_and_leaves_no_file(
     tiny_parent: Callable[..., Path], tmp_path: Path
 ) -> None:
     prompts = tmp_path / "prompts.jsonl"
@@ -174,7 +175,7 @@ def test_an_existing_file_is_refused(tiny_parent: Callable[..., Path], tmp_path:
         sample(open_parent(tiny_parent("llama")), CONFIG, tmp_path / "a.jsonl")
 
 
-def test_draws_follow_the_odds() -> None:
+def test_draws_follow_the_probabilities() -> None:
     odds = torch.tensor([0.0, 0.2, 0.0, 0.5, 0.3, 0.0])
     drawn = _draw(odds.expand(20_000, -1), torch.Generator().manual_seed(0))
     shares = drawn.bincount(minlength=6) / 20_000
@@ -183,7 +184,7 @@ def test_draws_follow_the_odds() -> None:
     assert ((shares - odds).abs() <= 4 * deviation).all()
 
 
-def test_documents_at_a_time_follow_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_size_follows_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """SmolLM2-135M's shape: 23 kB of keys and values a token, 0.9 MB of odds a document."""
     config = LlamaConfig(
         vocab_size=49_152,
@@ -198,7 +199,7 @@ def test_documents_at_a_time_follow_the_memory(monkeypatch: pytest.MonkeyPatch) 
     def with_gb(memory: int, length: int) -> int:
         properties = SimpleNamespace(total_memory=memory * 10**9)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-        return _documents_at_once(model, length)
+        return _largest_batch(model, length)
 
     assert with_gb(80, 128) == 8192
     assert with_gb(80, 512) == 40 * 10**9 // (512 * 23_040 + 49_152 * 18)

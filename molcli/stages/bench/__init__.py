@@ -1,4 +1,4 @@
-"""Bench: a Mixture of Layers model's speed beside a dense one's, on the machine at hand."""
+"""Bench: time a Mixture of Layers model beside a dense one on this machine."""
 
 from molcli.stages.bench.measure import SECTIONS, Report, Row
 from molcli.stages.bench.models import BenchmarkPair, open_benchmark_pair

@@ -1,4 +1,4 @@
-"""What is timed, how large, how, and what was measured."""
+"""Sizes of the work that is timed, the timing itself, and its results."""
 
 import gc
 import statistics
@@ -16,9 +16,15 @@ SECTIONS = ("prefill", "decode", "train", "grouped", "gdn")
 
 @dataclass(frozen=True)
 class Sizes:
-    """prefill: prompt lengths, one sequence. decode: (sequences, context). new_tokens: decoded for
-    one timing. train: (sequences, tokens) of a step, of which the best counts. rows: routed rows
-    for single kernels. repeats: of which the median counts.
+    """Sizes of the work of all sections.
+
+    Attributes:
+        prefill: tokens of a prompt; one sequence each.
+        decode: numbers of sequences, and tokens in the cache.
+        new_tokens: tokens that one timing decodes.
+        train: sequences and tokens per sequence of a training step; the fastest size counts.
+        rows: routed rows of the timings of single kernels.
+        repeats: timings, of which the median counts.
     """
 
     prefill: tuple[int, ...]
@@ -29,7 +35,7 @@ class Sizes:
     repeats: int
 
 
-GPU = Sizes(
+GPU_SIZES = Sizes(
     prefill=(4096, 32_768, 131_072),
     decode=((1, 8192), (32, 2048)),
     new_tokens=64,
@@ -37,7 +43,7 @@ GPU = Sizes(
     rows=98_304,
     repeats=3,
 )
-CPU = Sizes(
+CPU_SIZES = Sizes(
     prefill=(128, 512),
     decode=((1, 128), (4, 64)),
     new_tokens=8,
@@ -47,51 +53,17 @@ CPU = Sizes(
 )
 
 
-def sizes_for(device: torch.device) -> Sizes:
-    """A few minutes' worth on a GPU; elsewhere little, and no measure of what a GPU would do."""
-    return GPU if device.type == "cuda" else CPU
-
-
-def seconds(work: Callable[[], Any], device: torch.device, repeats: int, warm_up: int = 2) -> float:
-    """The median time of a call, from an idle device to an idle device."""
-    for _ in range(warm_up):
-        work()
-    times = []
-    for _ in range(repeats):
-        _wait(device)
-        start = time.perf_counter()
-        work()
-        _wait(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-def fitting(work: Callable[[], float], device: torch.device) -> float | None:
-    """What `work` returns, or None if the device's memory is too small for it."""
-    try:
-        return work()
-    except torch.OutOfMemoryError:
-        return None
-    finally:
-        release(device)
-
-
-def release(device: torch.device) -> None:
-    """Gives back memory that nothing holds, so that the next model has it."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 @dataclass(frozen=True)
 class Row:
-    """One work. mol, peer: in `unit`, None where it did not fit into memory or has no peer.
-    peer_name: what the peer is, "dense" or a library. note: settings and peaks worth a word.
+    """One timing.
+
+    Attributes:
+        work: what was timed.
+        unit: of `mol` and `peer`.
+        mol: the Mixture of Layers model's figure; None where memory was too small.
+        peer: the peer's figure; None where memory was too small or there is no peer.
+        peer_name: "dense", or the name of a library.
+        note: settings and peak memory.
     """
 
     work: str
@@ -103,7 +75,7 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        """Above 1 where the Mixture of Layers model is faster."""
+        """Speed over the peer's speed: above 1 where the Mixture of Layers model is faster."""
         if not self.mol or not self.peer:
             return None
         return self.peer / self.mol if self.unit.startswith("ms") else self.mol / self.peer
@@ -111,8 +83,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """model, dense: what was compared, in words. loads: per kind of routing, the busiest and the
-    least busy block's share of an even share, over layers."""
+    """All results of a benchmark.
+
+    Attributes:
+        model: description of the Mixture of Layers model.
+        dense: description of the peer.
+        rows: timings.
+        loads: per kind of routing, the load of the busiest and of the least busy block over the
+            load under uniform routing, over all layers.
+        machine: device, versions, seed and commit.
+    """
 
     model: str
     dense: str
@@ -121,13 +101,67 @@ class Report:
     machine: dict[str, str]
 
     def to_json(self) -> dict[str, Any]:
-        found = asdict(self)
-        for row, written in zip(self.rows, found["rows"], strict=True):
+        """Return plain values for JSON, with the ratio of each row."""
+        values = asdict(self)
+        for row, written in zip(self.rows, values["rows"], strict=True):
             written["ratio"] = row.ratio
-        return found
+        return values
+
+
+def sizes_for(device: torch.device) -> Sizes:
+    """Return sizes that take a few minutes on a GPU. Those for a CPU say nothing about a GPU."""
+    return GPU_SIZES if device.type == "cuda" else CPU_SIZES
+
+
+def median_seconds(
+    work: Callable[[], Any], device: torch.device, repeats: int, warm_up: int = 2
+) -> float:
+    """Time a call, from an idle device to an idle device.
+
+    Args:
+        work: the call.
+        device: synchronised before and after each call.
+        repeats: timed calls.
+        warm_up: calls before them.
+
+    Returns:
+        The median of the timed calls.
+    """
+    for _ in range(warm_up):
+        work()
+    times = []
+    for _ in range(repeats):
+        _synchronise(device)
+        start = time.perf_counter()
+        work()
+        _synchronise(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def unless_out_of_memory(work: Callable[[], float], device: torch.device) -> float | None:
+    """Return the result of `work`, or None if the device's memory is too small. Frees memory."""
+    try:
+        return work()
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        free_memory(device)
+
+
+def free_memory(device: torch.device) -> None:
+    """Return unused memory to the device, for the next model."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def machine(device: torch.device, seed: int) -> dict[str, str]:
-    """Device, versions, seed and commit."""
-    found = {"device": device_name(device), "seed": str(seed), **versions()}
-    return found | {"molcli": f"{found['molcli']} {commit()}".strip()}
+    """Return device, versions, seed and commit."""
+    values = {"device": device_name(device), "seed": str(seed), **versions()}
+    return values | {"molcli": f"{values['molcli']} {commit()}".strip()}
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

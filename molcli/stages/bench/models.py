@@ -1,7 +1,6 @@
-"""The two models of a comparison: made with random weights, or opened."""
+"""The two models of a comparison: opened, or made with random weights."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,18 +12,18 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Pr
 from molcli.model import MoLConfig, MoLForCausalLM
 from molcli.model.checkpoint import open_checkpoint, open_config, stored_dtype
 from molcli.model.precision import fast_dtype
-from molcli.model.routing.balance import bias_step, block_counts
-from molcli.model.routing.router import Router
-
-# Logits of an untrained router are normal with a spread of 0.02 sqrt(d_model), about 1; biases from
-# -SKEW to SKEW make the first block the busiest and the last one the least busy.
-SKEW = 0.5
 
 
 @dataclass(frozen=True)
 class BenchmarkPair:
-    """checkpoint: None for random weights. dense: the peer's configuration; its weights are random,
-    which costs the same. routings: the kinds of routing to time, see `routed`.
+    """A Mixture of Layers model and its dense peer.
+
+    Attributes:
+        config: configuration of the Mixture of Layers model.
+        dense: configuration of the peer. Its weights are random, which takes the same time.
+        checkpoint: folder of the model's weights; None for random weights.
+        device: where both models run.
+        dtype: precision of prefill and decoding.
     """
 
     config: MoLConfig
@@ -35,12 +34,13 @@ class BenchmarkPair:
 
     @property
     def routings(self) -> tuple[str, ...]:
+        """Kinds of routing to time, see `forced_routing`."""
         return ("even", "skewed") if self.checkpoint is None else ("as trained",)
 
     def mol(self, dtype: torch.dtype) -> MoLForCausalLM:
-        """In `dtype`, but for what is stored in fp32."""
+        """Make the Mixture of Layers model in `dtype`, except tensors that are stored in fp32."""
         if self.checkpoint is None:
-            model = _random(lambda: MoLForCausalLM(self.config), self.device, dtype)
+            model = _random_model(lambda: MoLForCausalLM(self.config), self.device, dtype)
         else:
             model = open_checkpoint(self.checkpoint, self.device)
             model.generation_config = GenerationConfig()  # no end, no sampling, no penalties
@@ -50,11 +50,17 @@ class BenchmarkPair:
         return model
 
     def peer(self, dtype: torch.dtype) -> Any:
-        return _random(
+        """Make the dense model in `dtype`, with random weights."""
+        return _random_model(
             lambda: AutoModelForCausalLM.from_config(self.dense, attn_implementation="sdpa"),
             self.device,
             dtype,
         )
+
+    def random_tokens(self, batch: int, length: int) -> Tensor:
+        """Draw (batch, length) int64 token ids that are in both vocabularies."""
+        vocabulary = min(self.config.vocab_size, self.dense.vocab_size)
+        return torch.randint(vocabulary, (batch, length), device=self.device)
 
 
 def open_benchmark_pair(
@@ -63,27 +69,37 @@ def open_benchmark_pair(
     dense: PreTrainedConfig | None,
     device: torch.device,
 ) -> BenchmarkPair:
-    """config: of an untrained model, where there is no checkpoint. dense: of the parent, or None
-    for the Llama whose layers are as wide as the model's.
+    """Choose the two models of a comparison.
 
-    Raises MolError if the checkpoint is no Mixture of Layers model.
+    Args:
+        config: of an untrained model, where there is no checkpoint.
+        checkpoint: folder of a Mixture of Layers model.
+        dense: configuration of the parent; None for a Llama of the model's width and depth.
+        device: where both models run.
+
+    Raises:
+        MolError: the checkpoint is no Mixture of Layers model.
     """
     if config is None:
         assert checkpoint is not None
         config = open_config(checkpoint)
-    return BenchmarkPair(config, dense or like(config), checkpoint, device, fast_dtype(device))
+    peer = dense or equivalent_llama(config)
+    return BenchmarkPair(config, peer, checkpoint, device, fast_dtype(device))
 
 
-def like(config: MoLConfig) -> LlamaConfig:
-    """A dense Llama of the model's width and depth; where the model's FFN has two matrices and not
-    three, the gated FFN with as many weights, in multiples of 128."""
-    hidden = config.intermediate_size
+def equivalent_llama(config: MoLConfig) -> LlamaConfig:
+    """Return a dense Llama of the model's width and depth.
+
+    Llama's FFN is gated, with three matrices. Where the model's FFN has two, the Llama's d_ff gives
+    as many weights, rounded up to a multiple of 128.
+    """
+    d_ff = config.intermediate_size
     if not config.mlp_gated:
-        hidden = -(-2 * hidden // (3 * 128)) * 128
+        d_ff = -(-2 * d_ff // (3 * 128)) * 128
     return LlamaConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
-        intermediate_size=hidden,
+        intermediate_size=d_ff,
         num_hidden_layers=config.num_hidden_layers,
         num_attention_heads=config.num_attention_heads,
         num_key_value_heads=config.num_key_value_heads,
@@ -93,8 +109,8 @@ def like(config: MoLConfig) -> LlamaConfig:
     )
 
 
-def _random(make: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """A model whose weights are drawn where they stay."""
+def _random_model(make: Callable[[], Any], device: torch.device, dtype: torch.dtype) -> Any:
+    """Make a model whose weights are drawn on `device` in `dtype`."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -104,65 +120,3 @@ def _random(make: Any, device: torch.device, dtype: torch.dtype) -> Any:
         torch.set_default_dtype(before)
     model.generation_config.eos_token_id = None
     return model.eval()
-
-
-@contextmanager
-def routed(model: Any, kind: str, ids: Tensor) -> Iterator[None]:
-    """kind: "even" sets the routers' correction biases so that blocks see about as many of these
-    tokens each, "skewed" adds a ramp to that; others leave them alone, as does a dense model.
-
-    Untrained residuals of a sequence all point much the same way, so that untrained routers leave
-    blocks empty, in every sequence others: biases for one do not even out the next.
-    """
-    routers = [m for m in model.modules() if isinstance(m, Router)]
-    saved = [router.correction_bias.clone() for router in routers]
-    if routers and kind in ("even", "skewed"):
-        _even_out(model, routers, ids)
-    if kind == "skewed":
-        for router in routers:
-            ramp = torch.linspace(SKEW, -SKEW, len(router.correction_bias))
-            router.correction_bias += ramp.to(router.correction_bias)
-    try:
-        yield
-    finally:
-        for router, bias in zip(routers, saved, strict=True):
-            router.correction_bias.copy_(bias)
-
-
-@torch.no_grad()
-def _even_out(model: MoLForCausalLM, routers: list[Router], ids: Tensor) -> None:
-    """In one pass: each router reads what the layers before it make of their new biases."""
-
-    def even(router: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
-        assert isinstance(router, Router)
-        logits = router.forward(*args).logits
-        router.correction_bias.copy_(evening_bias(logits, router.top_k))
-
-    hooks = [router.register_forward_pre_hook(even) for router in routers]
-    with torch.compiler.set_stance("force_eager"):  # compiled layers do not look for hooks
-        model.model(ids, use_cache=False)
-    for hook in hooks:
-        hook.remove()
-
-
-def evening_bias(logits: Tensor, top_k: int) -> Tensor:
-    """What makes every block one of the top_k of about as many tokens: (R,), like the logits
-    (n, R), by loss-free balancing with a rate that falls."""
-    bias, count = torch.zeros_like(logits[0]), logits.shape[1]
-    for rate in torch.logspace(0, -3, 150).tolist():
-        blocks = (logits + bias).topk(top_k).indices
-        bias += bias_step(block_counts(blocks, count), rate * logits.std().item())
-    return bias
-
-
-@torch.no_grad()
-def load(model: MoLForCausalLM, ids: Tensor) -> tuple[float, float]:
-    """The busiest and the least busy block's tokens as a share of an even share, over layers."""
-    routing = model.model(ids, use_cache=False).routing
-    if not routing:
-        return 1.0, 1.0
-    counts = torch.stack(
-        [r.blocks.flatten().bincount(minlength=r.logits.shape[1]) for r in routing]
-    )
-    even = counts.float() / counts.float().mean(1, keepdim=True)
-    return even.max().item(), even.min().item()

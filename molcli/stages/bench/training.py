@@ -1,4 +1,4 @@
-"""A training step: loss, gradients and AdamW, weights in fp32, products in bf16 on a GPU."""
+"""Time a training step: loss, gradients and AdamW; fp32 weights, on a GPU bf16 products."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -8,55 +8,64 @@ import torch
 
 from molcli.maths.losses import Head, training_loss
 from molcli.model.compiled import compile_layers
-from molcli.stages.bench.inference import prompts
-from molcli.stages.bench.measure import Row, Sizes, fitting, release, seconds
-from molcli.stages.bench.models import BenchmarkPair, routed
+from molcli.stages.bench.measure import (
+    Row,
+    Sizes,
+    free_memory,
+    median_seconds,
+    unless_out_of_memory,
+)
+from molcli.stages.bench.models import BenchmarkPair
+from molcli.stages.bench.routing import forced_routing
 
 
-def train(contest: BenchmarkPair, sizes: Sizes, compiled: bool) -> Iterator[Row]:
-    """Tokens a second, of each model at the size that suits it best. Both have compiled layers and
-    the loss of `molcli train`."""
+def time_training(pair: BenchmarkPair, sizes: Sizes, compiled: bool) -> Iterator[Row]:
+    """Measure tokens per second, of each model at its fastest batch size.
+
+    Both models have compiled layers and the loss of `molcli train`.
+    """
 
     def timed(name: str, model: Any, kind: str = "") -> tuple[float | None, str]:
         model.train()
         if compiled:
             compile_layers(model)
-        found = {}
+        rates = {}
         for batch, length in sizes.train:
-            step = partial(_rate, contest, sizes, model, (batch, length), kind, compiled)
-            found[fitting(step, contest.device) or 0.0] = batch, length, peak(contest.device)
-        best = max(found)
-        batch, length, memory = found[best]
+            step = partial(_tokens_per_second, pair, sizes, model, (batch, length), kind, compiled)
+            rate = unless_out_of_memory(step, pair.device) or 0.0
+            rates[rate] = batch, length, _peak_memory(pair.device)
+        best = max(rates)
+        batch, length, memory = rates[best]
         return best or None, f"{name} {batch} × {length:,}{memory}"
 
-    dense, of_dense = timed("dense", contest.peer(torch.float32))
-    for kind in contest.routings:
-        release(contest.device)
-        mol, of_mol = timed("MoL", contest.mol(torch.float32), kind)
-        yield Row(f"training, {kind}", "tokens/s", mol, dense, note=f"{of_mol}; {of_dense}")
+    dense, dense_note = timed("dense", pair.peer(torch.float32))
+    for kind in pair.routings:
+        free_memory(pair.device)
+        mol, mol_note = timed("MoL", pair.mol(torch.float32), kind)
+        yield Row(f"training, {kind}", "tokens/s", mol, dense, note=f"{mol_note}; {dense_note}")
 
 
-def peak(device: torch.device) -> str:
-    """The most memory held since the last call, in words; empty on a CPU."""
+def _peak_memory(device: torch.device) -> str:
+    """Peak memory since the last call, as text; empty on a CPU."""
     if device.type != "cuda":
         return ""
-    held = torch.cuda.max_memory_allocated(device) / 2**30
+    peak = torch.cuda.max_memory_allocated(device) / 2**30
     torch.cuda.reset_peak_memory_stats(device)
-    return f", {held:.0f} GiB"
+    return f", {peak:.0f} GiB"
 
 
-def _rate(
-    contest: BenchmarkPair,
+def _tokens_per_second(
+    pair: BenchmarkPair,
     sizes: Sizes,
     model: Any,
     shape: tuple[int, int],
     kind: str,
     compiled: bool,
 ) -> float:
-    device, (batch, length) = contest.device, shape
+    device, (batch, length) = pair.device, shape
     model.zero_grad(set_to_none=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    ids = prompts(contest, batch, length)
+    ids = pair.random_tokens(batch, length)
     weights = {"ce_weight": 1 / ids.numel(), "kl_weight": 0.0}
 
     def step() -> None:
@@ -68,5 +77,5 @@ def _rate(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    with routed(model, kind, ids):
-        return batch * length / seconds(step, device, sizes.repeats, warm_up=3)
+    with forced_routing(model, kind, ids):
+        return batch * length / median_seconds(step, device, sizes.repeats, warm_up=3)

@@ -1,4 +1,4 @@
-"""What a model is worth: held-out text, its parent's continuations, recall, lm-eval's tasks."""
+"""Evaluate: held-out text, agreement with the parent's continuations, recall, lm-eval tasks."""
 
 from molcli.stages.evaluate.heldout import Evaluation, Models, open_models
 from molcli.stages.evaluate.run import Report, evaluate, measure

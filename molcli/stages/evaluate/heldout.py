@@ -1,4 +1,4 @@
-"""How well a model predicts held-out text, beside its parent."""
+"""Open a model and its parent, and measure how well they predict held-out text."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +21,13 @@ from molcli.progress import Progress
 
 @dataclass(frozen=True)
 class Models:
-    """Both in the same precision and on the same device. tokenizer: None if there is none."""
+    """A model and its parent, in the same precision and on the same device.
+
+    Attributes:
+        model: the model to evaluate.
+        parent: the dense model that it is compared with, if any.
+        tokenizer: the checkpoint's, if it has one.
+    """
 
     model: MoLForCausalLM
     parent: MoLForCausalLM | None
@@ -32,14 +38,15 @@ class Models:
         return self.model.device
 
     def named(self) -> dict[str, MoLForCausalLM]:
-        """Those that there are, as "model" and "parent"."""
+        """Return the models by name: "model", and "parent" if there is one."""
         return {"model": self.model} | ({} if self.parent is None else {"parent": self.parent})
 
 
 def open_models(checkpoint: Path, parent: Parent | None) -> Models:
-    """In the checkpoint's precision on a GPU, in fp32 on a CPU.
+    """Open both models, in the checkpoint's precision on a GPU, in fp32 on a CPU.
 
-    Raises MolError for a checkpoint that cannot be read, or a parent with another vocabulary.
+    Raises:
+        MolError: the checkpoint cannot be read, or the parent has another vocabulary.
     """
     model = open_checkpoint(checkpoint, default_device())
     dense = None if parent is None else open_teacher(parent, model, model.dtype)
@@ -50,12 +57,19 @@ def open_models(checkpoint: Path, parent: Parent | None) -> Models:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over the predicted tokens of held-out text.
+    """Figures on held-out text: means over the predicted tokens.
 
-    tokens: predicted. ce: cross-entropy of the text, nats a token. params_total, params_active:
-    all trainable parameters, and those that one token uses. Beside the parent (None without one):
-    kl: KL(parent || model), nats a token. agreement: share of tokens where both rank the same
-    next token first. parent_ce, parent_params: the parent's own.
+    Figures that need a parent are None without one.
+
+    Attributes:
+        tokens: number of predicted tokens.
+        ce: cross-entropy of the text, nats a token.
+        params_total: trainable parameters of the model.
+        params_active: parameters that one token uses.
+        kl: KL(parent || model), nats a token.
+        agreement: share of tokens for which both rank the same next token first.
+        parent_ce: cross-entropy of the parent, nats a token.
+        parent_params: trainable parameters of the parent.
     """
 
     tokens: int
@@ -68,20 +82,30 @@ class Evaluation:
     parent_params: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as plain values."""
+        """Return plain values for JSON."""
         return asdict(self)
 
 
 @torch.no_grad()
-def predict(models: Models, rows: TokenRows, batch_size: int, progress: Progress) -> Evaluation:
-    """Both models on the same packed rows; logits are fp32. Raises MolError if every token is a
-    document of its own.
+def evaluate_rows(
+    models: Models, rows: TokenRows, batch_size: int, progress: Progress
+) -> Evaluation:
+    """Evaluate both models on the same packed rows, with logits in fp32.
+
+    Args:
+        models: the model, and its parent if there is one.
+        rows: packed held-out text.
+        batch_size: rows at a time.
+        progress: called with processed and total tokens.
+
+    Raises:
+        MolError: no document has a second token, so that there is nothing to predict.
     """
     model, dense = models.model, models.parent
     sums = torch.zeros(5, dtype=torch.float64)
-    seen = 0
+    done = 0
     for batch in rows.batches(batch_size, models.device):
-        heads = [_head(net, batch) for net in models.named().values()]
+        heads = [_head(one, batch) for one in models.named().values()]
         losses = token_losses(heads[0], batch.labels, None if dense is None else heads[1])
         sums += torch.stack(
             [
@@ -92,8 +116,8 @@ def predict(models: Models, rows: TokenRows, batch_size: int, progress: Progress
                 losses.count,
             ]
         ).cpu()
-        seen += batch.tokens
-        progress(seen, rows.tokens)
+        done += batch.tokens
+        progress(done, rows.tokens)
     tokens = int(sums[4])
     if tokens == 0:
         raise MolError("the data has no token that another one precedes")
@@ -114,6 +138,6 @@ def predict(models: Models, rows: TokenRows, batch_size: int, progress: Progress
 
 
 def _head(model: MoLForCausalLM, batch: Batch) -> Head:
-    """In fp32: bf16 logits would be rounded by more than the differences that are measured."""
+    """Hidden states and head in fp32: rounding of bf16 logits exceeds the measured differences."""
     hidden = model.model(**batch.inputs(), use_cache=False).last_hidden_state
     return Head(hidden.float(), model.lm_head.weight.float())

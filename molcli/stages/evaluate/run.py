@@ -1,4 +1,4 @@
-"""All figures of one model, from one opening of it."""
+"""Evaluate a model: held-out text alone, or all figures that data and parent allow."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,16 +11,26 @@ from molcli.data.mixture import load_documents
 from molcli.data.packing import pack
 from molcli.families.parent import Parent
 from molcli.progress import Progress, silent
-from molcli.stages.evaluate.generation import Generation, compare, cut_prompts
-from molcli.stages.evaluate.heldout import Evaluation, Models, open_models, predict
-from molcli.stages.evaluate.recall import Recall, missing_for_recall, recall
+from molcli.stages.evaluate.generation import (
+    Generation,
+    compare_generation,
+    split_into_prompts,
+)
+from molcli.stages.evaluate.heldout import Evaluation, Models, evaluate_rows, open_models
+from molcli.stages.evaluate.recall import Recall, measure_recall, recall_obstacle
 from molcli.stages.evaluate.tasks import Scores
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was measured; None or empty where it was not. heldout and generation need data,
-    generation a parent too. skipped: figure -> why it is missing although the recipe asks for it.
+    """All figures of a model; None or empty where they were not measured.
+
+    Attributes:
+        heldout: figures on held-out text; they need data.
+        generation: agreement of continuations; it needs data and a parent.
+        recall: associative recall by distance.
+        tasks: scores of lm-eval's tasks.
+        skipped: figure -> why it is missing although the recipe requests it.
     """
 
     heldout: Evaluation | None
@@ -30,7 +40,7 @@ class Report:
     skipped: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """The held-out figures on top, the others under their names."""
+        """Return plain values for JSON: held-out figures at the top level, others by name."""
         figures = asdict(self)
         return (figures.pop("heldout") or {}) | figures
 
@@ -42,23 +52,39 @@ def evaluate(
     config: EvaluateConfig,
     progress: Progress = silent,
 ) -> Evaluation:
-    """Held-out figures alone, on the first config.tokens of `data`, in the file's order.
+    """Evaluate a checkpoint on held-out text only.
 
-    Both models see the same packed rows, in the same precision: that of the checkpoint on a GPU,
-    fp32 on a CPU; logits are fp32. Raises MolError for a checkpoint, parent or data that cannot
-    be used.
+    Both models get the same packed rows, in the checkpoint's precision on a GPU, in fp32 on a CPU;
+    logits are fp32.
+
+    Args:
+        checkpoint: folder of the model.
+        parent: the dense model to compare with, if any.
+        data: source of the text, of which the first config.tokens tokens are used, in order.
+        config: tokens, context length and batch size.
+        progress: called with processed and total tokens.
+
+    Raises:
+        MolError: the checkpoint, the parent or the data cannot be used.
     """
     models = open_models(checkpoint, parent)
     rows = pack(_documents(models, data, config), config.context_length, seed=None, pad_last=True)
-    return predict(models, rows, config.batch_size, progress)
+    return evaluate_rows(models, rows, config.batch_size, progress)
 
 
 def measure(
     models: Models, data: str | None, config: EvaluateConfig, progress: Progress = silent
 ) -> Report:
-    """All but the tasks: whatever the recipe, the data and the parent at hand allow.
+    """Measure all figures but tasks, as far as the recipe, the data and the parent allow.
 
-    data: held-out text, of which the first config.tokens count. Raises MolError as `evaluate` does.
+    Args:
+        models: the model, and its parent if there is one.
+        data: source of held-out text, of which the first config.tokens tokens are used.
+        config: the recipe's section `evaluate`.
+        progress: called with finished and total work of each figure.
+
+    Raises:
+        MolError: the data cannot be used.
     """
     heldout = generation = None
     scores: list[Recall] = []
@@ -66,21 +92,22 @@ def measure(
     if data is not None:
         documents = _documents(models, data, config)
         rows = pack(documents, config.context_length, seed=None, pad_last=True)
-        prompts = cut_prompts(documents, config.num_prompts, config.prompt_length)
-        heldout = predict(models, rows, config.batch_size, progress)
+        prompts = split_into_prompts(documents, config.num_prompts, config.prompt_length)
+        heldout = evaluate_rows(models, rows, config.batch_size, progress)
         if models.parent is not None and len(prompts):
-            # A step of decoding takes as long for a few prompts as for many: as many at a time as
-            # have the tokens of a batch of rows.
-            tokens = config.prompt_length + config.continuation_length
-            at_once = max(1, config.batch_size * config.context_length // tokens)
-            generation = compare(models, prompts, config.continuation_length, at_once, progress)
+            # A decoding step takes as long for few prompts as for many, so a batch of prompts has
+            # as many tokens as a batch of rows.
+            length = config.continuation_length
+            tokens = config.prompt_length + length
+            batch_size = max(1, config.batch_size * config.context_length // tokens)
+            generation = compare_generation(models, prompts, length, batch_size, progress)
         elif models.parent is not None and config.num_prompts:
             skipped["generation"] = f"no document has {config.prompt_length} tokens"
     if config.recall_sequences:
-        missing = missing_for_recall(models.tokenizer, config.recall_pairs)
-        scores = [] if missing else recall(models, config, progress)
+        obstacle = recall_obstacle(models.tokenizer, config.recall_pairs)
+        scores = [] if obstacle else measure_recall(models, config, progress)
         if not scores:
-            skipped["recall"] = missing or "no distance fits the model's positions"
+            skipped["recall"] = obstacle or "no distance fits the model's positions"
     return Report(heldout, generation, scores, skipped=skipped)
 
 

@@ -1,4 +1,4 @@
-"""Tasks of the lm-eval library, model and parent side by side."""
+"""Run tasks of the lm-eval library on model and parent."""
 
 import logging
 from dataclasses import dataclass
@@ -8,21 +8,30 @@ from typing import Any
 from molcli.errors import MolError
 from molcli.stages.evaluate.heldout import Models
 
-# task -> metric -> "model" or "parent" -> value, all as lm-eval names them.
+# task -> metric -> "model" or "parent" -> value. Tasks and metrics have lm-eval's names.
 Scores = dict[str, dict[str, dict[str, float]]]
 
 
 @dataclass(frozen=True)
 class Tasks:
-    """Known tasks. names: of tasks, groups or tags. manager: lm-eval's TaskManager."""
+    """Tasks that lm-eval knows.
+
+    Attributes:
+        names: of tasks, groups or tags.
+        manager: lm-eval's TaskManager.
+    """
 
     names: list[str]
     manager: Any
 
     def run(self, models: Models, batch_size: int) -> Scores:
-        """Every metric of every task; a metric's filter, where it has one, is added to its name.
+        """Run all tasks on both models.
 
-        Raises MolError without a tokenizer, or where a task's data cannot be had.
+        Returns:
+            Every metric of every task. If a metric has a filter, its name includes the filter's.
+
+        Raises:
+            MolError: there is no tokenizer, or a task's data cannot be read.
         """
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
@@ -32,25 +41,25 @@ class Tasks:
                 "the model has no tokenizer, and lm-eval's tasks are text",
                 allowed="a checkpoint of a parent with a tokenizer",
             )
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what we do on purpose
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is intended here
         scores: Scores = {}
         for name, model in models.named().items():
-            wrapped = HFLM(
+            adapter = HFLM(
                 pretrained=model,
                 backend="causal",
                 tokenizer=models.tokenizer,
                 batch_size=batch_size,
             )
             try:
-                found = simple_evaluate(
-                    wrapped, tasks=self.names, task_manager=self.manager, log_samples=False
+                results = simple_evaluate(
+                    adapter, tasks=self.names, task_manager=self.manager, log_samples=False
                 )
-            except OSError as error:  # also what `datasets` raises offline
+            except OSError as error:  # `datasets` raises it offline, too
                 raise MolError(
                     f"the data of {', '.join(self.names)} cannot be read: {error}",
                     allowed="tasks whose data is local, cached, or on a Hub within reach",
                 ) from error
-            for task, metrics in found["results"].items():
+            for task, metrics in results["results"].items():
                 for key, value in metrics.items():
                     if isinstance(value, int | float) and "," in key:
                         scores.setdefault(task, {}).setdefault(_metric(key), {})[name] = value
@@ -58,9 +67,14 @@ class Tasks:
 
 
 def open_tasks(names: list[str], include_path: Path | None) -> Tasks:
-    """include_path: a folder of further task files (.yaml), searched with its subfolders.
+    """Find tasks by name.
 
-    Raises MolError if lm-eval is not installed, or does not know a task.
+    Args:
+        names: of tasks, groups or tags.
+        include_path: folder of further task files (.yaml), searched with its subfolders.
+
+    Raises:
+        MolError: lm-eval is not installed, or does not know a task.
     """
     if not names:
         raise MolError("--tasks names no task", hint="--tasks arc_easy,piqa")
@@ -79,7 +93,8 @@ def open_tasks(names: list[str], include_path: Path | None) -> Tasks:
     if include_path is not None:
         manager = TaskManager(include_path=str(include_path), include_defaults=False)
     if manager is None or not set(names) <= set(manager.all_subtasks):
-        # Some of lm-eval's own, or groups that may hold them: its thousands of files take a while.
+        # The names include lm-eval's own tasks, or groups that may contain them. Reading its
+        # thousands of task files takes a while, so this is done only where it is needed.
         manager = TaskManager(include_path=None if include_path is None else str(include_path))
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:

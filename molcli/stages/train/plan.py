@@ -13,7 +13,7 @@ from molcli.estimate.flops import training_flops
 from molcli.estimate.memory import Memory, training_memory
 from molcli.estimate.parameters import count_parameters
 from molcli.families.parent import Parent
-from molcli.maths.losses import LOGITS_AT_ONCE
+from molcli.maths.losses import LOGITS_PER_CHUNK
 from molcli.model import MoLForCausalLM
 from molcli.model.checkpoint import default_device, open_config
 from molcli.model.configuration_mol import MoLConfig
@@ -280,7 +280,7 @@ def _estimate_stage(
         tokens=micro_batch_rows(settings, ranks) * settings.context_length,
         product_bytes=matmul_dtype(settings, device).itemsize,
         parent=dense,  # in memory in every stage
-        logits_at_once=LOGITS_AT_ONCE[device.type],
+        logits_per_chunk=LOGITS_PER_CHUNK[device.type],
         layerwise=align,
         recompute=settings.gradient_checkpointing,
         compiled=compiled,

@@ -1,4 +1,4 @@
-"""Held-out figures against direct computation."""
+"""Held-out figures match direct computation."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ from molcli.stages.evaluate import evaluate
 TINY = dict(num_hidden_layers=1, hidden_size=32, intermediate_size=32)
 
 
-def test_figures_are_those_of_the_two_models(
+def test_figures_match_direct_computation(
     tiny_mol: Callable[..., Path], tiny_parent: Callable[..., Path], corpus: Callable[..., str]
 ) -> None:
     checkpoint, folder = tiny_mol(), tiny_parent("qwen3", **TINY)

@@ -1,4 +1,4 @@
-"""Key-value puzzles say what they should, and a model that solves them is said to."""
+"""Recall prompts are as described, and scores are those of the model's logits."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,12 @@ from transformers import PreTrainedTokenizerFast
 from molcli.config.sections import EvaluateConfig
 from molcli.progress import silent
 from molcli.stages.evaluate.heldout import Models, open_models
-from molcli.stages.evaluate.recall import missing_for_recall, puzzles, recall, words_of
+from molcli.stages.evaluate.recall import (
+    draw_prompts,
+    measure_recall,
+    recall_obstacle,
+    word_tokens,
+)
 
 WORDS = ["apple", "river", "stone", "cloud", "tiger", "green", "seven", "house", "night"]
 
@@ -30,15 +35,17 @@ def tokenizer_of(words: list[str], bos: str | None = None) -> PreTrainedTokenize
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos)
 
 
-def test_the_words_are_whole_words_of_one_token() -> None:
+def test_word_tokens_are_whole_words() -> None:
     tokenizer = tokenizer_of(WORDS)
-    assert tokenizer.convert_ids_to_tokens(words_of(tokenizer)) == [f"Ġ{word}" for word in WORDS]
+    assert tokenizer.convert_ids_to_tokens(word_tokens(tokenizer)) == [f"Ġ{word}" for word in WORDS]
 
 
-def test_a_puzzle_lists_pairs_then_filler_then_asks_for_one_of_them() -> None:
+def test_a_prompt_lists_pairs_then_filler_then_one_of_the_keys() -> None:
     tokenizer = tokenizer_of(WORDS)
-    asked = puzzles(tokenizer, count=20, pairs=3, distance=4, seed=0)
-    for ids, values, answer in zip(asked.ids, asked.values, asked.asked.tolist(), strict=True):
+    prompts = draw_prompts(tokenizer, count=20, pairs=3, distance=4, seed=0)
+    for ids, values, answer in zip(
+        prompts.ids, prompts.values, prompts.query.tolist(), strict=True
+    ):
         *pairs, filler, question = tokenizer.decode(ids).split("\n")
         listed = dict(pair.split(":") for pair in pairs)
         assert len(listed) == len(set(listed.values())) == 3
@@ -47,17 +54,17 @@ def test_a_puzzle_lists_pairs_then_filler_then_asks_for_one_of_them() -> None:
         assert question[-1] == ":"
         assert listed[question[:-1]] == tokenizer.decode(values[answer])
         assert [tokenizer.decode(value) for value in values] == list(listed.values())
-    assert set(asked.asked.tolist()) == {0, 1, 2}
+    assert set(prompts.query.tolist()) == {0, 1, 2}
 
 
 def test_the_seed_draws_the_pairs_whatever_the_distance() -> None:
     near, far, other = (
-        puzzles(tokenizer_of(WORDS), 5, 3, distance, seed)
+        draw_prompts(tokenizer_of(WORDS), 5, 3, distance, seed)
         for distance, seed in ((0, 0), (9, 0), (0, 1))
     )
     listed = 3 * 4
     assert torch.equal(near.ids[:, :listed], far.ids[:, :listed])
-    assert torch.equal(near.asked, far.asked)
+    assert torch.equal(near.query, far.query)
     assert not torch.equal(near.ids, other.ids)
     assert far.ids.shape[1] == near.ids.shape[1] + 9
 
@@ -79,13 +86,13 @@ class Reader(torch.nn.Module):
         return SimpleNamespace(logits=logits)
 
 
-def test_scores_of_one_that_knows_and_one_that_takes_the_colon_for_the_value() -> None:
+def test_scores_of_a_model_that_recalls_and_one_that_predicts_the_colon() -> None:
     config = EvaluateConfig(
         batch_size=4, recall_sequences=10, recall_pairs=2, recall_distances=[0, 16, 500]
     )
     tokenizer = tokenizer_of(WORDS, bos="<s>")
     both: Any = Models(Reader(2), Reader(1), tokenizer)  # type: ignore[arg-type]
-    found = recall(both, config, silent)
+    found = measure_recall(both, config, silent)
     assert [row.distance for row in found] == [0, 16]  # 500 is beyond the positions
     for row in found:
         assert row.parent is not None
@@ -94,16 +101,18 @@ def test_scores_of_one_that_knows_and_one_that_takes_the_colon_for_the_value() -
         assert (row.parent.accuracy, row.parent.median_rank) == (0, 2)
 
 
-def test_a_model_is_scored_by_its_logits_after_the_question(tiny_mol: Callable[..., Path]) -> None:
+def test_scores_use_the_logits_after_the_query(tiny_mol: Callable[..., Path]) -> None:
     model = open_models(tiny_mol(), None).model
     tokenizer = tokenizer_of(WORDS)
     config = EvaluateConfig(
         batch_size=3, recall_sequences=8, recall_pairs=2, recall_distances=[5], seed=3
     )
-    (found,) = recall(Models(model, None, tokenizer), config, silent)
-    asked = puzzles(tokenizer, 8, 2, 5, seed=3)
+    (found,) = measure_recall(Models(model, None, tokenizer), config, silent)
+    prompts = draw_prompts(tokenizer, 8, 2, 5, seed=3)
     right, ranks = 0, []
-    for ids, values, answer in zip(asked.ids, asked.values, asked.asked.tolist(), strict=True):
+    for ids, values, answer in zip(
+        prompts.ids, prompts.values, prompts.query.tolist(), strict=True
+    ):
         with torch.no_grad():
             logits = model(ids[None]).logits[0, -1]
         right += int(logits[values].argmax()) == answer
@@ -115,9 +124,9 @@ def test_a_model_is_scored_by_its_logits_after_the_question(tiny_mol: Callable[.
     assert found.model.median_rank == sorted(ranks)[3]
 
 
-def test_what_is_missing_is_said() -> None:
-    assert "no tokenizer" in missing_for_recall(None, 1)
-    assert "need 11 words of one token, the tokenizer has 9" in missing_for_recall(
+def test_an_obstacle_is_named() -> None:
+    assert "no tokenizer" in recall_obstacle(None, 1)
+    assert "need 11 words of one token, the tokenizer has 9" in recall_obstacle(
         tokenizer_of(WORDS), 5
     )
-    assert missing_for_recall(tokenizer_of(WORDS), 4) == ""
+    assert recall_obstacle(tokenizer_of(WORDS), 4) == ""

@@ -1,4 +1,4 @@
-"""lm-eval on a local task: its figures are those of the two models."""
+"""Scores of lm-eval on a local task match the two models."""
 
 import json
 import sys
@@ -86,7 +86,7 @@ def accuracy(models: Models, name: str) -> float:
     return right / len(QUESTIONS)
 
 
-def test_a_local_task_runs_offline_on_both(
+def test_a_local_task_runs_offline_on_both_models(
     task_folder: Path,
     tiny_mol: Callable[..., Path],
     tiny_parent: Callable[..., Path],
