@@ -26,7 +26,7 @@ from molcli.errors import MolError
 
 if TYPE_CHECKING:  # torch comes with it
     from molcli.families.parent import Parent as DenseParent
-    from molcli.stages.convert import Source, Text
+    from molcli.stages.convert import ConversionText, SourceCheckpoint
 
 Layers = Annotated[
     str | None,
@@ -77,29 +77,29 @@ def run_convert(
     """Writes the converted model to `out`. Text: that of the calibration, or else
     recipe.calibrate.data, or a sample of the parent's."""
     from molcli.stages.convert import convert as run
-    from molcli.stages.convert import open_source, plan_layers
+    from molcli.stages.convert import open_source_checkpoint, select_layers
 
-    source = open_source(checkpoint)
+    source = open_source_checkpoint(checkpoint)
     # Before any text is read or sampled: a choice that does not fit the model is refused here.
-    plan = plan_layers(source.config, recipe.convert.gated_deltanet)
+    selection = select_layers(source.config, recipe.convert.gated_deltanet)
     with scratch_beside(out) as scratch:
         text = None
-        if plan.layers != set():
+        if selection.layers != set():
             text = _text(source, recipe, parent, calibration, scratch)
         with bar("converting") as progress:
             run(source, text, recipe, out, progress=progress)
 
 
 def _text(
-    source: "Source",
+    source: "SourceCheckpoint",
     recipe: Recipe,
     parent: "DenseParent | None",
     calibration: Path | None,
     scratch: Path,
-) -> "Text":
+) -> "ConversionText":
     from molcli.data.tokenizer import open_tokenizer
     from molcli.fitting.calibration import open_calibration, split_text, text_hash
-    from molcli.stages.convert import Text
+    from molcli.stages.convert import ConversionText
 
     size = source.config.vocab_size
     settings = recipe.calibrate
@@ -121,7 +121,7 @@ def _text(
             f"the text has token {largest}, the model a vocabulary of {size}",
             allowed="text of the model's own vocabulary",
         )
-    return Text(fit, heldout, text_hash(fit, heldout))
+    return ConversionText(fit, heldout, text_hash(fit, heldout))
 
 
 def _with_layers(recipe: Recipe, text: str) -> Recipe:

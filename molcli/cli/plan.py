@@ -68,7 +68,7 @@ def run_plan(
     from molcli.estimate.forecast import layer_spectra
     from molcli.estimate.time import GPUS
     from molcli.families.parent import open_parent, outline
-    from molcli.fitting.shapes import converted_config
+    from molcli.fitting.converted_config import converted_config
     from molcli.stages.plan import plan as make
 
     if gpu.lower() not in GPUS:

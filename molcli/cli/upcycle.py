@@ -64,7 +64,7 @@ def run_upcycle(
     Where blocks are not fitted to text, none is sampled for them, and the receipt of a conversion
     without text has no held-out figures.
     """
-    from molcli.fitting.shapes import mol_config, needs_text
+    from molcli.fitting.converted_config import mol_config, needs_text
     from molcli.stages.upcycle import upcycle as convert
 
     # Before the long calibration: a recipe that does not fit the parent is refused here.

@@ -4,7 +4,7 @@ import copy
 from dataclasses import dataclass, fields
 
 from molcli.estimate.parameters import count_parameters
-from molcli.fitting.chunks import CHUNK_BYTES, MOST_HEADS_HELD, bytes_a_token
+from molcli.fitting.chunks import CHUNK_BYTES, MAX_KEPT_HEADS, bytes_per_token
 from molcli.maths.losses import LOGITS_AT_ONCE
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.shapes import Architecture, BlockShape, routed_shape, shared_shape
@@ -236,10 +236,10 @@ def _family(
     # blocks of the student at once.
     parents = 3 * d + 3 * config.intermediate_size
     family = (1 + seen) * d + seen * 2 * (width + joint + neurons)
-    most = CHUNK_BYTES[device] // bytes_a_token(config)
+    most = CHUNK_BYTES[device] // bytes_per_token(config)
     chunk = _FP32 * min(tokens, most) * max(parents, family)
-    chunk = max(chunk, min(heldout, most) * bytes_a_token(config))
-    heads = seen * inner if inner <= MOST_HEADS_HELD * d else 0
+    chunk = max(chunk, min(heldout, most) * bytes_per_token(config))
+    heads = seen * inner if inner <= MAX_KEPT_HEADS * d else 0
     return (
         tokens * _FP32 * heads
         + _FP64 * (sums + 3 * d * d)  # and the residual's moment with its roots

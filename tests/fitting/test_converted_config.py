@@ -9,7 +9,7 @@ from molcli.config.recipe import load_recipe
 from molcli.config.sections import UpcycleConfig
 from molcli.errors import MolError
 from molcli.estimate.parameters import count_parameters
-from molcli.fitting.shapes import converted_config
+from molcli.fitting.converted_config import converted_config
 from molcli.model import MoLConfig
 
 

@@ -14,7 +14,7 @@ from molcli.estimate.forecast import FORECAST, Forecast, layer_spectra, predicto
 from molcli.estimate.parameters import count_parameters
 from molcli.estimate.time import GPUS, Cost, conversion_cost, parent_of, training_cost
 from molcli.families.parent import open_parent, outline
-from molcli.fitting.shapes import converted_config
+from molcli.fitting.converted_config import converted_config
 from molcli.stages.plan import PRESETS, plan
 
 SMOLLM2: dict[str, Any] = {

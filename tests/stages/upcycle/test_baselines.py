@@ -1,4 +1,4 @@
-"""Starts without a fit: what they are, and that comparing with them changes nothing."""
+"""Baselines without a fit: their weights, and that measuring them changes no fit."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -82,7 +82,7 @@ def test_random_blocks_are_those_of_init(
 
 
 @pytest.mark.parametrize("method", ["svd", "pca"])
-def test_clones_of_a_family_start_equal(
+def test_clones_of_a_group_start_equal(
     method: str, tiny_parent: Callable[..., Path], convert: Callable[..., Any]
 ) -> None:
     tensors = convert(tiny_parent("qwen3"), method=method).tensors  # 1+2of5: clones of two
@@ -131,7 +131,7 @@ def test_every_shape_starts(
     tiny_parent: Callable[..., Path],
     convert: Callable[..., Any],
 ) -> None:
-    """Heads in several parts, families of uneven size, nothing routed, nothing shared."""
+    """Heads in several parts, groups of uneven size, nothing routed, nothing shared."""
     parent = tiny_parent("llama", num_hidden_layers=1)
     shape = {"num_blocks": num_blocks, "num_shared_blocks": shared, "top_k": top_k}
     receipt = convert(parent, method="svd", d_thin=d_thin, **shape).receipt

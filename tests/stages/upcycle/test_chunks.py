@@ -18,13 +18,13 @@ def in_chunks(monkeypatch: pytest.MonkeyPatch, count: int) -> list[int]:
     real = chunks.chunk_text
 
     def counting(config: Any, rows: Any, device: torch.device) -> Any:
-        bytes_at_once = 1024 // count * chunks.bytes_a_token(config)
+        bytes_at_once = 1024 // count * chunks.bytes_per_token(config)
         monkeypatch.setitem(chunks.CHUNK_BYTES, "cpu", bytes_at_once)
         found = real(config, rows, device)
         seen.append(len(list(found)))
         return found
 
-    for place in ("molcli.stages.calibrate", "molcli.fitting.streams"):
+    for place in ("molcli.stages.calibrate", "molcli.fitting.residuals"):
         monkeypatch.setattr(f"{place}.chunk_text", counting)
     return seen
 
@@ -71,7 +71,7 @@ def test_chunks_change_nothing_but_the_last_digits(
 
 
 @pytest.mark.parametrize("mixer", ["none", "all"])
-def test_heads_that_are_held_are_those_computed_anew(
+def test_heads_that_are_kept_are_those_that_are_recomputed(
     mixer: str,
     tiny_parent: Callable[..., Path],
     workshop: Any,
@@ -81,7 +81,7 @@ def test_heads_that_are_held_are_those_computed_anew(
     in_chunks(monkeypatch, 4)
     found = []
     for most in (0.0, 1e9):
-        monkeypatch.setattr("molcli.fitting.thin_blocks.MOST_HEADS_HELD", most)
+        monkeypatch.setattr("molcli.fitting.thin_blocks.MAX_KEPT_HEADS", most)
         found.append(workshop.convert(parent, gated_deltanet=mixer).tensors)
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())

@@ -117,7 +117,7 @@ def test_wider_blocks_leave_less_error(
         ("llama", (1, 1, 0)),
         ("qwen2", (1, 1, 0)),  # biases of q, k and v
         ("qwen3", (1, 1, 0)),  # norms of q and k, as the parent has them
-        ("llama", (2, 0, 2)),  # two families with weight 1/4 each; the second has nothing left
+        ("llama", (2, 0, 2)),  # two groups with weight 1/4 each; the second has nothing left
     ],
 )
 def test_a_layer_that_one_thin_block_can_express_is_found(

@@ -175,7 +175,7 @@ def test_a_run_that_fails_half_way_leaves_nothing(
     workshop: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """And the next one starts anew."""
+    """And the next run converts the parent from the start."""
     parent = tiny_parent("llama")
     calibration, real = workshop.calibration(parent), run.fit_layer
 

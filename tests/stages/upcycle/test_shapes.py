@@ -12,8 +12,8 @@ from molcli.families.parent import open_parent
 
 GRID = [  # num_blocks, num_shared_blocks, top_k, d_thin
     (5, 1, 2, 32),
-    (5, 0, 3, 32),  # no shared block; families of 2, 2 and 1 clones
-    (15, 1, 3, 16),  # families of 5, 5 and 4 clones
+    (5, 0, 3, 32),  # no shared block; groups of 2, 2 and 1 clones
+    (15, 1, 3, 16),  # groups of 5, 5 and 4 clones
     (5, 0, 5, 16),  # every routed block on every token
     (4, 2, 1, 32),  # two shared blocks
     (2, 2, 0, 32),  # nothing routed
@@ -214,23 +214,23 @@ def test_auto_may_convert_nothing(
     assert set(auto.model().config.layer_kinds) == {"dense"}
 
 
-def families(routed: int, top_k: int) -> list[int]:
-    """The family of each routed block: neighbours, the first ones larger by the remainder."""
+def groups(routed: int, top_k: int) -> list[int]:
+    """The group of each routed block: adjacent ones, the first groups larger by the remainder."""
     sizes = [routed // top_k + (i < routed % top_k) for i in range(top_k)]
     return [i for i, size in enumerate(sizes) for _ in range(size)]
 
 
 @pytest.mark.parametrize("num_blocks, top_k", [(7, 2), (7, 3), (3, 2)])
 @torch.no_grad()
-def test_a_token_visits_one_clone_of_every_family(
+def test_a_token_visits_one_clone_of_every_group(
     num_blocks: int, top_k: int, tiny_parent: Callable[..., Path], convert: Callable[..., Any]
 ) -> None:
     """Those of its cluster, with equal weights."""
     converted = convert(tiny_parent("llama"), num_blocks=num_blocks, top_k=top_k, d_thin=16)
-    model, family = converted.model(), torch.tensor(families(num_blocks - 1, top_k))
+    model, group = converted.model(), torch.tensor(groups(num_blocks - 1, top_k))
     clones = (num_blocks - 1) // top_k
     for routing in model(torch.randint(3, 120, (4, 32))).routing:
-        visited = family[routing.blocks].sort(-1).values
+        visited = group[routing.blocks].sort(-1).values
         assert torch.equal(visited, torch.arange(top_k).expand_as(visited))
         cluster = routing.blocks % clones
         assert torch.equal(cluster, cluster[:, :1].expand_as(cluster))
@@ -238,14 +238,14 @@ def test_a_token_visits_one_clone_of_every_family(
 
 
 @torch.no_grad()
-def test_families_of_uneven_size_are_still_all_visited(
+def test_groups_of_uneven_size_are_still_all_visited(
     tiny_parent: Callable[..., Path], convert: Callable[..., Any]
 ) -> None:
     """Clones of 5, 5 and 4: a cluster without one borrows the next cluster's."""
     converted = convert(tiny_parent("llama"), num_blocks=15, top_k=3, d_thin=16)
-    model, family = converted.model(), torch.tensor(families(14, 3))
+    model, group = converted.model(), torch.tensor(groups(14, 3))
     for routing in model(torch.randint(3, 120, (8, 32))).routing:
-        visited = family[routing.blocks].sort(-1).values
+        visited = group[routing.blocks].sort(-1).values
         every = (visited == torch.arange(3)).all(-1).float().mean()
         assert every > 0.97  # but for tokens between two clusters
 

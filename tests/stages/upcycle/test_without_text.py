@@ -1,4 +1,4 @@
-"""Conversions that look at no text."""
+"""Conversions that need no text."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_blocks_that_are_not_fitted_need_no_text(
     assert all(torch.equal(one[f"model.layers.0.{name}"], x) for name, x in kept.items())
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
     routing = model.model(torch.arange(3, 60)[None]).routing[0]
-    # A token visits one clone of either family of two.
+    # A token visits one clone of each group of two.
     assert torch.equal((routing.blocks // 2).sort(-1).values.unique(dim=0), torch.tensor([[0, 1]]))
 
 
