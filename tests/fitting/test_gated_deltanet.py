@@ -100,7 +100,7 @@ def test_it_finds_the_half_lives_behind_the_targets() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
-def test_convolutions_pass_the_newest_token_on_and_silu_is_nearly_linear() -> None:
+def test_convolutions_pass_the_newest_token_on_at_a_size_where_silu_is_nearly_linear() -> None:
     """Weights stay as they were, and the read-out is as large as the targets."""
     inputs, mixer = mixer_inputs(), random_mixer()
     weights = {name: getattr(mixer, f"{name}_proj").clone() for name in ("q", "k", "v")}

@@ -44,7 +44,7 @@ def cases(draw: st.DrawFn, *, unequal: bool = True) -> Case:
 
 @given(case=cases())
 def test_every_block_has_its_size(case: Case) -> None:
-    """Without a head or a neuron twice."""
+    """And has no head or neuron twice."""
     parts = partition(*case)
     for part, block in zip(parts, case.shapes, strict=True):
         assert len(set(part.heads)) == len(part.heads) == block.num_heads
@@ -62,7 +62,7 @@ def test_a_query_head_keeps_its_key_value_head(case: Case) -> None:
 
 
 @given(case=cases(unequal=False))
-def test_all_is_covered_before_anything_comes_again(case: Case) -> None:
+def test_all_heads_and_neurons_are_used_before_any_repeats(case: Case) -> None:
     parts = partition(*case)
     for size, used in (
         (case.dense.num_heads, Counter(h for part in parts for h in part.heads)),
@@ -75,8 +75,8 @@ def test_all_is_covered_before_anything_comes_again(case: Case) -> None:
 
 @given(case=cases())
 def test_parts_of_unequal_sizes_leave_no_gap(case: Case) -> None:
-    """No head is left out between two parts, and no neuron comes again before its turn. A part of
-    whole groups begins at a group, and so takes fewer than one twice."""
+    """No head is left out between two parts, and neurons follow each other. A part of whole groups
+    begins at a group, and so repeats less than one group."""
     parts, parent = partition(*case), case.dense
     neurons = [n for part in parts for n in part.neurons]
     assert neurons == [i % parent.d_ff for i in range(len(neurons))]
@@ -89,7 +89,7 @@ def test_parts_of_unequal_sizes_leave_no_gap(case: Case) -> None:
 
 
 @given(case=cases())
-def test_groups_stay_whole_where_they_fit(case: Case) -> None:
+def test_whole_groups_need_no_copies(case: Case) -> None:
     """Blocks of whole groups copy no key-value head."""
     for part in partition(*case):
         if len(part.heads) % case.group == 0:

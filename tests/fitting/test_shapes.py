@@ -40,19 +40,17 @@ def any_dense(draw: st.DrawFn) -> BlockShape:
 
 
 @given(real, st.floats(0.3, 0.95), st.integers(2, 4))
-def test_of_real_parents_the_share_is_hit_from_below(
-    dense: BlockShape, share: float, active: int
+def test_for_real_parents_the_budget_is_filled(
+    dense: BlockShape, fraction: float, active: int
 ) -> None:
-    weights = active * thin_shape(share, active, dense).num_thin_weights(dense.width)
+    weights = active * thin_shape(fraction, active, dense).num_thin_weights(dense.width)
     one_step = active * 3 * D_FF_MULTIPLE * dense.width
-    assert share * dense.num_weights - one_step <= weights <= share * dense.num_weights
+    assert fraction * dense.num_weights - one_step <= weights <= fraction * dense.num_weights
 
 
 @given(any_dense(), st.floats(0.05, 1), st.integers(1, 8))
-def test_every_shape_can_be_cut_from_the_parent(
-    dense: BlockShape, share: float, active: int
-) -> None:
-    thin = thin_shape(share, active, dense)
+def test_every_shape_can_be_partitioned(dense: BlockShape, fraction: float, active: int) -> None:
+    thin = thin_shape(fraction, active, dense)
     assert thin.width % dense.head_dim == 0 and 0 < thin.width <= dense.width
     assert thin.d_ff % D_FF_MULTIPLE == 0 and thin.d_ff > 0
     assert thin.num_heads % thin.num_kv_heads == 0
@@ -63,11 +61,11 @@ def test_every_shape_can_be_cut_from_the_parent(
 
 
 @given(real, st.floats(0.35, 0.95), st.integers(1, 2), st.integers(1, 3))
-def test_shared_and_routed_blocks_split_the_share(
-    dense: BlockShape, share: float, shared: int, routed: int
+def test_shared_and_routed_blocks_split_the_budget(
+    dense: BlockShape, fraction: float, shared: int, routed: int
 ) -> None:
-    wide, thin = split_shapes(share, shared, routed, dense)
-    budget = share * dense.num_weights
+    wide, thin = split_shapes(fraction, shared, routed, dense)
+    budget = fraction * dense.num_weights
     for block, count, part in (
         (wide, shared, SHARED_WEIGHT_FRACTION),
         (thin, routed, 1 - SHARED_WEIGHT_FRACTION),
@@ -85,8 +83,10 @@ def test_shared_and_routed_blocks_split_the_share(
 
 
 @given(any_dense(), st.floats(0.01, 1), st.integers(1, 3), st.integers(1, 8))
-def test_any_parent_can_be_split(dense: BlockShape, share: float, shared: int, routed: int) -> None:
-    for thin in split_shapes(share, shared, routed, dense):
+def test_any_parent_can_be_split(
+    dense: BlockShape, fraction: float, shared: int, routed: int
+) -> None:
+    for thin in split_shapes(fraction, shared, routed, dense):
         assert thin.width % dense.head_dim == 0 and 0 < thin.width <= dense.width
         assert thin.d_ff > 0 and 1 <= thin.num_heads <= dense.num_heads
 
@@ -101,11 +101,11 @@ def test_any_parent_can_be_split(dense: BlockShape, share: float, shared: int, r
         ("Llama-3.1-8B", 1, 32),
     ],
 )
-def test_heads_come_in_groups_where_that_is_cheaper(name: str, active: int, heads: int) -> None:
+def test_heads_are_whole_groups_where_that_is_cheaper(name: str, active: int, heads: int) -> None:
     assert covering_heads(active, FAMILIES[name]) == heads
 
 
-def test_what_is_fixed_stays() -> None:
+def test_fixed_numbers_are_kept() -> None:
     dense = FAMILIES["SmolLM2-135M"]
     thin = thin_shape(0.52, 3, dense, width=192, num_heads=3)
     assert thin == BlockShape(

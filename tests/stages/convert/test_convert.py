@@ -57,7 +57,7 @@ def text(corpus: Callable[..., str]) -> ConversionText:
 
 @pytest.fixture
 def mol(tiny_mol: Callable[..., Path]) -> Callable[..., Path]:
-    """Random, as `tiny_mol`, with large weights: attention matters."""
+    """A random `tiny_mol` with large weights, so that attention matters."""
     return lambda **settings: tiny_mol(**(SOFTMAX | {"initializer_range": 0.3} | settings))
 
 
@@ -74,7 +74,7 @@ def run(tmp_path: Path, text: ConversionText) -> Callable[..., Done]:
     return run
 
 
-def test_with_no_layer_to_convert_the_model_stays_as_it_is(
+def test_without_a_layer_to_convert_the_model_is_unchanged(
     mol: Callable[..., Path], tmp_path: Path, run: Callable[..., Done]
 ) -> None:
     folder = mol(dtype=torch.bfloat16)
@@ -124,7 +124,7 @@ def test_only_the_routed_mixers_change(mol: Callable[..., Path], run: Callable[.
     ],
 )
 @torch.no_grad()
-def test_the_checkpoint_is_what_the_report_says(
+def test_the_checkpoint_has_the_losses_of_the_report(
     settings: dict[str, Any],
     choice: Any,
     mol: Callable[..., Path],
@@ -157,8 +157,10 @@ def test_the_checkpoint_is_what_the_report_says(
     torch.testing.assert_close(torch.cat(steps, 1), full, rtol=1e-3, atol=1e-4)
 
 
-def test_the_fit_beats_attention_left_out(mol: Callable[..., Path], text: ConversionText) -> None:
-    """And q, k and v point where the softmax heads' own did, key-value heads unshared."""
+def test_the_fit_is_better_than_no_attention(
+    mol: Callable[..., Path], text: ConversionText
+) -> None:
+    """And q, k and v are those of the softmax heads, key-value heads repeated."""
     source = open_source_checkpoint(mol(num_kv_heads_thin=1, attention_bias=False))
     residuals = open_residuals(text.fit, source.config, source.embedding(), default_device())
     layer = source.layer(1, default_device())
@@ -175,7 +177,7 @@ def test_the_fit_beats_attention_left_out(mol: Callable[..., Path], text: Conver
     assert (fitted - wanted).norm() < 0.9 * (run(converted, x) - wanted).norm()
 
 
-def test_alignment_lowers_the_error_and_touches_the_mixer_alone(
+def test_alignment_reduces_the_error_and_changes_only_the_mixer(
     mol: Callable[..., Path], text: ConversionText
 ) -> None:
     source = open_source_checkpoint(mol())
@@ -203,7 +205,7 @@ def test_alignment_lowers_the_error_and_touches_the_mixer_alone(
 def test_auto_measures_each_layer_alone(
     mol: Callable[..., Path], run: Callable[..., Done], text: ConversionText
 ) -> None:
-    """By the checkpoints that convert one layer, fitted on the same part of the text."""
+    """Compared with a checkpoint with one layer converted, fitted on the same part of the text."""
     source = open_source_checkpoint(mol())
     costs = layer_costs(source, [1, 2], text.fit, 1e-2, lambda *_: None)
     done = run(source.folder, gated_deltanet="auto")
@@ -217,7 +219,7 @@ def test_auto_measures_each_layer_alone(
     assert Done(out).report["heldout"]["kl"] == pytest.approx(costs[cheaper], rel=1e-4)
 
 
-def test_rows_to_fit_and_to_measure_on_are_different_ones(text: ConversionText) -> None:
+def test_rows_to_fit_and_to_measure_on_are_disjoint(text: ConversionText) -> None:
     fit, kept = split_rows(text.fit)
     assert len(fit) + len(kept) == len(text.fit) and len(kept) >= 1
     assert torch.equal(torch.cat([fit.input_ids, kept.input_ids]), text.fit.input_ids)

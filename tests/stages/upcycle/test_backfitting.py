@@ -11,7 +11,7 @@ from molcli.fitting.thin_blocks import BlockGroup
 
 
 @pytest.mark.parametrize("shape", [(5, 1, 2), (4, 2, 1), (4, 0, 2)])
-def test_a_second_round_leaves_less_error(
+def test_refitting_reduces_the_error(
     shape: tuple[int, int, int],
     tiny_parent: Callable[..., Path],
     convert: Callable[..., Any],
@@ -27,7 +27,7 @@ def test_a_second_round_leaves_less_error(
 
 
 @pytest.mark.parametrize("mixer", ["none", "all"])
-def test_the_student_residual_of_a_fit_is_what_its_layer_gives(
+def test_the_residual_of_a_fit_is_the_output_of_its_layer(
     mixer: str,
     tiny_parent: Callable[..., Path],
     convert: Callable[..., Any],

@@ -1,4 +1,4 @@
-"""A text in many chunks gives what it gives in one."""
+"""A text in many chunks gives the same conversion as in one."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +13,13 @@ from molcli.fitting import chunks
 
 
 def in_chunks(monkeypatch: pytest.MonkeyPatch, count: int) -> list[int]:
-    """Makes every text of 1024 tokens `count` chunks; returns how many each text then had."""
+    """Split every text of 1024 tokens into `count` chunks. Returns the count of each text."""
     seen: list[int] = []
     real = chunks.chunk_text
 
     def counting(config: Any, rows: Any, device: torch.device) -> Any:
-        bytes_at_once = 1024 // count * chunks.bytes_per_token(config)
-        monkeypatch.setitem(chunks.CHUNK_BYTES, "cpu", bytes_at_once)
+        chunk_bytes = 1024 // count * chunks.bytes_per_token(config)
+        monkeypatch.setitem(chunks.CHUNK_BYTES, "cpu", chunk_bytes)
         found = real(config, rows, device)
         seen.append(len(list(found)))
         return found
@@ -41,14 +41,14 @@ def moments_of(calibration: Path) -> list[dict[str, Tensor]]:
         ("llama", {"method": "svd"}),
     ],
 )
-def test_chunks_change_nothing_but_the_last_digits(
+def test_chunks_change_only_the_last_digits(
     family: str,
     options: dict[str, Any],
     tiny_parent: Callable[..., Path],
     workshop: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Weights by their function: every layer's error, and the whole model's predictions."""
+    """Of the weights, of every layer's error, and of the model's losses."""
     parent = tiny_parent(family)
     one = in_chunks(monkeypatch, 1)
     whole = workshop.convert(parent, **options)
@@ -58,14 +58,14 @@ def test_chunks_change_nothing_but_the_last_digits(
     workshop.folder = workshop.folder / "again"
     workshop.folder.mkdir()
     many = in_chunks(monkeypatch, 8)
-    pieces = workshop.convert(parent, **options)
+    in_many = workshop.convert(parent, **options)
     assert set(many) == {8, 2}  # the text to fit on, and the 256 tokens held out
-    torch.testing.assert_close(moments_of(pieces.calibration), before, rtol=1e-5, atol=1e-5)
-    for name, tensor in pieces.tensors.items():
+    torch.testing.assert_close(moments_of(in_many.calibration), before, rtol=1e-5, atol=1e-5)
+    for name, tensor in in_many.tensors.items():
         expected = whole.tensors[name]
         assert (tensor - expected).norm() <= 1e-3 * expected.norm(), name
-    assert pieces.receipt["heldout"] == pytest.approx(whole.receipt["heldout"], rel=1e-5)
-    for row, wanted in zip(pieces.receipt["layers"], whole.receipt["layers"], strict=True):
+    assert in_many.receipt["heldout"] == pytest.approx(whole.receipt["heldout"], rel=1e-5)
+    for row, wanted in zip(in_many.receipt["layers"], whole.receipt["layers"], strict=True):
         assert row["residual_error_fit"] == pytest.approx(wanted["residual_error_fit"], rel=1e-4)
         assert row["routing"]["load_share"] == pytest.approx(wanted["routing"]["load_share"])
 

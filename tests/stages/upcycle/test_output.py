@@ -1,4 +1,4 @@
-"""What a conversion writes beside and around the weights."""
+"""The files of a conversion: receipt, dtypes, shards."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -50,7 +50,7 @@ def test_the_same_command_gives_the_same_bytes(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_parents_dtype_is_kept_but_where_it_is_too_coarse(
+def test_the_parents_dtype_is_kept_except_where_it_is_too_coarse(
     dtype: torch.dtype, tiny_parent: Callable[..., Path], convert: Callable[..., Any]
 ) -> None:
     converted = convert(tiny_parent("llama", dtype=dtype), gated_deltanet=[1])
@@ -64,7 +64,7 @@ def test_the_parents_dtype_is_kept_but_where_it_is_too_coarse(
     assert model.generate(torch.tensor([[5, 6]]), max_new_tokens=3, min_new_tokens=3).shape[1] == 5
 
 
-def test_shards_hold_what_one_file_would(
+def test_shards_have_the_tensors_of_a_single_file(
     tiny_parent: Callable[..., Path],
     convert: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
