@@ -57,7 +57,8 @@ def open_calibration(folder: Path, parent: Parent | None) -> Calibration:
 
     parent: whose calibration it must be; None allows any.
 
-    Raises: MolError if the folder is not a complete calibration of this parent, or if its held-out
+    Raises:
+        MolError: if the folder is not a complete calibration of this parent, or if its held-out
         rows have no token to predict.
     """
     with _readable(folder):
@@ -96,7 +97,8 @@ def split_text(
 
     The held-out rows come last.
 
-    Raises: MolError if there is no text, too little for one row of each, or if the held-out rows
+    Raises:
+        MolError: if there is no text, too little for one row of each, or if the held-out rows
         have no token to predict.
     """
     if config.data is None:

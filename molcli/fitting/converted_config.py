@@ -41,8 +41,11 @@ def converted_config(dense: dict[str, Any], options: UpcycleConfig) -> MoLConfig
         options: layers that `gated_deltanet: auto` decides later count as softmax; those that
             `layers: auto` decides later, as the middle ones.
 
-    Returns: a valid configuration.
-    Raises: MolError where the options do not fit the parent.
+    Returns:
+        A valid configuration.
+
+    Raises:
+        MolError: where the options do not fit the parent.
     """
     layers = dense["num_hidden_layers"]
     top_k, parent = options.chosen_top_k, parent_shape(dense)
@@ -87,15 +90,13 @@ def parent_shape(dense: dict[str, Any]) -> BlockShape:
     )
 
 
-def is_whole(config: MoLConfig) -> bool:
-    """Return whether the model's only thin block has the shape of the parent's layer."""
-    thin, dense = config.shared_spec(), config.dense_spec()
-    return config.num_blocks == 1 and thin == dense
-
-
 def is_copy(config: MoLConfig, options: UpcycleConfig) -> bool:
-    """Return whether the conversion copies the parent's layers unchanged, which needs no text."""
-    return is_whole(config) and options.method == "fitted"
+    """Return whether the conversion copies the parent's layers unchanged, which needs no text.
+
+    It does if the only thin block has the shape of the parent's layer.
+    """
+    whole = config.num_blocks == 1 and config.shared_spec() == config.dense_spec()
+    return whole and options.method == "fitted"
 
 
 def needs_text(config: MoLConfig, options: UpcycleConfig) -> bool:

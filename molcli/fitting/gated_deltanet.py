@@ -79,7 +79,8 @@ def fit_projection(
         inputs: the whole text, in order.
         regress: used where there is a bias.
 
-    Returns: (B, num_heads * head_dim, d).
+    Returns:
+        (B, num_heads * head_dim, d).
     """
     if bias is not None:
         samples = (
@@ -120,7 +121,8 @@ def fit_gated_deltanet(
 def head_errors(mixer: GatedDeltaNet, inputs: Sequence[MixerInputs]) -> Tensor:
     """Measure what a linear map of each head's gated read-out misses of the softmax head's output.
 
-    Returns: (B, heads) float64, squared errors summed over the block's tokens.
+    Returns:
+        (B, heads) float64, squared errors summed over the block's tokens.
     """
     heads, dim = inputs[0].targets.shape[1:]
     blocks, device = inputs[0].rows.num_blocks, inputs[0].read.device

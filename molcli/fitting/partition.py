@@ -23,7 +23,8 @@ class BlockPart:
 def block_parts(config: Architecture) -> list[BlockPart]:
     """Divide the dense layer of a converted model's parent among its active blocks.
 
-    Returns: num_shared_blocks parts for the shared blocks, then num_blocks_per_tok parts, one for
+    Returns:
+        num_shared_blocks parts for the shared blocks, then num_blocks_per_tok parts, one for
         each group of routed blocks.
     """
     shapes = [shared_shape(config)] * config.num_shared_blocks
@@ -42,7 +43,8 @@ def partition(shapes: Iterable[BlockShape], dense: BlockShape) -> list[BlockPart
         shapes: of the blocks; num_heads and d_ff are used.
         dense: shape of the dense layer.
 
-    Returns: a part for each shape.
+    Returns:
+        A part for each shape.
     """
     group = dense.num_heads // dense.num_kv_heads
     head = neuron = 0

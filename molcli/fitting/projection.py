@@ -32,7 +32,8 @@ def reading_gram(block: BlockStack, part: BlockPart) -> Tensor:
         block: a stack of one dense block with softmax attention.
         part: the heads and neurons that count.
 
-    Returns: (d_model, d_model) float64.
+    Returns:
+        (d_model, d_model) float64.
     """
     mixer, mlp = block.mixer, block.mlp
     assert isinstance(mixer, Attention) and mlp.gate_proj is not None

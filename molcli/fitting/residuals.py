@@ -94,7 +94,8 @@ class OutputHead:
             residuals: the parent's, and the text.
             student: (n, d_model), a residual to compare with the parent's.
 
-        Returns: `tokens`, those that are predicted; in nats per such token, `parent_ce` and `ce`,
+        Returns:
+            `tokens`, those that are predicted; in nats per such token, `parent_ce` and `ce`,
             cross-entropy of parent and student, and `kl`, KL(parent || student).
         """
         labels = residuals.rows.batch(slice(None)).labels

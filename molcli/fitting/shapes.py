@@ -33,7 +33,8 @@ def thin_shape(
         width: a fixed width; None takes the first of `widths_near` that leaves room for neurons.
         num_heads: a fixed number of query heads; None takes `covering_heads`.
 
-    Returns: a shape whose d_ff fills the budget. d_ff is 0 or less where a fixed width leaves no
+    Returns:
+        A shape whose d_ff fills the budget. d_ff is 0 or less where a fixed width leaves no
         room, and D_FF_MULTIPLE where no multiple of head_dim does.
     """
     budget = fraction * dense.num_weights / active
@@ -62,7 +63,8 @@ def split_shapes(
         top_k: routed blocks that see a token, at least 1.
         dense: shape of the dense layer.
 
-    Returns: the shapes of a shared and of a routed block.
+    Returns:
+        The shapes of a shared and of a routed block.
     """
     shared_fraction = SHARED_WEIGHT_FRACTION * fraction
     num_heads = cheapest_heads(max(1, int(ROUTED_HEAD_FRACTION * dense.num_heads)), dense)

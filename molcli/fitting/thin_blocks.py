@@ -83,7 +83,8 @@ class FitData:
             samples: features (M, p) and targets (M, q or d) of each chunk.
             through: (q, d), where the regression targets are this map of the samples' targets.
 
-        Returns: (B, q, p) float64.
+        Returns:
+            (B, q, p) float64.
         """
         gram, cross = self.moments(samples)
         if through is not None:

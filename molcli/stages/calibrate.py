@@ -41,7 +41,8 @@ def calibrate(
         out: the folder to write.
         progress: called after each layer.
 
-    Raises: MolError if there is no text, too little for one row to fit on and one held out, no
+    Raises:
+        MolError: if there is no text, too little for one row to fit on and one held out, no
         token to predict in the latter, or if the parent overflows on it.
     """
     fit, heldout = split_text(config, parent.tokenizer(), parent.config.vocab_size)

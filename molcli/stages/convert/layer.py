@@ -39,7 +39,8 @@ def convert_layer(
         chunks: of the same tokens.
         penalty: of the regressions (`ridge`).
 
-    Returns: a new layer, which shares no memory with the old one.
+    Returns:
+        A new layer, which shares no memory with the old one.
     """
     layer = new_layer(config, index).to(x.device).requires_grad_(False).eval()
     prefix = mixer_prefix(softmax)

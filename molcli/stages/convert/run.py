@@ -59,7 +59,8 @@ def convert(
         out: the folder to write.
         progress: called after each layer.
 
-    Raises: MolError where checkpoint, recipe, text or disk do not fit together.
+    Raises:
+        MolError: where checkpoint, recipe, text or disk do not fit together.
     """
     options, config = recipe.convert, source.config
     selection = select_layers(config, options.gated_deltanet)
@@ -108,7 +109,8 @@ def _write_tensors(
 
     Each layer is fitted on the residual that the converted layers before it give.
 
-    Returns: a row per converted layer, and the held-out losses.
+    Returns:
+        A row per converted layer, and the held-out losses.
     """
     replaced: set[str] = set()
     found: list[dict[str, Any]] = []

@@ -28,7 +28,8 @@ def continuations(checkpoint: Path, parent: Parent, rows: TokenRows) -> list[dic
     The prompts are the first PROMPT_TOKENS tokens of the first PROMPTS documents that have so many.
     Both models are loaded completely, one after the other.
 
-    Returns: for each prompt, the texts `prompt`, `parent` and `model`. None without a tokenizer.
+    Returns:
+        For each prompt, the texts `prompt`, `parent` and `model`. None without a tokenizer.
     """
     tokenizer = parent.tokenizer()
     if tokenizer is None:

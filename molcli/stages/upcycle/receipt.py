@@ -33,7 +33,8 @@ def layer_figures(
         dense: the parent's layer.
         converted: the student's; `dense` where that is kept.
 
-    Returns: figures on held-out tokens, where student and parent each have their own residual, and
+    Returns:
+        Figures on held-out tokens, where student and parent each have their own residual, and
         a delta is what the layer adds.
         delta_error: mean over tokens of |student's delta - parent's|^2 / |parent's|^2; 0 is exact,
             1 is the error of a layer that adds nothing.
@@ -68,7 +69,8 @@ def routing_figures(
         x: (n, d_model), the student's residual before the layer.
         errors: (n,), the delta_error of each token.
 
-    Returns: None without routed blocks.
+    Returns:
+        None without routed blocks.
         load_share, entropy, dead_blocks: as in `molcli inspect`. margin: `routing_margin`.
         delta_error: mean of `errors` over the tokens that a block sees, None without any.
     """

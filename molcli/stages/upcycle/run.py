@@ -62,7 +62,8 @@ def upcycle(
         out: the folder to write.
         progress: called after each layer.
 
-    Raises: MolError where recipe, parent, calibration or disk do not fit together.
+    Raises:
+        MolError: where recipe, parent, calibration or disk do not fit together.
     """
     config = mol_config(parent, recipe.upcycle)
     if calibration is None and needs_text(config, recipe.upcycle):
@@ -196,7 +197,8 @@ class _Conversion:
     ) -> tuple[DenseLayer | MoLLayer, dict[str, Any]]:
         """Convert one layer, and move all residuals past it.
 
-        Returns: the layer that replaces the parent's (`dense` itself where that is kept), and its
+        Returns:
+            The layer that replaces the parent's (`dense` itself where that is kept), and its
             figures for the receipt.
         """
         fit, heldout, before, inputs = self.fit, self.heldout, self.heldout.parent, None
