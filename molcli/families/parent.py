@@ -156,7 +156,7 @@ def _mol_config_kwargs(config: PreTrainedConfig, family: Family, *, tied: bool) 
         "bos_token_id": config.bos_token_id,
         "eos_token_id": config.eos_token_id,
         "pad_token_id": config.pad_token_id,
-        "layer_kinds": ["dense"] * config.num_hidden_layers,
+        "layer_structures": ["dense"] * config.num_hidden_layers,
     }
 
 

@@ -1,7 +1,7 @@
 """Derive the converted model's configuration from the parent's and the `upcycle` options.
 
 Inputs: the arguments of the parent's MoLConfig, and an UpcycleConfig whose nulls the preset fills.
-Output: a MoLConfig with the kind of every layer and the shapes of its thin blocks.
+Output: a MoLConfig with the structure and the mixer of every layer and the shapes of its blocks.
 """
 
 from dataclasses import replace
@@ -38,7 +38,7 @@ def converted_config(dense: dict[str, Any], options: UpcycleConfig) -> MoLConfig
 
     Args:
         dense: arguments of the MoLConfig of the parent.
-        options: layers that `gated_deltanet: auto` decides later count as softmax; those that
+        options: layers that `gated_deltanet: auto` decides later count as attention; those that
             `layers: auto` decides later, as the middle ones.
 
     Returns:
@@ -61,7 +61,7 @@ def converted_config(dense: dict[str, Any], options: UpcycleConfig) -> MoLConfig
     else:
         routed = _routed_shape(options, parent, options.num_shared_blocks + top_k)
     changed: dict[str, Any] = {
-        "layer_kinds": _layer_kinds(options, layers),
+        **_layer_choices(options, layers),
         "num_blocks": options.num_blocks,
         "num_shared_blocks": options.num_shared_blocks,
         "num_blocks_per_tok": top_k,
@@ -101,14 +101,14 @@ def is_copy(config: MoLConfig, options: UpcycleConfig) -> bool:
 
 def needs_text(config: MoLConfig, options: UpcycleConfig) -> bool:
     """Return whether the conversion reads text, to fit blocks or to choose layers."""
-    if all(kind == "dense" for kind in config.layer_kinds) or is_copy(config, options):
+    if "mixture" not in config.layer_structures or is_copy(config, options):
         return False
     choice = options.gated_deltanet == "auto" and config.num_routed_blocks > 0
     return choice or options.method in ("fitted", "pca")
 
 
-def _layer_kinds(options: UpcycleConfig, layers: int) -> list[str]:
-    """Return the kind of each layer: dense, softmax or gated_deltanet."""
+def _layer_choices(options: UpcycleConfig, layers: int) -> dict[str, list[str]]:
+    """Return layer_structures and layer_mixers."""
     converted = set(range(layers))
     if options.layers in ("middle", "auto"):
         converted = set(_middle_layers(layers, options.layers_budget))
@@ -118,13 +118,10 @@ def _layer_kinds(options: UpcycleConfig, layers: int) -> list[str]:
     if not isinstance(options.gated_deltanet, str):
         refuse_beyond("upcycle.gated_deltanet", options.gated_deltanet, layers)
     deltanet = chosen_layers(options.gated_deltanet, sorted(converted))
-
-    def kind(index: int) -> str:
-        if index not in converted:
-            return "dense"
-        return "gated_deltanet" if index in deltanet else "softmax"
-
-    return [kind(i) for i in range(layers)]
+    return {
+        "layer_structures": ["mixture" if i in converted else "dense" for i in range(layers)],
+        "layer_mixers": ["gated_deltanet" if i in deltanet else "attention" for i in range(layers)],
+    }
 
 
 def _middle_layers(count: int, fraction: float) -> range:

@@ -20,7 +20,7 @@ from molcli.kernels.grouped_linear import grouped_linear
 from molcli.kernels.packed_rows import PackedRows
 from molcli.maths.least_squares import ridge
 from molcli.maths.moments import Sample, add_cross_moments
-from molcli.model.mixers.gated_deltanet import GatedDeltaNet
+from molcli.model.mixers import GatedDeltaNet
 
 # SiLU is nearly linear for small inputs; q and k are normalised after it, and the read-out too.
 INPUT_RMS = 0.3
@@ -51,7 +51,7 @@ class MixerInputs:
 
     def of_first_tokens(self, count: int) -> "MixerInputs":
         """Return the rows of the chunk's first `count` tokens."""
-        rows, kept = self.rows.of_first_tokens(count)
+        rows, kept = self.rows.first_tokens(count)
         return MixerInputs(self.read[kept], rows, self.context, self.targets[kept])
 
 
@@ -129,7 +129,7 @@ def head_errors(mixer: GatedDeltaNet, inputs: Sequence[MixerInputs]) -> Tensor:
     # By head: gram of the read-out, its cross moment with the targets, gram of the targets.
     sums = torch.zeros(3, heads, blocks, dim, dim, dtype=torch.float64, device=device)
     for i in inputs:
-        have = mixer.heads(i.read, i.rows, i.context.rotary, i.context.stream, None)
+        have = mixer.heads(i.read, i.context.blocks(i.rows))
         for head, (x, y) in enumerate(zip(have.unbind(1), i.targets.unbind(1), strict=True)):
             for total, a, b in zip(sums[:, head], (x, x, y), (x, y, y), strict=True):
                 add_cross_moments(total, a, b, i.rows.offsets)

@@ -43,7 +43,7 @@ class FittedLayer:
 def copy_layer(config: MoLConfig, index: int, parent: DenseLayer) -> FittedLayer:
     """Use the parent's layer as the only block, at full width, of a MoL layer. Exact."""
     with torch.device("meta"):
-        layer = MoLLayer(config, index)
+        layer = MoLLayer(config, config.layer_mixers[index])
     layer.load_state_dict(copied_tensors(parent.state_dict()), assign=True)
     return FittedLayer(layer.requires_grad_(False), [1.0])
 
@@ -87,7 +87,7 @@ def fit_layer(
     x, chunks = residuals.student, residuals.chunks
     parent = x.clone() if residuals.student is residuals.parent else residuals.parent
     targets = LayerTargets(dense, parent, chunks)
-    layer = MoLLayer(config, index).to(x.device).requires_grad_(False)
+    layer = MoLLayer(config, config.layer_mixers[index]).to(x.device).requires_grad_(False)
     data = FitData(
         targets=targets,
         x=x,
@@ -104,7 +104,8 @@ def fit_layer(
         clones = clones_per_group(config.num_routed_blocks, config.num_blocks_per_tok)
         set_router(layer.router, clones, x, generator)
         data = replace(data, shrinkage=options.shrinkage)
-        spec, routed = config.routed_spec(index), parts[config.num_shared_blocks :]
+        spec = config.routed_spec(config.layer_mixers[index])
+        routed = parts[config.num_shared_blocks :]
         groups += _routed_groups(layer, config, spec, clones, routed, data, chunks)
     for group in groups:
         group.fit_reading()
@@ -191,7 +192,7 @@ def _rows_of_groups(
         found = []
         for chunk, rows, gate in routed:
             own = (rows.blocks >= first) & (rows.blocks < first + count)
-            found.append(GroupRows(chunk, rows.of_blocks(first, count), gate[own]))
+            found.append(GroupRows(chunk, rows.block_range(first, count), gate[own]))
         yield found
         first += count
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from molcli.fitting.partition import BlockPart
 from molcli.maths.bases import leading_directions, procrustes_rotation, trace_normalised_sum
-from molcli.model.blocks import Attention, BlockStack
+from molcli.model.blocks import BlockStack
 from molcli.model.layers import DenseLayer, ThinBlocks
+from molcli.model.mixers import Attention
 
 
 def head_rows(heads: tuple[int, ...], head_dim: int, device: torch.device) -> Tensor:
@@ -138,8 +139,7 @@ def pca_bases(moment: Tensor, rank: int) -> Bases:
 def project(stack: ThinBlocks, blocks: slice, weights: FoldedWeights, bases: Bases) -> None:
     """Set some blocks of a stack, all to the same values, to the projected weights.
 
-    Parameters of a mixer beyond q, k, v and o that softmax attention does not have keep their
-    initial values.
+    Parameters of a mixer that softmax attention does not have keep their initial values.
     """
     read, write, block, source = bases.read, bases.write, stack.block, weights.mixer
     mixer, mlp = block.mixer, block.mlp
@@ -163,15 +163,14 @@ def project(stack: ThinBlocks, blocks: slice, weights: FoldedWeights, bases: Bas
         (mlp.up_proj, weights.up @ read),
         (mlp.down_proj, write.mT @ weights.down),
     ]
-    if isinstance(mixer, Attention):
-        for name, rows in (("q_bias", "q"), ("k_bias", "kv"), ("v_bias", "kv")):
-            if getattr(mixer, name) is not None:
-                values.append((getattr(mixer, name), getattr(source, name)[0, weights.rows[rows]]))
-        for name in ("q_norm", "k_norm"):
-            if getattr(mixer, name) is not None:
-                values.append((getattr(mixer, name), getattr(source, name)[0]))
-        if mixer.o_bias is not None and source.o_bias is not None:
-            o_bias = write.mT @ source.o_bias[0].double() / weights.num_parts
-            values.append((mixer.o_bias, o_bias))
+    for name, rows in (("q_bias", "q"), ("k_bias", "kv"), ("v_bias", "kv")):
+        if getattr(mixer, name, None) is not None:
+            values.append((getattr(mixer, name), getattr(source, name)[0, weights.rows[rows]]))
+    for name in ("q_norm", "k_norm"):
+        if getattr(mixer, name, None) is not None:
+            values.append((getattr(mixer, name), getattr(source, name)[0]))
+    o_bias = getattr(mixer, "o_bias", None)
+    if o_bias is not None and source.o_bias is not None:
+        values.append((o_bias, write.mT @ source.o_bias[0].double() / weights.num_parts))
     for parameter, value in values:
         parameter[blocks] = value.to(parameter)

@@ -11,8 +11,8 @@ from torch import Tensor
 from molcli.fitting.chunks import Chunk, Chunks
 from molcli.fitting.partition import BlockPart
 from molcli.fitting.projection import head_rows
-from molcli.model.blocks import Attention
 from molcli.model.layers import DenseLayer
+from molcli.model.mixers import Attention
 
 
 class LayerTargets:
@@ -33,7 +33,7 @@ class LayerTargets:
         self.x, self.attention_output = x, torch.empty_like(x)
         for chunk in chunks:
             context, before = chunk.context, x[chunk.tokens]
-            mixed = self.block.mix(before, context.dense_rows, context.rotary, context.stream, None)
+            mixed = self.block.mix(before, context.blocks(context.dense_rows))
             self.attention_output[chunk.tokens] = mixed
 
     def attention_input(self, chunk: Chunk) -> Tensor:
@@ -58,10 +58,9 @@ class LayerTargets:
     def head_outputs(self, chunk: Chunk, heads: tuple[int, ...]) -> Tensor:
         """Return the outputs of some heads before o_proj, (tokens, heads, head_dim). Before
         `add_attention`."""
-        context = chunk.context
-        rows, x = context.dense_rows, self.x[chunk.tokens]
+        rows, x = chunk.context.dense_rows, self.x[chunk.tokens]
         read = self.block.norm(x, self.block.input_norm, rows)
-        out = self.mixer.heads(read, rows, context.rotary, context.stream, None)
+        out = self.mixer.heads(read, chunk.context.blocks(rows))
         return out[:, list(heads)]
 
     @torch.no_grad()

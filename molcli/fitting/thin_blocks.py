@@ -31,7 +31,7 @@ from molcli.maths.bases import reading_basis
 from molcli.maths.least_squares import aligning_rotation, least_squares_left, reduced_rank, ridge
 from molcli.maths.moments import Sample, regression_moments
 from molcli.model.layers import ThinBlocks
-from molcli.model.mixers.gated_deltanet import GatedDeltaNet
+from molcli.model.mixers import GatedDeltaNet
 
 MAX_NORM_WEIGHT = 100.0  # limits how much coordinates that hardly vary are amplified
 
@@ -184,14 +184,13 @@ class BlockGroup:
             getattr(mixer, f"{name}_proj").copy_(own[..., :width])
             if biased:
                 getattr(mixer, f"{name}_bias").copy_(own[..., -1])
+        for name in ("q_norm", "k_norm"):
+            if getattr(mixer, name, None) is not None:
+                getattr(mixer, name).copy_(getattr(data.targets.mixer, name))
+        if (o_bias := getattr(mixer, "o_bias", None)) is not None:
+            o_bias.zero_()
         if isinstance(mixer, GatedDeltaNet):
             fit_gated_deltanet(mixer, self._mixer_inputs(), data.regress)
-            return
-        for name in ("q_norm", "k_norm"):
-            if getattr(mixer, name) is not None:
-                getattr(mixer, name).copy_(getattr(data.targets.mixer, name))
-        if mixer.o_bias is not None:
-            mixer.o_bias.zero_()
 
     def _fit_first_o_proj(self) -> Tensor:
         """Fit o_proj to thin_in of the whole layer's attention, as far as these heads predict it.
@@ -264,7 +263,7 @@ class BlockGroup:
             left = error.error[group_rows.chunk.tokens]
             down = grouped_linear(self._neurons(own, group_rows), down_proj, rows)
             delta = (self._o_proj(own, group_rows) + down) * (sign * group_rows.gate[:, None])
-            left += rows.scatter(self._thin_out(delta, group_rows), len(left))
+            left += rows.combine(self._thin_out(delta, group_rows))
 
     # Samples of the regressions: features, targets, ends of the blocks' rows
 
@@ -322,10 +321,8 @@ class BlockGroup:
 
     def _compute_heads(self, group_rows: GroupRows) -> Tensor:
         """The heads' outputs, (M, heads * head_dim)."""
-        context, rows = group_rows.chunk.context, group_rows.rows
-        read = self._mixer_input(group_rows)
-        out = self.blocks.block.mixer.heads(read, rows, context.rotary, context.stream, None)
-        return out.flatten(1)
+        context = group_rows.chunk.context.blocks(group_rows.rows)
+        return self.blocks.block.mixer.heads(self._mixer_input(group_rows), context).flatten(1)
 
     def _head_outputs(self) -> HeadOutputs:
         """The heads' outputs of all chunks, kept in memory where they are narrow.
@@ -354,7 +351,7 @@ class BlockGroup:
 
     def _neurons(self, heads: Tensor, group_rows: GroupRows) -> Tensor:
         """heads: (M, heads * head_dim) -> (M, d_ff)."""
-        return self.blocks.block.mlp.neurons(self._ffn_input(heads, group_rows), group_rows.rows)
+        return self.blocks.block.mlp.hidden(self._ffn_input(heads, group_rows), group_rows.rows)
 
     def _thin_out(self, delta: Tensor, group_rows: GroupRows) -> Tensor:
         """delta: (M, width) -> (M, d_model)."""

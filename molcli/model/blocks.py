@@ -1,103 +1,19 @@
-"""B independent pre-norm Transformer blocks with stacked weights, run side by side on rows."""
+"""B independent pre-norm Transformer blocks with stacked weights, computed side by side."""
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from molcli.kernels.grouped_linear import grouped_linear, grouped_linears
+from molcli.kernels.indexed_linear import indexed_linear
 from molcli.kernels.packed_rows import PackedRows
-from molcli.kernels.segment_attention import segment_attention
 from molcli.model.configuration_mol import BlockSpec, MoLConfig
-from molcli.model.decoding.cache import AttentionState, RecurrentState
-from molcli.model.mixers.gated_deltanet import GatedDeltaNet
-from molcli.model.tokens import TokenStream
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x: (..., d), weight: broadcastable; the mean square is taken in float32 or higher."""
-    exact = x.to(torch.promote_types(x.dtype, torch.float32))
-    exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)
-    return weight * exact.to(x.dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding, halves convention. x: (M, h, d), cos and sin: (M, r), for the first r."""
-    turning = cos.shape[-1]
-    if turning < x.shape[-1]:
-        return torch.cat([rotate(x[..., :turning], cos, sin), x[..., turning:]], dim=-1)
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    return x * cos[:, None].to(x.dtype) + turned * sin[:, None].to(x.dtype)
-
-
-class Attention(nn.Module):
-    """Causal softmax attention of every block over its own rows, with rotary positions."""
-
-    def __init__(self, spec: BlockSpec, config: MoLConfig) -> None:
-        super().__init__()
-        self.head_dim, self.eps = spec.head_dim, config.rms_norm_eps
-        b, d = spec.num_blocks, spec.width
-        q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-        self.q_proj = nn.Parameter(torch.empty(b, q, d))
-        self.k_proj = nn.Parameter(torch.empty(b, kv, d))
-        self.v_proj = nn.Parameter(torch.empty(b, kv, d))
-        self.o_proj = nn.Parameter(torch.empty(b, d, q))
-        for name, size, wanted in (
-            ("q_bias", q, config.attention_bias),
-            ("k_bias", kv, config.attention_bias),
-            ("v_bias", kv, config.attention_bias),
-            ("o_bias", d, config.attention_out_bias),
-            ("q_norm", spec.head_dim, config.qk_norm),
-            ("k_norm", spec.head_dim, config.qk_norm),
-        ):
-            self.register_parameter(name, nn.Parameter(torch.empty(b, size)) if wanted else None)
-        self.q_bias: nn.Parameter | None
-        self.k_bias: nn.Parameter | None
-        self.v_bias: nn.Parameter | None
-        self.o_bias: nn.Parameter | None
-        self.q_norm: nn.Parameter | None
-        self.k_norm: nn.Parameter | None
-
-    def forward(
-        self,
-        x: Tensor,
-        rows: PackedRows,
-        rotary: tuple[Tensor, Tensor],
-        stream: TokenStream,
-        state: AttentionState | None,
-    ) -> Tensor:
-        """x: (M, d) normalised rows; rotary: cos and sin, (n, r) -> (M, d)."""
-        out = self.heads(x, rows, rotary, stream, state)
-        return grouped_linear(out.flatten(1), self.o_proj, rows, self.o_bias)
-
-    def heads(
-        self,
-        x: Tensor,
-        rows: PackedRows,
-        rotary: tuple[Tensor, Tensor],
-        stream: TokenStream,
-        state: AttentionState | None,
-    ) -> Tensor:
-        """What the heads read, before the output projection. x: (M, d) -> (M, h, head_dim)."""
-        weights = (self.q_proj, self.k_proj, self.v_proj)
-        biases = (self.q_bias, self.k_bias, self.v_bias)
-        q, k, v = (
-            z.unflatten(1, (-1, self.head_dim)) for z in grouped_linears(x, weights, rows, biases)
-        )
-        if self.q_norm is not None and self.k_norm is not None:
-            q = rms_norm(q, rows.per_row(self.q_norm)[:, None], self.eps)
-            k = rms_norm(k, rows.per_row(self.k_norm)[:, None], self.eps)
-        cos, sin = (rows.gather(x) for x in rotary)
-        q, k, v = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype), v
-        if state is None:
-            return segment_attention(q, k, v, rows)
-        fresh = state.empty
-        state.append(k, v, rows, stream)
-        return segment_attention(q, k, v, rows) if fresh else state.attend(q, rows, stream)
+from molcli.model.mixers import MIXERS, BlockContext, StepContext
+from molcli.model.norms import rms_norm
 
 
 class FeedForward(nn.Module):
-    """The feed-forward network of every block: gated (SwiGLU-like) or two matrices."""
+    """The feed-forward network of every block: gated (SwiGLU, arXiv 2002.05202) or two matrices."""
 
     def __init__(self, spec: BlockSpec, config: MoLConfig) -> None:
         super().__init__()
@@ -111,59 +27,72 @@ class FeedForward(nn.Module):
         self.activation = ACT2FN[self.activation_name]
 
     def forward(self, x: Tensor, rows: PackedRows) -> Tensor:
-        """x: (M, d) -> (M, d)."""
-        return grouped_linear(self.neurons(x, rows), self.down_proj, rows)
+        """Compute the network on normalised rows: (M, width) -> (M, width)."""
+        return grouped_linear(self.hidden(x, rows), self.down_proj, rows)
 
-    def neurons(self, x: Tensor, rows: PackedRows) -> Tensor:
-        """The hidden activations. x: (M, d) -> (M, d_ff)."""
+    def hidden(self, x: Tensor, rows: PackedRows) -> Tensor:
+        """Compute the hidden activations: (M, width) -> (M, d_ff)."""
         if self.gate_proj is None:
             return self.activation(grouped_linear(x, self.up_proj, rows))
         gate, up = grouped_linears(x, (self.gate_proj, self.up_proj), rows)
         return self.activation(gate) * up
 
+    def step(
+        self, x: Tensor, mixed: Tensor, norm: Tensor, eps: float, context: StepContext
+    ) -> Tensor:
+        """Compute mixed + mlp(norm(x + mixed)) for one new token a sequence.
+
+        Args:
+            x: (R, width), residual rows before the mixer.
+            mixed: (R, width), what the mixer adds to them.
+            norm: (B, width), weights of the RMSNorm before the network.
+            eps: of that norm.
+
+        Returns:
+            (R, width), what mixer and network add to the residual together.
+        """
+        weights = [w for w in (self.gate_proj, self.up_proj) if w is not None]
+        hidden = indexed_linear(
+            x,
+            list(weights),
+            context.rows,
+            delta=mixed,
+            norm=norm,
+            eps=eps,
+            activation=self.activation_name,
+        )
+        return indexed_linear(hidden, [self.down_proj], context.rows, residual=mixed)
+
 
 class BlockStack(nn.Module):
-    """What x + mixer(norm(x)), then + mlp(norm(.)), adds to x, for every block on its own rows."""
+    """B blocks: each adds mixer(norm(x)) to its rows, then mlp(norm(.))."""
 
     def __init__(self, spec: BlockSpec, config: MoLConfig) -> None:
         super().__init__()
         self.eps = config.rms_norm_eps
         self.input_norm = nn.Parameter(torch.empty(spec.num_blocks, spec.width))
         self.post_norm = nn.Parameter(torch.empty(spec.num_blocks, spec.width))
-        self.mixer: Attention | GatedDeltaNet
-        if spec.mixer == "gated_deltanet":
-            self.mixer = GatedDeltaNet(spec, config)
-        else:
-            self.mixer = Attention(spec, config)
+        self.mixer = MIXERS[spec.mixer](spec, config)
         self.mlp = FeedForward(spec, config)
 
-    def forward(
-        self,
-        x: Tensor,
-        rows: PackedRows,
-        rotary: tuple[Tensor, Tensor],
-        stream: TokenStream,
-        state: AttentionState | RecurrentState | None,
-    ) -> Tensor:
-        """x: (M, width) residual rows -> (M, width), what the block adds to them."""
-        mixed = self.mix(x, rows, rotary, stream, state)
-        return mixed + self.feed(x + mixed, rows)
+    def forward(self, x: Tensor, context: BlockContext) -> Tensor:
+        """Compute what every block adds to its rows: (M, width) -> (M, width)."""
+        mixed = self.mix(x, context)
+        return mixed + self.feed(x + mixed, context.rows)
 
-    def mix(
-        self,
-        x: Tensor,
-        rows: PackedRows,
-        rotary: tuple[Tensor, Tensor],
-        stream: TokenStream,
-        state: AttentionState | RecurrentState | None,
-    ) -> Tensor:
-        """What the mixer adds to x (M, width)."""
-        return self.mixer(self.norm(x, self.input_norm, rows), rows, rotary, stream, state)
+    def mix(self, x: Tensor, context: BlockContext) -> Tensor:
+        """Compute what the mixers add to x: (M, width) -> (M, width)."""
+        return self.mixer(self.norm(x, self.input_norm, context.rows), context)
 
     def feed(self, x: Tensor, rows: PackedRows) -> Tensor:
-        """What the FFN adds to x (M, width), in which the mixer's share is already."""
+        """Compute what the feed-forward networks add to x, which includes the mixers' part."""
         return self.mlp(self.norm(x, self.post_norm, rows), rows)
 
     def norm(self, x: Tensor, weight: Tensor, rows: PackedRows) -> Tensor:
-        """RMSNorm with each block's own weight. x: (M, width), weight: (B, width)."""
-        return rms_norm(x, rows.per_row(weight), self.eps)
+        """Apply each block's own RMSNorm. x: (M, width), weight: (B, width)."""
+        return rms_norm(x, rows.gather_per_block(weight), self.eps)
+
+    def step(self, x: Tensor, context: StepContext) -> Tensor:
+        """Compute what the blocks add to one new token a sequence: (R, width) -> (R, width)."""
+        mixed = self.mixer.step(x, self.input_norm, context)
+        return self.mlp.step(x, mixed, self.post_norm, self.eps, context)

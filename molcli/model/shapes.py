@@ -18,7 +18,8 @@ class Architecture(Protocol):
     attention_out_bias: bool
     qk_norm: bool
     tie_word_embeddings: bool
-    layer_kinds: list[str]
+    layer_structures: list[str]
+    layer_mixers: list[str]
     num_blocks: int
     num_shared_blocks: int
     num_blocks_per_tok: int

@@ -39,7 +39,7 @@ CONFIG = MoLConfig(
 
 
 def random_mixer() -> GatedDeltaNet:
-    mixer = GatedDeltaNet(CONFIG.routed_spec(0), CONFIG).requires_grad_(False)
+    mixer = GatedDeltaNet(CONFIG.routed_spec("gated_deltanet"), CONFIG).requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     for parameter in mixer.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator))
@@ -69,8 +69,7 @@ def least_squares(samples: Iterator[Sample]) -> Tensor:
 
 
 def run(mixer: GatedDeltaNet, inputs: MixerInputs) -> Tensor:
-    context = inputs.context
-    return mixer.heads(inputs.read, inputs.rows, context.rotary, context.stream, None)
+    return mixer.heads(inputs.read, inputs.context.blocks(inputs.rows))
 
 
 def fit(mixer: GatedDeltaNet, inputs: MixerInputs) -> None:
@@ -157,7 +156,9 @@ def test_a_projection_gets_its_norm_and_its_bias_and_a_head_for_every_query_head
     found = fit_projection(weight, bias, norm, HEADS, HEAD_DIM, [inputs], least_squares)
     assert found.shape == (BLOCKS, HEADS * HEAD_DIM, WIDTH)
     heads = grouped_linear(inputs.read, found, inputs.rows).unflatten(1, (HEADS, HEAD_DIM))
-    expected = grouped_linear(inputs.read, weight, inputs.rows, bias) * inputs.rows.per_row(norm)
+    expected = grouped_linear(
+        inputs.read, weight, inputs.rows, bias
+    ) * inputs.rows.gather_per_block(norm)
     torch.testing.assert_close(
         heads, expected[:, None].expand_as(heads).contiguous(), rtol=1e-4, atol=1e-4
     )

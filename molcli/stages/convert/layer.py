@@ -16,10 +16,10 @@ from molcli.fitting.gated_deltanet import MixerInputs, fit_gated_deltanet, fit_p
 from molcli.kernels.grouped_linear import grouped_linear
 from molcli.maths.least_squares import ridge
 from molcli.maths.moments import Sample, regression_moments
-from molcli.model.blocks import Attention, BlockStack
+from molcli.model.blocks import BlockStack
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.layers import DenseLayer, Layer, new_layer
-from molcli.model.mixers.gated_deltanet import GatedDeltaNet
+from molcli.model.mixers import Attention, GatedDeltaNet
 
 STEP_TOKENS = 4096  # of a step of Adam, at most, unless a row is longer
 FIXED_WEIGHTS = ("q_proj", "k_proj", "v_proj")  # as the conversion sets them
@@ -136,8 +136,7 @@ def _mixer_inputs(layer: Layer, mixer: Attention, x: Tensor, context: Context) -
         rows, _ = layer.route(layer.router(x), context.stream)
         thin = grouped_linear(rows.gather(x), layer.routed.thin_in, rows)
     read = block.norm(thin, block.input_norm, rows)
-    heads = mixer.heads(read, rows, context.rotary, context.stream, None)
-    return MixerInputs(read, rows, context, heads)
+    return MixerInputs(read, rows, context, mixer.heads(read, context.blocks(rows)))
 
 
 def _output_samples(
@@ -145,7 +144,7 @@ def _output_samples(
 ) -> Iterator[Sample]:
     """The new heads' outputs, and the old mixer's output."""
     for chunk in inputs:
-        rows, context = chunk.rows, chunk.context
-        out = new.heads(chunk.read, rows, context.rotary, context.stream, None)
+        rows = chunk.rows
+        out = new.heads(chunk.read, chunk.context.blocks(rows))
         wanted = grouped_linear(chunk.targets.flatten(1), old.o_proj, rows, old.o_bias)
         yield out.flatten(1), wanted, rows.offsets

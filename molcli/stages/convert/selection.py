@@ -33,7 +33,8 @@ class LayerSelection:
 def select_layers(config: MoLConfig, choice: LayerChoice) -> LayerSelection:
     """Apply the user's choice to a model. Raises MolError where the model has no such layers."""
     routed = config.num_routed_blocks > 0
-    candidates = [i for i, kind in enumerate(config.layer_kinds) if routed and kind == "softmax"]
+    with_attention = [i for i, mixer in enumerate(config.layer_mixers) if mixer == "attention"]
+    candidates = [i for i in with_attention if routed and not config.is_dense(i)]
     if isinstance(choice, str):
         if choice != "none" and not candidates:
             raise MolError(
@@ -43,11 +44,12 @@ def select_layers(config: MoLConfig, choice: LayerChoice) -> LayerSelection:
         layers = None if choice == "auto" else chosen_layers(choice, candidates)
         return LayerSelection(layers, candidates)
     refuse_beyond(KEY, choice, config.num_hidden_layers)
-    dense = [i for i, kind in enumerate(config.layer_kinds) if kind == "dense"]
+    dense = [i for i in with_attention if config.is_dense(i)]
     for i in choice:
         if i not in candidates and i not in dense:
-            linear = config.layer_kinds[i].endswith("gated_deltanet")
-            why = "uses Gated DeltaNet already" if linear else "has shared blocks alone"
+            why = (
+                "has shared blocks alone" if i in with_attention else "uses Gated DeltaNet already"
+            )
             raise MolError(
                 f"`{KEY}` names layer {i}, which {why}",
                 allowed=f"layers {sorted(candidates + dense)}",
@@ -59,7 +61,7 @@ def with_gated_deltanet(config: MoLConfig, layers: set[int]) -> MoLConfig:
     """Copy a configuration, with Gated DeltaNet in the routed or dense blocks of these layers."""
     after = copy.deepcopy(config)
     for i in layers:
-        after.layer_kinds[i] = "dense_gated_deltanet" if config.is_dense(i) else "gated_deltanet"
+        after.layer_mixers[i] = "gated_deltanet"
     return after
 
 

@@ -107,7 +107,7 @@ class Comparison:
         pairs = zip(inputs.x.split(CHUNK_ROWS), fit_after.split(CHUNK_ROWS), strict=True)
         cosines = torch.cat([F.cosine_similarity(a, b, dim=-1) for a, b in pairs])
         self._influence.append(1 - cosines.mean().item())
-        if self._config.layer_kinds[inputs.index] == "dense":
+        if self._config.is_dense(inputs.index):
             self._residuals = self._run_dense(inputs.dense, before)
             return
         for method in METHODS:
@@ -131,16 +131,17 @@ class Comparison:
         """
         count = count_parameters(self._config)
         full = {"params_total": count.total, "params_active": count.active}
-        kinds = self._config.layer_kinds
-        sizes = dict.fromkeys(METHODS, full) | {"skipped": self._dense_size(kinds.count("dense"))}
+        structures = self._config.layer_structures
+        skipped = self._dense_size(structures.count("dense"))
+        sizes = dict.fromkeys(METHODS, full) | {"skipped": skipped}
         found: dict[str, dict[str, Any]] = {
             name: _losses(head, self._heldout, x) | sizes[name]
             for name, x in self._residuals.items()
         }
         kept = self._affordable_layers(count.active)
-        if kept < len(kinds):
-            order = sorted(range(len(kinds)), key=lambda i: self._influence[i])
-            dropped = sorted(order[: len(kinds) - kept])
+        if kept < len(structures):
+            order = sorted(range(len(structures)), key=lambda i: self._influence[i])
+            dropped = sorted(order[: len(structures) - kept])
             found["depth_pruned"] = (
                 _losses(head, self._heldout, self._run_pruned(set(dropped)))
                 | self._dense_size(kept)
@@ -165,7 +166,7 @@ class Comparison:
     def _dense_size(self, layers: int) -> dict[str, int]:
         kwargs = self._parent.mol_config_kwargs()
         dense = MoLConfig(
-            **kwargs | {"num_hidden_layers": layers, "layer_kinds": ["dense"] * layers}
+            **kwargs | {"num_hidden_layers": layers, "layer_structures": ["dense"] * layers}
         )
         total = count_parameters(dense).total
         return {"params_total": total, "params_active": total}

@@ -121,9 +121,9 @@ def _write_layers_without_text(
     x = embedding[:: -(-len(embedding) // EMBEDDINGS)].to(device, torch.float32)
     del embedding
     rows = []
-    for i, kind in enumerate(config.layer_kinds):
-        row: dict[str, Any] = {"layer": i, "kind": kind}
-        if kind == "dense":
+    for i in range(config.num_hidden_layers):
+        row: dict[str, Any] = {"layer": i, "kind": config.layer_labels[i]}
+        if config.is_dense(i):
             _write_layer(writer, config, i, parent.dense_layer(i))
         elif is_copy(config, recipe.upcycle):
             _write_layer(writer, config, i, copied_tensors(parent.dense_layer(i)))
@@ -166,7 +166,7 @@ def _write_layers(
         dense = dense_layer(parent, config, i, device)
         layer, figures = conversion.convert_layer(i, dense)
         _write_layer(writer, config, i, layer.state_dict())
-        rows.append({"layer": i, "kind": config.layer_kinds[i]} | figures)
+        rows.append({"layer": i, "kind": config.layer_labels[i]} | figures)
         del dense, layer  # the next layer needs their memory
         progress(i + 1, count)
     del fit, conversion  # the head needs the memory of the text that blocks were fitted to
@@ -206,7 +206,7 @@ class _Conversion:
             # A fit changes the residual in place, which baselines start from.
             inputs = self._baseline_inputs(index, dense, fit.parent.clone())
         fitted = None
-        if self.config.layer_kinds[index] != "dense":
+        if not self.config.is_dense(index):
             fitted = self._fill_layer(index, dense, inputs)
         layer = dense if fitted is None else fitted.layer
         if fitted is None or not self._is_fitted:

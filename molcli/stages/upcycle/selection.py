@@ -1,6 +1,6 @@
 """Choose layers for `layers: auto` and `gated_deltanet: auto`, by the KL of converting each alone.
 
-Inputs: the parent and a calibration. Outputs: the configuration with the chosen kinds of layers,
+Inputs: the parent and a calibration. Outputs: the configuration with the chosen layers,
 and the measured KL of each layer, nats per token.
 """
 
@@ -34,7 +34,7 @@ from molcli.progress import Progress
 class Selection:
     """The configuration with the chosen layers, and what was measured to choose them.
 
-    alone_kl: `softmax_costs`, for `layers: auto`. gated_deltanet_kl: `deltanet_costs`, for
+    alone_kl: `attention_costs`, for `layers: auto`. gated_deltanet_kl: `deltanet_costs`, for
     `gated_deltanet: auto`. Both by layer, empty where nothing was measured.
     """
 
@@ -54,24 +54,25 @@ def select_layers(
     alone_kl: dict[int, float] = {}
     gated_deltanet_kl: dict[int, float] = {}
     if text is not None and options.layers == "auto" and needs_text(config, options):
-        alone_kl = softmax_costs(parent, config, text, recipe, progress)
+        alone_kl = attention_costs(parent, config, text, recipe, progress)
         layers = sorted(cheapest(alone_kl, options.layers_budget))
         dtype, config = config.dtype, mol_config(parent, replace(options, layers=layers))
         config.dtype = dtype
     if text is not None and options.gated_deltanet == "auto" and config.num_routed_blocks > 0:
         gated_deltanet_kl = deltanet_costs(parent, config, text, recipe, progress)
         for i in cheapest(gated_deltanet_kl, options.gated_deltanet_budget):
-            config.layer_kinds[i] = "gated_deltanet"
+            config.layer_mixers[i] = "gated_deltanet"
     return Selection(config, alone_kl, gated_deltanet_kl)
 
 
-def softmax_costs(
+def attention_costs(
     parent: Parent, config: MoLConfig, text: Calibration, recipe: Recipe, progress: Progress
 ) -> dict[int, float]:
     """Measure the KL of converting each of the parent's layers alone, with softmax attention."""
     config = copy.deepcopy(config)
-    config.layer_kinds = ["softmax"] * config.num_hidden_layers
-    (costs,) = _costs_alone(parent, config, text, recipe, ["softmax"], progress)
+    config.layer_structures = ["mixture"] * config.num_hidden_layers
+    config.layer_mixers = ["attention"] * config.num_hidden_layers
+    (costs,) = _costs_alone(parent, config, text, recipe, ["attention"], progress)
     return costs
 
 
@@ -80,9 +81,9 @@ def deltanet_costs(
 ) -> dict[int, float]:
     """Measure how much the KL of converting each layer alone is larger with Gated DeltaNet than
     with softmax attention."""
-    mixers = ["softmax", "gated_deltanet"]
-    softmax, deltanet = _costs_alone(parent, config, text, recipe, mixers, progress)
-    return {i: deltanet[i] - softmax[i] for i in softmax}
+    mixers = ["attention", "gated_deltanet"]
+    attention, deltanet = _costs_alone(parent, config, text, recipe, mixers, progress)
+    return {i: deltanet[i] - attention[i] for i in attention}
 
 
 @torch.no_grad()
@@ -103,14 +104,14 @@ def _costs_alone(
     fit, kept = split_rows(text.fit)
     embedding = parent.embedding()
     residuals = open_residuals(fit, config, embedding, device)
-    sensitivities = {kind: LayerSensitivity(kept, config, embedding, device) for kind in mixers}
+    sensitivities = {mixer: LayerSensitivity(kept, config, embedding, device) for mixer in mixers}
     for i in range(config.num_hidden_layers):
         dense = dense_layer(parent, config, i, device)
         after = residuals
-        for kind, sensitivity in sensitivities.items():
+        for mixer, sensitivity in sensitivities.items():
             layer: Layer = dense
             if i in converted:
-                config.layer_kinds[i] = kind
+                config.layer_mixers[i] = mixer
                 # A copy whose parent and student are one tensor: the fit leaves that unchanged.
                 after = replace(residuals)
                 layer = fit_layer(
@@ -131,4 +132,4 @@ def _costs_alone(
         del after
         progress(i + 1, config.num_hidden_layers, "measuring each layer alone")
     head = open_output_head(parent, device)
-    return [sensitivities[kind].kl_by_layer(head) for kind in mixers]
+    return [sensitivities[mixer].kl_by_layer(head) for mixer in mixers]
