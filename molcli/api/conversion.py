@@ -18,8 +18,8 @@ from molcli.report.bars import bar
 if TYPE_CHECKING:  # these import torch, or take time to import
     from molcli.config.sections import CalibrateConfig, Data, Preset, Recipe
     from molcli.families.parent import Parent
-    from molcli.stages.convert import Source
-    from molcli.stages.convert import Text as PackedText
+    from molcli.stages.convert import ConversionText as PackedText
+    from molcli.stages.convert import SourceCheckpoint
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def upcycle(
 
     refuse_existing(out)
     dense = open_dense(parent, show_note=progress)
-    from molcli.fitting.shapes import mol_config, needs_text
+    from molcli.fitting.converted_config import mol_config, needs_text
     from molcli.stages.upcycle import upcycle as run
 
     # A recipe that does not fit the parent is refused here, before the long calibration.
@@ -144,11 +144,11 @@ def convert(
     refuse_existing(out)
     dense = None if parent is None else open_dense(parent, show_note=progress)
     from molcli.stages.convert import convert as run
-    from molcli.stages.convert import open_source, plan_layers
+    from molcli.stages.convert import open_source_checkpoint, select_layers
 
-    source = open_source(checkpoint)
+    source = open_source_checkpoint(checkpoint)
     # A choice that does not fit the model is refused here, before text is read or sampled.
-    plan = plan_layers(source.config, found.convert.gated_deltanet)
+    plan = select_layers(source.config, found.convert.gated_deltanet)
     folder = None if calibration is None or data is not None else Path(calibration)
     with _scratch_beside(out) as scratch:
         text = None
@@ -249,7 +249,7 @@ def with_data(recipe: Recipe, data: Data | None) -> Recipe:
 
 
 def _packed_text(
-    source: Source,
+    source: SourceCheckpoint,
     recipe: Recipe,
     parent: Parent | None,
     calibration: Path | None,
@@ -260,7 +260,7 @@ def _packed_text(
     """The text of the calibration, else recipe.calibrate.data, else a sample of the parent's."""
     from molcli.data.tokenizer import open_tokenizer
     from molcli.fitting.calibration import open_calibration, split_text, text_hash
-    from molcli.stages.convert import Text as PackedText
+    from molcli.stages.convert import ConversionText as PackedText
 
     size = source.config.vocab_size
     config = recipe.calibrate

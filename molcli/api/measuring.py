@@ -195,7 +195,7 @@ def plan(
     from molcli.estimate.forecast import layer_spectra
     from molcli.estimate.gpus import GPUS
     from molcli.families.parent import open_parent, outline
-    from molcli.fitting.shapes import converted_config
+    from molcli.fitting.converted_config import converted_config
     from molcli.stages.plan import plan as run
 
     if gpu.lower() not in GPUS:

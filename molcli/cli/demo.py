@@ -161,7 +161,7 @@ def _fetched() -> str:
 
 def _refuse_misfit(parent: "DenseParent", recipe: "Recipe") -> None:
     """Raises MolError before the sampling if the recipe does not fit the parent."""
-    from molcli.fitting.shapes import mol_config
+    from molcli.fitting.converted_config import mol_config
 
     mol_config(parent, recipe.upcycle)
 

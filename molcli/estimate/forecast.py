@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from molcli.families.parent import Parent
-from molcli.fitting.partition import Part
+from molcli.fitting.partition import BlockPart
 from molcli.fitting.projection import reading_gram
-from molcli.fitting.shapes import ThinShape, dense_shape
 from molcli.maths.bases import square_roots
 from molcli.model.checkpoint import default_device
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.parent import dense_layer
-from molcli.model.shapes import routed_shape, shared_shape
+from molcli.model.shapes import dense_shape, routed_shape, shared_shape
 
 # Tokens per feature below which calibration text is scarce; of 0, 10, 30 and 100 the best value on
 # conversions that the fit left out.
@@ -93,11 +92,8 @@ def compute_predictors(config: MoLConfig, spectra: Mapping[int, Tensor], tokens:
     shared, top_k = config.num_shared_blocks, config.num_blocks_per_tok
     kinds = [(shared_shape(config), shared, 1.0)] * bool(shared)
     kinds += [(routed_shape(config), top_k, config.num_routed_blocks / max(1, top_k))] * bool(top_k)
-    dense = dense_shape(config.to_dict())
-    weights = [
-        count * dense.thin_weights(ThinShape(shape.width, shape.num_heads, shape.d_ff))
-        for shape, count, _ in kinds
-    ]
+    dense = dense_shape(config)
+    weights = [count * shape.num_thin_weights(dense.width) for shape, count, _ in kinds]
 
     def mean(of_kinds: list[float]) -> float:
         return sum(w * x for w, x in zip(weights, of_kinds, strict=True)) / sum(weights)
@@ -108,7 +104,7 @@ def compute_predictors(config: MoLConfig, spectra: Mapping[int, Tensor], tokens:
     return Predictors(
         layers=len(converted),
         lost_reading=mean(lost) / max(1, len(converted)),
-        weights=sum(weights) / dense.weights,
+        weights=sum(weights) / dense.num_weights,
         shared_heads=min(1.0, heads / config.num_attention_heads),
         tokens_a_feature=tokens / mean(features),
         clones=mean([clones for *_, clones in kinds]),
@@ -132,7 +128,7 @@ def layer_spectra(
     """
     config, device = MoLConfig(**parent.mol_config_kwargs()), default_device()
     counts = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
-    whole = Part(*(tuple(range(count)) for count in counts))
+    whole = BlockPart(*(tuple(range(count)) for count in counts))
     for i in layers:
         gram = reading_gram(dense_layer(parent, config, i, device).block, whole)
         yield i, reading_spectrum(gram, moment(i).to(device)).cpu()

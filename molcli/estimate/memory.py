@@ -4,7 +4,7 @@ import copy
 from dataclasses import dataclass, fields
 
 from molcli.estimate.parameters import count_parameters
-from molcli.fitting.chunks import CHUNK_BYTES, MOST_HEADS_HELD, bytes_a_token
+from molcli.fitting.chunks import CHUNK_BYTES, MAX_KEPT_HEADS, bytes_per_token
 from molcli.maths.losses import LOGITS_PER_CHUNK
 from molcli.model.configuration_mol import BlockSpec, MoLConfig
 from molcli.model.mixers import MIXERS
@@ -225,10 +225,10 @@ def _family_bytes(
     # of the student compute together.
     parents = 3 * d + 3 * config.intermediate_size
     family = (1 + visited) * d + visited * 2 * (width + joint + d_ff)
-    most = CHUNK_BYTES[device] // bytes_a_token(config)
+    most = CHUNK_BYTES[device] // bytes_per_token(config)
     chunk = _FP32 * min(tokens, most) * max(parents, family)
-    chunk = max(chunk, min(heldout, most) * bytes_a_token(config))
-    heads = visited * inner if inner <= MOST_HEADS_HELD * d else 0
+    chunk = max(chunk, min(heldout, most) * bytes_per_token(config))
+    heads = visited * inner if inner <= MAX_KEPT_HEADS * d else 0
     return (
         tokens * _FP32 * heads
         + _FP64 * (sums + 3 * d * d)  # and the residual's second moment with its roots

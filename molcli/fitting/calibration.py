@@ -1,4 +1,8 @@
-"""Text to fit on and text held out: from a file, or from the folder that calibration wrote."""
+"""Provide the text to fit on and the text held out, and the parent's second moments on the former.
+
+Inputs: a source of text, or the folder that `molcli calibrate` wrote. Outputs: packed rows of both
+texts; by layer, second moments (d_model, d_model) float64.
+"""
 
 import hashlib
 import json
@@ -22,7 +26,10 @@ from molcli.families.parent import Parent
 
 @dataclass(frozen=True)
 class Calibration:
-    """fit, heldout: packed rows. about: what calibration wrote about itself."""
+    """A folder that `molcli calibrate` wrote.
+
+    fit, heldout: packed rows. about: the contents of calibration.json.
+    """
 
     folder: Path
     fit: TokenRows
@@ -30,23 +37,30 @@ class Calibration:
     about: dict[str, Any]
 
     def moment(self, layer: int) -> Tensor:
-        """(d_model, d_model) float64, of the unit-rms residual that attention and FFN read,
-        averaged over the two."""
+        """Return the second moment of the unit-rms residual in a layer, (d_model, d_model) float64.
+
+        The mean of those before attention and before the FFN.
+        """
         with _readable(self.folder):
             both = load_file(moments_file(self.folder, layer))
             return (both["attention"] + both["mlp"]) / 2
 
 
 def moments_file(folder: Path, layer: int) -> Path:
-    """A layer's second moments, `attention` and `mlp`, (d_model, d_model) float64 each."""
+    """Return the file of a layer's second moments: `attention` and `mlp`, (d_model, d_model)
+    float64 each."""
     return folder / f"moments-{layer:05d}.safetensors"
 
 
 def open_calibration(folder: Path, parent: Parent | None) -> Calibration:
-    """parent: None takes a calibration of any.
+    """Open a calibration, and check that it is complete.
 
-    Raises MolError if the folder is not a whole calibration of this parent, or if there is
-    nothing to measure on its held-out rows."""
+    parent: whose calibration it must be; None allows any.
+
+    Raises:
+        MolError: if the folder is not a complete calibration of this parent, or if its held-out
+        rows have no token to predict.
+    """
     with _readable(folder):
         about = json.loads((folder / "calibration.json").read_text())
         tensors = load_file(folder / "tokens.safetensors")
@@ -61,7 +75,8 @@ def open_calibration(folder: Path, parent: Parent | None) -> Calibration:
             allowed="a calibration of the same weights",
             hint=f"molcli calibrate {parent.name} NEW_FOLDER",
         )
-    with _readable(folder):  # all headers now: a late layer's would fail after hours of work
+    # Check the headers of all layers first: else a late layer's would fail after hours of work.
+    with _readable(folder):
         for layer in range(0 if parent is None else parent.config.num_hidden_layers):
             with safe_open(moments_file(folder, layer), "pt") as file:
                 for name in ("attention", "mlp"):
@@ -78,10 +93,13 @@ def open_calibration(folder: Path, parent: Parent | None) -> Calibration:
 def split_text(
     config: CalibrateConfig, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int
 ) -> tuple[TokenRows, TokenRows]:
-    """Rows to fit on and rows held out, from config.data, in that order and none of them twice.
+    """Read config.data once and split it into rows to fit on and rows held out.
 
-    Raises MolError if there is no text, too little for one row of each, or nothing to predict in
-    the latter.
+    The held-out rows come last.
+
+    Raises:
+        MolError: if there is no text, too little for one row of each, or if the held-out rows
+        have no token to predict.
     """
     if config.data is None:
         raise MolError(
@@ -96,7 +114,7 @@ def split_text(
         seed=config.seed,
     ).without_repeats()
     wanted = max(1, config.heldout_tokens // config.context_length)
-    # A short text still gives some of itself to the measurement.
+    # Of a short text, at most half is held out.
     heldout = min(wanted, max(1, len(rows) // 2))
     if len(rows) < 2:
         raise MolError(
@@ -116,12 +134,13 @@ def split_text(
 
 
 def text_hash(fit: TokenRows, heldout: TokenRows) -> str:
-    """sha256 over the tokens of both, and their document boundaries."""
+    """Return the sha256 of the tokens of both and of their document boundaries."""
     return hashlib.sha256((fit.fingerprint() + heldout.fingerprint()).encode()).hexdigest()
 
 
 @contextmanager
 def _readable(folder: Path) -> Iterator[None]:
+    """Raise MolError for whatever goes wrong when a damaged calibration is read."""
     try:
         yield
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:

@@ -1,4 +1,8 @@
-"""Packed rows as a flat token stream, for work that goes through a model layer by layer."""
+"""Split packed rows into chunks of a flat token stream, and run one layer on all of them.
+
+Input: packed rows of token ids, (rows, T). Output: `Chunks`, which cover n = rows * T tokens in
+order and run a layer on a residual (n, d_model) with bounded memory.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,12 +21,21 @@ from molcli.model.rotary import rotary_embedding
 from molcli.model.shapes import BlockShape, routed_shape, shared_shape
 from molcli.model.tokens import TokenStream, token_stream
 
+# Bytes for what a layer, or the fit of one, computes for the tokens of a chunk: a GPU is fastest
+# with few and large products; on a CPU the rest of the fit needs room.
+CHUNK_BYTES = {"cuda": 4 * 2**30, "cpu": 2**26}
+# The outputs of a group's heads are kept for the whole text if they are at most this fraction of
+# d_model wide. Wider ones, those of a shared block, would take as much memory as one more residual
+# and are recomputed.
+MAX_KEPT_HEADS = 0.4
+
 
 @dataclass(frozen=True)
 class Context:
-    """What every layer needs to know about n tokens.
+    """What every layer needs besides the residual of n tokens.
 
-    dense_rows, shared_rows: all tokens once, and in every shared block.
+    stream: documents and positions of the tokens. dense_rows: every token once, for a dense layer.
+    shared_rows: every token in every shared block, for a MoL layer.
     """
 
     stream: TokenStream
@@ -32,7 +45,8 @@ class Context:
 
     @property
     def rotary(self) -> tuple[Tensor, Tensor]:
-        """cos and sin, (n, channels that turn) float32; made anew, since a long text has many."""
+        """cos and sin, (n, rotary channels) float32. Computed on each access: for all chunks of a
+        long text they would take too much memory."""
         return rotary_of(self.embedding, self.stream.position)
 
     def forward_context(self) -> ForwardContext:
@@ -44,9 +58,47 @@ class Context:
         return BlockContext(rows, self.rotary, self.stream)
 
     def run(self, layer: Layer, x: Tensor) -> Tensor:
-        """One layer on the residual x (n, d_model) -> (n, d_model)."""
+        """Run one layer on the residual x (n, d_model) -> (n, d_model)."""
         out: Tensor = layer(x, self.forward_context())[0]
         return out
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some whole packed rows of a text. tokens: the range of the text's tokens that it covers."""
+
+    tokens: slice
+    context: Context
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """The chunks of a text, in order. No document crosses a packed row, hence none a chunk."""
+
+    chunks: tuple[Chunk, ...]
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return iter(self.chunks)
+
+    @torch.no_grad()
+    def run(self, layer: Layer, x: Tensor) -> Tensor:
+        """Run one layer on the residual x (n, d_model) -> (n, d_model), a new tensor."""
+        out = torch.empty_like(x)
+        for chunk in self.chunks:
+            out[chunk.tokens] = chunk.context.run(layer, x[chunk.tokens])
+        return out
+
+
+def chunk_text(config: MoLConfig, rows: TokenRows, device: torch.device) -> Chunks:
+    """Split a text into chunks of as many packed rows as fit in `CHUNK_BYTES`, at least one."""
+    length = rows.input_ids.shape[1]
+    rows_per_chunk = max(1, CHUNK_BYTES[device.type] // (length * bytes_per_token(config)))
+    chunks = []
+    for i, batch in enumerate(rows.batches(rows_per_chunk)):
+        first = i * rows_per_chunk * length
+        context = token_context(config, batch.document_ids, batch.position_ids, device)
+        chunks.append(Chunk(slice(first, first + batch.input_ids.numel()), context))
+    return Chunks(tuple(chunks))
 
 
 def token_context(
@@ -56,7 +108,10 @@ def token_context(
     device: torch.device,
     attention_mask: Tensor | None = None,
 ) -> Context:
-    """document_ids, position_ids: (rows, T) of packed rows; attention_mask: 0 where padded."""
+    """Build the context of some packed rows.
+
+    document_ids, position_ids: (rows, T). attention_mask: (rows, T), 0 for padding.
+    """
     stream = token_stream(
         (document_ids.shape[0], document_ids.shape[1]),
         device,
@@ -73,62 +128,18 @@ def token_context(
     )
 
 
-# Bytes for what a layer, or the fit of one, computes of a chunk's tokens: a GPU wants few and large
-# products, a CPU leaves room for the rest.
-CHUNK_BYTES = {"cuda": 4 * 2**30, "cpu": 2**26}
-# A family's heads are held for the whole text up to this share of a residual's width: wider ones,
-# those of a shared block, would take as much as one more residual, and are computed anew.
-MOST_HEADS_HELD = 0.4
+def bytes_per_token(config: MoLConfig) -> int:
+    """Return the bytes that a layer holds per token at its peak, in float32.
 
-
-@dataclass(frozen=True)
-class Chunk:
-    """Some whole packed rows of a text. tokens: which of its tokens these are."""
-
-    tokens: slice
-    context: Context
-
-
-@dataclass(frozen=True)
-class Chunks:
-    """A text's chunks, in order. Documents do not cross packed rows, hence no chunk either."""
-
-    chunks: tuple[Chunk, ...]
-
-    def __iter__(self) -> Iterator[Chunk]:
-        return iter(self.chunks)
-
-    @torch.no_grad()
-    def run(self, layer: Layer, x: Tensor) -> Tensor:
-        """One layer on the residual x (n, d_model) -> (n, d_model), a tensor of its own."""
-        out = torch.empty_like(x)
-        for chunk in self.chunks:
-            out[chunk.tokens] = chunk.context.run(layer, x[chunk.tokens])
-        return out
-
-
-def chunk_text(config: MoLConfig, rows: TokenRows, device: torch.device) -> Chunks:
-    """As many packed rows a chunk as `CHUNK_BYTES` allow, at least one."""
-    length = rows.input_ids.shape[1]
-    at_once = max(1, CHUNK_BYTES[device.type] // (length * bytes_a_token(config)))
-    chunks = []
-    for i, batch in enumerate(rows.batches(at_once)):
-        first = i * at_once * length
-        context = token_context(config, batch.document_ids, batch.position_ids, device)
-        chunks.append(Chunk(slice(first, first + batch.input_ids.numel()), context))
-    return Chunks(tuple(chunks))
-
-
-def bytes_a_token(config: MoLConfig) -> int:
-    """What a layer holds of a token at its peak, in float32: the parent's layer with all of its
-    neurons, or the thin blocks that see the token."""
+    Either the parent's layer with all of its neurons, or the thin blocks that see the token.
+    """
     d, routed = config.hidden_size, config.num_routed_blocks
     visits = config.num_blocks_per_tok if config.restrict_attention else routed
 
-    def block(shape: BlockShape) -> int:
-        inner = shape.num_heads * config.head_dim
+    def numbers(shape: BlockShape) -> int:
+        inner = shape.num_heads * shape.head_dim
         return 2 * d + 3 * shape.width + 3 * inner + 3 * shape.d_ff
 
     dense = 3 * config.intermediate_size
-    shared = config.num_shared_blocks * block(shared_shape(config))
-    return 4 * (8 * d + max(dense, shared + visits * block(routed_shape(config))))
+    shared = config.num_shared_blocks * numbers(shared_shape(config))
+    return 4 * (8 * d + max(dense, shared + visits * numbers(routed_shape(config))))

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from molcli.model.mixers import MIXERS
-from molcli.model.shapes import BlockShape, routed_shape, shared_shape
+from molcli.model.shapes import BlockShape, dense_shape, routed_shape, shared_shape
 
 STRUCTURES = ("dense", "mixture")
 # Structure and mixer of a layer, by the one name that configurations had for both up to 0.1.
@@ -200,13 +200,7 @@ class MoLConfig(PreTrainedConfig):
 
     def dense_spec(self, mixer: str = "attention") -> BlockSpec:
         """Return the shape of a dense layer's one block."""
-        dense = BlockShape(
-            width=self.hidden_size,
-            d_ff=self.intermediate_size,
-            num_heads=self.num_attention_heads,
-            num_kv_heads=self.num_key_value_heads,
-        )
-        return self._spec(dense, 1, mixer)
+        return self._spec(dense_shape(self), 1, mixer)
 
     def shared_spec(self) -> BlockSpec:
         """Return the shape of a mixture's shared blocks."""
@@ -225,7 +219,7 @@ class MoLConfig(PreTrainedConfig):
             d_ff=shape.d_ff,
             num_heads=shape.num_heads,
             num_kv_heads=shape.num_kv_heads if shares else shape.num_heads,
-            head_dim=self.head_dim,
+            head_dim=shape.head_dim,
         )
 
     def _check(self) -> None:

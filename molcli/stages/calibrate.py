@@ -1,4 +1,4 @@
-"""Calibrate: run text through the parent, layer by layer, and keep what upcycling fits to.
+"""Calibrate: run text through the parent, layer by layer, and save the statistics for upcycling.
 
 Writes a folder: `tokens.safetensors` (packed rows to fit on and rows held out), a file per layer
 with the float64 second moments of the residual that attention and FFN read, and `calibration.json`.
@@ -31,17 +31,26 @@ from molcli.progress import Progress, silent
 def calibrate(
     parent: Parent, config: CalibrateConfig, out: Path, progress: Progress = silent
 ) -> None:
-    """Fits nothing, only observes. The parent is read one layer at a time. A call goes on from the
-    layers that an earlier one for the same folder, parent and text had saved when it was killed.
+    """Write a calibration folder. The parent is read one layer at a time.
 
-    Raises MolError if there is no text, too little for one row to fit on and one held out, nothing
-    to predict in the latter, or if the parent overflows on it.
+    Resumes where an earlier call for the same folder, parent and text was killed, from the layers
+    that it had saved.
+
+    Args:
+        parent: a dense model.
+        config: the text, and how many tokens of it.
+        out: the folder to write.
+        progress: called after each layer.
+
+    Raises:
+        MolError: if there is no text, too little for one row to fit on and one held out, no
+        token to predict in the latter, or if the parent overflows on it.
     """
     fit, heldout = split_text(config, parent.tokenizer(), parent.config.vocab_size)
     of_parent, of_text = parent.fingerprint(), text_hash(fit, heldout)
     unfinished = ResumableWork(out, f"{of_parent} {of_text}")
     with output_folder(out) as staging, unfinished.remove_if_useless():
-        _observe(parent, fit, unfinished, progress)
+        _save_moments(parent, fit, unfinished, progress)
         tokens = {
             f"{name}.{field}": getattr(rows, field).contiguous()
             for name, rows in (("fit", fit), ("heldout", heldout))
@@ -61,9 +70,13 @@ def calibrate(
     unfinished.remove()
 
 
-def _observe(parent: Parent, fit: TokenRows, unfinished: ResumableWork, progress: Progress) -> None:
-    """Leaves every layer's moments in the unfinished work's folder: of a large parent, they would
-    take more memory than two of its layers."""
+def _save_moments(
+    parent: Parent, fit: TokenRows, unfinished: ResumableWork, progress: Progress
+) -> None:
+    """Save every layer's second moments in the folder of unfinished work.
+
+    All of them in memory would take more than two layers of a large parent.
+    """
     model = MoLConfig(**parent.mol_config_kwargs())
     device, count = default_device(), model.num_hidden_layers
     embedding = parent.embedding()

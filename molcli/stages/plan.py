@@ -19,17 +19,10 @@ from molcli.estimate.flops import count_flops
 from molcli.estimate.forecast import FORECAST, compute_predictors
 from molcli.estimate.gpus import Gpu
 from molcli.estimate.parameters import count_parameters
-from molcli.fitting.shapes import (
-    ACTIVE_SHARE,
-    DenseShape,
-    ThinShape,
-    converted_config,
-    dense_shape,
-    split_shapes,
-    thin_shape,
-    widths_near,
-)
+from molcli.fitting.converted_config import ACTIVE_FRACTION, converted_config, parent_shape
+from molcli.fitting.shapes import split_shapes, thin_shape, widths_near
 from molcli.model.configuration_mol import MoLConfig
+from molcli.model.shapes import BlockShape
 
 PRESETS: tuple[Literal["quality", "balanced", "fast"], ...] = ("quality", "balanced", "fast")
 # (num_blocks, num_shared_blocks, top_k) of candidates whose shared blocks differ from the routed
@@ -179,7 +172,7 @@ def _shapes(
     )
     for preset in PRESETS:
         yield preset, replace(free, preset=preset)
-    shape = dense_shape(dense)
+    shape = parent_shape(dense)
     found = [*_split_candidates(free, shape, share), *_uniform_candidates(free, shape, share)]
     if options.layers == "all":
         found = [*_partial_candidates(free, dense["num_hidden_layers"], share), *found]
@@ -201,7 +194,7 @@ def _partial_candidates(
     blocks in fewer layers lose less right after conversion (tests/bench/results/shared-shape.md).
     """
     for preset in reversed(PRESETS):
-        saved = 1 - ACTIVE_SHARE[preset]
+        saved = 1 - ACTIVE_FRACTION[preset]
         few = ceil(layers * (1 - share) / saved)
         if 0 < few < layers:
             budget = round(few / layers, 4)
@@ -210,43 +203,44 @@ def _partial_candidates(
 
 
 def _split_candidates(
-    free: UpcycleConfig, dense: DenseShape, share: float
+    free: UpcycleConfig, dense: BlockShape, share: float
 ) -> Iterator[tuple[str, UpcycleConfig]]:
     """Yield shapes whose shared blocks differ from the routed ones, as in the presets."""
     for blocks, shared, top_k in SPLIT_BLOCKS:
         wide, thin = split_shapes(share, shared, top_k, dense)
-        cost = shared * dense.thin_weights(wide) + top_k * dense.thin_weights(thin)
-        if cost <= share * dense.weights:  # it is larger where there is no room for neurons
-            shapes = f"{wide.width}×{wide.neurons}, {thin.width}×{thin.neurons}"
+        cost = shared * wide.num_thin_weights(dense.width)
+        cost += top_k * thin.num_thin_weights(dense.width)
+        if cost <= share * dense.num_weights:  # it is larger where there is no room for neurons
+            shapes = f"{wide.width}×{wide.d_ff}, {thin.width}×{thin.d_ff}"
             options = _with_blocks(free, blocks, shared, top_k, thin)
             yield (
                 f"{shared}+{top_k}of{blocks}, {shapes}",
                 replace(
                     options,
                     d_thin_shared=wide.width,
-                    d_ff_thin_shared=wide.neurons,
-                    num_heads_shared=wide.heads,
+                    d_ff_thin_shared=wide.d_ff,
+                    num_heads_shared=wide.num_heads,
                 ),
             )
 
 
 def _uniform_candidates(
-    free: UpcycleConfig, dense: DenseShape, share: float
+    free: UpcycleConfig, dense: BlockShape, share: float
 ) -> Iterator[tuple[str, UpcycleConfig]]:
     """Yield shapes in which all blocks have one shape, as in the paper."""
     for blocks, shared, top_k in UNIFORM_BLOCKS:
         active, widths = shared + top_k, 0
         for width in widths_near(share, active, dense):
             thin = thin_shape(share, active, dense, width)
-            if active * thin.neurons < FEWEST_NEURONS * dense.d_ff or widths == WIDTHS:
+            if active * thin.d_ff < FEWEST_NEURONS * dense.d_ff or widths == WIDTHS:
                 continue
             widths += 1
             options = _with_blocks(free, blocks, shared, top_k, thin)
-            yield f"{shared}+{top_k}of{blocks}, {width}×{thin.neurons}", options
+            yield f"{shared}+{top_k}of{blocks}, {width}×{thin.d_ff}", options
 
 
 def _with_blocks(
-    free: UpcycleConfig, blocks: int, shared: int, top_k: int, thin: ThinShape
+    free: UpcycleConfig, blocks: int, shared: int, top_k: int, thin: BlockShape
 ) -> UpcycleConfig:
     return replace(
         free,
@@ -254,8 +248,8 @@ def _with_blocks(
         num_shared_blocks=shared,
         top_k=top_k,
         d_thin=thin.width,
-        d_ff_thin=thin.neurons,
-        num_heads_thin=thin.heads,
+        d_ff_thin=thin.d_ff,
+        num_heads_thin=thin.num_heads,
     )
 
 

@@ -22,7 +22,7 @@ from molcli.data.token_folder import write_token_folder
 from molcli.estimate.parameters import count_parameters
 from molcli.families.parent import Parent
 from molcli.fitting.calibration import Calibration, open_calibration
-from molcli.fitting.shapes import mol_config
+from molcli.fitting.converted_config import mol_config
 from molcli.model import MoLConfig, MoLForCausalLM
 from molcli.model.checkpoint import default_device, open_checkpoint
 from molcli.model.parent import load_dense

@@ -26,7 +26,7 @@ from molcli.config.sections import TrainConfig
 from molcli.data.packing import pack
 from molcli.estimate.gpus import GPUS, find_gpu
 from molcli.estimate.parameters import count_parameters
-from molcli.fitting.shapes import converted_config
+from molcli.fitting.converted_config import converted_config
 from molcli.model import MoLForCausalLM
 from molcli.model.compiled import compile_layers
 from molcli.model.configuration_mol import MoLConfig

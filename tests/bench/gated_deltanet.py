@@ -36,7 +36,7 @@ from molcli.config.layer_choice import parse_choice
 from molcli.config.sections import Recipe
 from molcli.families.parent import open_parent
 from molcli.fitting.calibration import text_hash
-from molcli.stages.convert import Text, convert, open_source
+from molcli.stages.convert import ConversionText, convert, open_source_checkpoint
 
 RANDOM = "-random"
 STEPS = ("softmax", "every:4", "every:2", "all", "direct")
@@ -71,9 +71,11 @@ class Checkpoints:
         about = {name: figure for name, figure in about.items() if name != "receipt"}
         options = replace(self.softmax.convert, gated_deltanet=parse_choice(layers))
         text = self.runner.calibration(self.softmax)[0]
-        both = Text(text.fit, text.heldout, text_hash(text.fit, text.heldout))
+        both = ConversionText(text.fit, text.heldout, text_hash(text.fit, text.heldout))
         recipe = replace(self.softmax, convert=options)
-        _, seconds, peak = measured(lambda: convert(open_source(source), both, recipe, out))
+        _, seconds, peak = measured(
+            lambda: convert(open_source_checkpoint(source), both, recipe, out)
+        )
         return about | self.runner.size(out) | {"seconds": seconds, "peak_gb": peak}
 
     def _random(self, name: str, out: Path) -> dict[str, Any]:

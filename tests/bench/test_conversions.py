@@ -19,7 +19,7 @@ from pruned import influences, kept_layers, write_dense
 from molcli.errors import Interrupted
 from molcli.estimate.parameters import count_parameters
 from molcli.families.parent import open_parent
-from molcli.fitting.shapes import mol_config
+from molcli.fitting.converted_config import mol_config
 from molcli.model import MoLConfig
 
 SMALL = [

@@ -37,7 +37,7 @@ from transformers import LlamaConfig
 from molcli.config.recipe import load_recipe
 from molcli.families.parent import Parent, open_parent
 from molcli.files.tensors import ShardedWriter, TensorReader
-from molcli.fitting.shapes import mol_config, needs_text
+from molcli.fitting.converted_config import mol_config, needs_text
 from molcli.model.checkpoint import default_device
 from molcli.stages.calibrate import calibrate
 from molcli.stages.upcycle import upcycle

@@ -15,7 +15,7 @@ from molcli.config.sections import CalibrateConfig, Recipe, UpcycleConfig
 from molcli.estimate.memory import conversion_memory
 from molcli.families.parent import open_parent
 from molcli.fitting import chunks
-from molcli.fitting.shapes import mol_config
+from molcli.fitting.converted_config import mol_config
 from molcli.maths import losses
 from molcli.stages.calibrate import calibrate
 from molcli.stages.upcycle import upcycle

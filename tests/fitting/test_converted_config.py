@@ -1,4 +1,4 @@
-"""From recipe and parent to the converted model's shape, without any weights."""
+"""The converted model's configuration from the recipe and the parent's, without weights."""
 
 from typing import Any, Literal
 
@@ -9,7 +9,7 @@ from molcli.config.recipe import load_recipe
 from molcli.config.sections import UpcycleConfig
 from molcli.errors import MolError
 from molcli.estimate.parameters import count_parameters
-from molcli.fitting.shapes import converted_config
+from molcli.fitting.converted_config import converted_config
 from molcli.model import MoLConfig
 
 
@@ -28,15 +28,15 @@ PARENTS = {
 }
 
 
-def same_shape(name: str, **options: Any) -> UpcycleConfig:
-    """With a number that is set, the paper's, blocks have one shape."""
+def one_shape(name: str, **options: Any) -> UpcycleConfig:
+    """Options that set the paper's width: then all blocks have one shape."""
     dense = PARENTS[name]
     width = round(dense["hidden_size"] / 3 / dense["head_dim"]) * dense["head_dim"]
     return UpcycleConfig(d_thin=width, **options)
 
 
-def share(dense: dict[str, Any], config: MoLConfig) -> float:
-    """Active non-embedding parameters, of the parent's."""
+def active_fraction(dense: dict[str, Any], config: MoLConfig) -> float:
+    """Active non-embedding parameters over the parent's."""
     layers = dense["num_hidden_layers"]
     whole = count_parameters(MoLConfig(**dense, layer_kinds=["dense"] * layers))
     count = count_parameters(config)
@@ -57,13 +57,13 @@ def share(dense: dict[str, Any], config: MoLConfig) -> float:
     "preset, low, high",
     [("quality", 0.74, 0.755), ("balanced", 0.51, 0.53), ("fast", 0.36, 0.38)],
 )
-def test_a_preset_is_a_share_of_any_parent(
+def test_a_preset_is_a_fraction_of_any_parent(
     name: str, blocks: dict[str, int], preset: Any, low: float, high: float
 ) -> None:
     config = converted_config(PARENTS[name], UpcycleConfig(preset=preset, **blocks))
     papers = preset == "balanced" and not config.num_shared_blocks
     if not papers:
-        assert low <= share(PARENTS[name], config) <= high
+        assert low <= active_fraction(PARENTS[name], config) <= high
 
 
 @pytest.mark.parametrize("name", PARENTS)
@@ -92,16 +92,16 @@ def test_shared_blocks_of_a_preset_hold_all_heads(name: str, preset: Any) -> Non
 def test_balanced_takes_whole_groups_of_heads_where_that_is_cheaper(
     name: str, heads: int, kv_heads: int
 ) -> None:
-    found = converted_config(PARENTS[name], same_shape(name))
+    found = converted_config(PARENTS[name], one_shape(name))
     assert (found.num_heads_thin, found.num_kv_heads_thin) == (heads, kv_heads)
 
 
 @pytest.mark.parametrize("name", PARENTS)
-def test_balanced_is_the_papers_rule_and_in_between(name: str) -> None:
+def test_balanced_follows_the_papers_rule_and_is_between_the_other_presets(name: str) -> None:
     dense = PARENTS[name]
-    config = converted_config(dense, same_shape(name))
+    config = converted_config(dense, one_shape(name))
     assert abs(3 * config.d_thin - dense["hidden_size"]) <= 1.5 * dense["head_dim"]
-    assert 0.38 < share(dense, config) < 0.74
+    assert 0.38 < active_fraction(dense, config) < 0.74
 
 
 def test_smollm2s_presets() -> None:
@@ -115,7 +115,7 @@ def test_smollm2s_presets() -> None:
     assert shape(num_heads_thin=3) == (192, 3, 512)
     assert shape(preset="quality", num_heads_thin=3) == (256, 3, 592)
     assert shape(preset="fast", num_shared_blocks=0, top_k=3) == (128, 3, 592)
-    # What is set wins over the preset, and the preset fills the rest.
+    # Options override the preset, which fills the rest.
     assert shape(preset="quality", d_thin=192) == (192, 3, 976)
     assert shape(preset="quality", d_ff_thin=256, num_heads_thin=6) == (256, 6, 256)
     assert shape(d_thin=256) == (256, 4, 683)
@@ -132,7 +132,7 @@ def test_smollm2s_presets() -> None:
         ({"preset": "fast", "d_thin": 448}, "no room for neurons", "upcycle.d_thin=128"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_what_does(
+def test_options_that_do_not_fit_are_refused_with_a_hint_that_fits(
     options: dict[str, Any], found: str, hint: str
 ) -> None:
     with pytest.raises(MolError) as caught:
@@ -143,7 +143,7 @@ def test_what_does_not_fit_is_refused_with_what_does(
 
 
 def test_shared_blocks_have_the_shape_that_is_set_for_them() -> None:
-    """What is not set is as in the routed ones; where nothing is, the preset splits the weights."""
+    """Others are the routed blocks'; if none is set, the preset splits the weights."""
 
     def shapes(**options: Any) -> list[tuple[int, ...]]:
         config = converted_config(PARENTS["SmolLM2-135M"], UpcycleConfig(**options))
@@ -167,14 +167,14 @@ def test_an_unknown_preset_is_refused() -> None:
 
 @pytest.mark.parametrize("layers", ["middle", "auto"])
 @pytest.mark.parametrize("count, budget", [(30, 0.5), (1, 0.5), (1, 1.0), (4, 0.0), (5, 0.7)])
-def test_the_middle_stands_for_auto_until_that_measures(
+def test_auto_counts_as_middle_until_it_has_measured(
     layers: Literal["middle", "auto"], count: int, budget: float
 ) -> None:
-    """As many layers: neighbours, with as many above them as below, or one fewer."""
+    """As many layers, adjacent ones, with as many above them as below, or one fewer."""
     dense = PARENTS["SmolLM2-135M"] | {"num_hidden_layers": count}
     config = converted_config(dense, UpcycleConfig(layers=layers, layers_budget=budget))
-    taken = [i for i in range(count) if not config.is_dense(i)]
-    assert len(taken) == len(cheapest(dict.fromkeys(range(count), 0.0), budget))
-    if taken:
-        assert taken == list(range(taken[0], taken[-1] + 1))
-        assert taken[0] - (count - 1 - taken[-1]) in (0, 1)
+    chosen = [i for i in range(count) if not config.is_dense(i)]
+    assert len(chosen) == len(cheapest(dict.fromkeys(range(count), 0.0), budget))
+    if chosen:
+        assert chosen == list(range(chosen[0], chosen[-1] + 1))
+        assert chosen[0] - (count - 1 - chosen[-1]) in (0, 1)

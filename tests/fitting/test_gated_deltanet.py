@@ -1,4 +1,4 @@
-"""Where a Gated DeltaNet mixer starts from."""
+"""Gated DeltaNet that is fitted to softmax heads."""
 
 import math
 from collections.abc import Iterator
@@ -8,15 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from molcli.fitting.chunks import Context, token_context
+from molcli.fitting.chunks import token_context
 from molcli.fitting.gated_deltanet import (
     FIRST_BETA,
     HALF_LIVES,
     INPUT_RMS,
-    Site,
+    MixerInputs,
+    fit_gated_deltanet,
+    fit_projection,
     head_errors,
-    set_gated_deltanet,
-    unshared,
+    repeat_kv_heads,
 )
 from molcli.kernels.grouped_linear import grouped_linear
 from molcli.kernels.packed_rows import all_rows
@@ -45,19 +46,19 @@ def random_mixer() -> GatedDeltaNet:
     return mixer
 
 
-def site(wanted: Tensor | None = None) -> Site:
+def mixer_inputs(targets: Tensor | None = None) -> MixerInputs:
     """Two blocks, both on all tokens of one document; the first channel is constant.
 
-    wanted: (BLOCKS * TOKENS, HEADS, HEAD_DIM); null for ones.
+    targets: (BLOCKS * TOKENS, HEADS, HEAD_DIM); None for ones.
     """
     read = torch.randn(BLOCKS * TOKENS, WIDTH, generator=torch.Generator().manual_seed(1))
     read[:, 0] = 1.0
     rows = all_rows(torch.zeros(TOKENS, dtype=torch.int64), 1, BLOCKS, TOKENS)
     zeros = torch.zeros(1, TOKENS, dtype=torch.int64)
     context = token_context(CONFIG, zeros, zeros, torch.device("cpu"))
-    if wanted is None:
-        wanted = torch.ones(BLOCKS * TOKENS, HEADS, HEAD_DIM)
-    return Site(read, rows, context, wanted)
+    if targets is None:
+        targets = torch.ones(BLOCKS * TOKENS, HEADS, HEAD_DIM)
+    return MixerInputs(read, rows, context, targets)
 
 
 def least_squares(samples: Iterator[Sample]) -> Tensor:
@@ -67,72 +68,71 @@ def least_squares(samples: Iterator[Sample]) -> Tensor:
     return torch.linalg.lstsq(*split).solution.mT
 
 
-def run(mixer: GatedDeltaNet, where: Site) -> Tensor:
-    context: Context = where.context
-    return mixer.heads(where.read, context.blocks(where.rows))
+def run(mixer: GatedDeltaNet, inputs: MixerInputs) -> Tensor:
+    return mixer.heads(inputs.read, inputs.context.blocks(inputs.rows))
 
 
-def start(mixer: GatedDeltaNet, where: Site) -> None:
-    set_gated_deltanet(mixer, [where], least_squares)
+def fit(mixer: GatedDeltaNet, inputs: MixerInputs) -> None:
+    fit_gated_deltanet(mixer, [inputs], least_squares)
 
 
-def test_it_finds_the_memories_behind_what_it_is_to_give() -> None:
-    """Wanted is what a mixer of known half-lives reads, brought to one size."""
-    where = site()
+def test_it_finds_the_half_lives_behind_the_targets() -> None:
+    """The targets are the read-outs of a mixer of known half-lives, normalised."""
+    inputs = mixer_inputs()
     teacher = random_mixer()
-    start(teacher, where)
+    fit(teacher, inputs)
     half_lives = torch.tensor(HALF_LIVES)[torch.tensor([[0, 2, 4], [4, 0, 1]])]
     betas = torch.full_like(half_lives, FIRST_BETA)
     teacher.dt_bias.copy_(torch.log(torch.expm1(math.log(2.0) / half_lives)))
     teacher.b_proj.zero_()
     teacher.b_proj[..., 0] = torch.logit(betas)
-    wanted = F.normalize(run(teacher, where), dim=-1)
+    wanted = F.normalize(run(teacher, inputs), dim=-1)
 
     mixer = random_mixer()
-    start(mixer, site(wanted))
+    fit(mixer, mixer_inputs(wanted))
     a_token = torch.exp(-mixer.A_log.exp() * F.softplus(mixer.dt_bias))
     torch.testing.assert_close(
         a_token**half_lives, torch.full((BLOCKS, HEADS), 0.5), rtol=1e-3, atol=0
     )
-    found = grouped_linear(where.read, mixer.b_proj, where.rows).sigmoid()
+    found = grouped_linear(inputs.read, mixer.b_proj, inputs.rows).sigmoid()
     expected = betas.repeat_interleave(TOKENS, dim=0)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
-def test_convolutions_pass_the_newest_token_on_and_silu_is_nearly_linear() -> None:
-    """Weights stay as they were, and the read-out is as large as what is wanted."""
-    where, mixer = site(), random_mixer()
+def test_convolutions_pass_the_newest_token_on_at_a_size_where_silu_is_nearly_linear() -> None:
+    """Weights stay as they were, and the read-out is as large as the targets."""
+    inputs, mixer = mixer_inputs(), random_mixer()
     weights = {name: getattr(mixer, f"{name}_proj").clone() for name in ("q", "k", "v")}
-    start(mixer, where)
+    fit(mixer, inputs)
     for name, weight in weights.items():
         assert torch.equal(getattr(mixer, f"{name}_proj"), weight)
         conv = getattr(mixer, f"{name}_conv")
         assert torch.equal(conv[..., -1], conv[:1, :1, -1].expand_as(conv[..., -1]))
         assert not conv[..., :-1].any()
-        made = grouped_linear(where.read, weight, where.rows) * conv[0, 0, -1]
+        made = grouped_linear(inputs.read, weight, inputs.rows) * conv[0, 0, -1]
         assert made.square().mean().sqrt().item() == pytest.approx(INPUT_RMS, rel=1e-5)
     assert not mixer.a_proj.any()
-    size = where.wanted.norm(dim=-1).mean() / math.sqrt(HEAD_DIM)
+    size = inputs.targets.norm(dim=-1).mean() / math.sqrt(HEAD_DIM)
     torch.testing.assert_close(mixer.o_norm, size.expand(BLOCKS, HEAD_DIM))
 
 
-def test_the_gate_follows_the_size_of_what_is_wanted() -> None:
+def test_the_gate_follows_the_size_of_the_targets() -> None:
     """Half of it, and exactly so where the size is a linear map of the input."""
-    where, mixer = site(), random_mixer()
-    size = 3.0 + 0.1 * where.read[:, 1:2]
+    inputs, mixer = mixer_inputs(), random_mixer()
+    size = 3.0 + 0.1 * inputs.read[:, 1:2]
     wanted = F.normalize(torch.randn(BLOCKS * TOKENS, HEADS, HEAD_DIM), dim=-1) * size[..., None]
-    start(mixer, site(wanted))
-    gate = grouped_linear(where.read, mixer.g_proj, where.rows)
+    fit(mixer, mixer_inputs(wanted))
+    gate = grouped_linear(inputs.read, mixer.g_proj, inputs.rows)
     opened = (1 + size / size.mean()) / 2
     torch.testing.assert_close(gate, opened.expand_as(gate), rtol=1e-3, atol=1e-3)
 
 
 def test_head_errors_are_those_of_least_squares() -> None:
-    where, mixer = site(), random_mixer()
+    inputs, mixer = mixer_inputs(), random_mixer()
     wanted = torch.randn(
         BLOCKS * TOKENS, HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(2)
     )
-    found, have = head_errors(mixer, [site(wanted)]), run(mixer, where)
+    found, have = head_errors(mixer, [mixer_inputs(wanted)]), run(mixer, inputs)
     for head in range(HEADS):
         x, y = (z[:, head].unflatten(0, (BLOCKS, -1)).double() for z in (have, wanted))
         left = y - x @ torch.linalg.lstsq(x, y).solution
@@ -143,4 +143,22 @@ def test_head_errors_are_those_of_least_squares() -> None:
 
 def test_key_value_heads_follow_their_query_heads() -> None:
     heads = torch.arange(6.0).view(1, 2, 3)
-    assert unshared(heads, 4)[0].tolist() == [[0, 1, 2], [0, 1, 2], [3, 4, 5], [3, 4, 5]]
+    assert repeat_kv_heads(heads, 4)[0].tolist() == [[0, 1, 2], [0, 1, 2], [3, 4, 5], [3, 4, 5]]
+
+
+def test_a_projection_gets_its_norm_and_its_bias_and_a_head_for_every_query_head() -> None:
+    """The first channel of the input is 1, so that a bias fits into the matrix."""
+    inputs = mixer_inputs()
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(BLOCKS, HEAD_DIM, WIDTH, generator=generator)
+    bias = torch.randn(BLOCKS, HEAD_DIM, generator=generator)
+    norm = torch.randn(BLOCKS, HEAD_DIM, generator=generator)
+    found = fit_projection(weight, bias, norm, HEADS, HEAD_DIM, [inputs], least_squares)
+    assert found.shape == (BLOCKS, HEADS * HEAD_DIM, WIDTH)
+    heads = grouped_linear(inputs.read, found, inputs.rows).unflatten(1, (HEADS, HEAD_DIM))
+    expected = grouped_linear(
+        inputs.read, weight, inputs.rows, bias
+    ) * inputs.rows.gather_per_block(norm)
+    torch.testing.assert_close(
+        heads, expected[:, None].expand_as(heads).contiguous(), rtol=1e-4, atol=1e-4
+    )

@@ -68,7 +68,7 @@ def direct_moments(folder: Path, tokens: dict[str, Tensor]) -> dict[str, Tensor]
 def test_moments_are_those_of_the_parents_hidden_states(
     family: str, tmp_path: Path, tiny_parent: Callable[..., Path], text: Callable[..., str]
 ) -> None:
-    """Documents of a row see nothing of each other; more rows than are run at once."""
+    """Documents of a row do not see each other; the text has more rows than a chunk."""
     folder, out = tiny_parent(family), tmp_path / "calibration"
     data = text(40, *[5] * 20, 300, 9, 150)
     calibrate(open_parent(folder), replace(CONFIG, data=data, tokens=560), out)
@@ -90,10 +90,10 @@ def test_moments_are_those_of_the_parents_hidden_states(
         assert moment.trace().item() == pytest.approx(64, rel=1e-3)  # unit mean square
 
 
-def test_rows_are_dealt_out_once(
+def test_each_row_is_used_once(
     tmp_path: Path, tiny_parent: Callable[..., Path], text: Callable[..., str]
 ) -> None:
-    """One document makes the order plain: rows to fit on, then rows held out, then the rest."""
+    """One document shows the order: rows to fit on, then rows held out, then unused ones."""
     data, out = text(200), tmp_path / "calibration"
     calibrate(open_parent(tiny_parent("llama")), replace(CONFIG, data=data), out)
     tokens = load_file(out / "tokens.safetensors")
@@ -106,7 +106,7 @@ def test_rows_are_dealt_out_once(
     assert about["config"]["context_length"] == 16
 
 
-def test_a_short_text_gives_half_of_itself_to_the_measurement(
+def test_half_of_a_short_text_is_held_out(
     tmp_path: Path, tiny_parent: Callable[..., Path], text: Callable[..., str]
 ) -> None:
     out = tmp_path / "calibration"
@@ -185,7 +185,7 @@ def test_the_seed_draws_the_documents(
     assert all(a != b for a, b in zip(one, other, strict=True))
 
 
-def test_a_taken_output_stays_as_it_is(
+def test_an_output_folder_that_is_not_empty_is_unchanged(
     tmp_path: Path, tiny_parent: Callable[..., Path], text: Callable[..., str]
 ) -> None:
     out = tmp_path / "calibration"
@@ -207,7 +207,7 @@ def saves_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("saves_every_layer")
-def test_a_killed_run_is_gone_on_with(
+def test_a_killed_run_is_resumed(
     tmp_path: Path, tiny_parent: Callable[..., Path], text: Callable[..., str]
 ) -> None:
     parent, config = open_parent(tiny_parent("llama")), replace(CONFIG, data=text(200))
@@ -233,7 +233,7 @@ def test_a_killed_run_is_gone_on_with(
 
 @pytest.mark.usefixtures("saves_every_layer")
 @pytest.mark.parametrize("damage", ["other text", "cut off"])
-def test_what_does_not_fit_is_begun_anew(
+def test_unfinished_work_that_does_not_fit_is_discarded(
     damage: str, tmp_path: Path, tiny_parent: Callable[..., Path], text: Callable[..., str]
 ) -> None:
     parent, config = open_parent(tiny_parent("llama")), replace(CONFIG, data=text(200))

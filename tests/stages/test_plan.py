@@ -15,7 +15,7 @@ from molcli.estimate.forecast import FORECAST, Forecast, compute_predictors, lay
 from molcli.estimate.gpus import GPUS
 from molcli.estimate.parameters import count_parameters
 from molcli.families.parent import open_parent, outline
-from molcli.fitting.shapes import converted_config
+from molcli.fitting.converted_config import converted_config
 from molcli.stages.plan import PRESETS, plan
 
 SMOLLM2: dict[str, Any] = {

@@ -1,7 +1,14 @@
 """Convert: softmax attention of a Mixture of Layers checkpoint becomes Gated DeltaNet."""
 
-from molcli.stages.convert.choice import Plan, plan_layers
-from molcli.stages.convert.run import Text, convert
-from molcli.stages.convert.source import Source, open_source
+from molcli.stages.convert.run import ConversionText, convert
+from molcli.stages.convert.selection import LayerSelection, select_layers
+from molcli.stages.convert.source import SourceCheckpoint, open_source_checkpoint
 
-__all__ = ["Plan", "Source", "Text", "convert", "open_source", "plan_layers"]
+__all__ = [
+    "ConversionText",
+    "LayerSelection",
+    "SourceCheckpoint",
+    "convert",
+    "open_source_checkpoint",
+    "select_layers",
+]

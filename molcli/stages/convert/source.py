@@ -1,4 +1,4 @@
-"""The checkpoint to convert, read layer by layer."""
+"""Read the checkpoint to convert, one layer at a time."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from molcli.errors import MolError
 from molcli.files.tensors import TensorReader
-from molcli.fitting.streams import OutputHead
+from molcli.fitting.residuals import OutputHead
 from molcli.model.checkpoint import check_model_type
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.layers import Layer, new_layer
@@ -19,42 +19,42 @@ EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_he
 
 
 @dataclass(frozen=True)
-class Source:
-    """A whole Mixture of Layers checkpoint. No method holds more than what it returns."""
+class SourceCheckpoint:
+    """A complete Mixture of Layers checkpoint. No method keeps what it returns in memory."""
 
     folder: Path
     config: MoLConfig
     reader: TensorReader
 
     def embedding(self) -> Tensor:
-        """(V, d_model), stored dtype."""
+        """Return the embedding, (V, d_model), in its stored dtype."""
         return self.reader.read(EMBEDDING)
 
     def layer(self, index: int, device: torch.device) -> Layer:
-        """Layer `index`, float32, without gradients."""
+        """Return layer `index`, float32, without gradients."""
         with torch.device("meta"):
             layer = new_layer(self.config, index)
         tensors = {
-            name: self.reader.read(layer_name(index, name)).to(device, torch.float32)
+            name: self.reader.read(tensor_name(index, name)).to(device, torch.float32)
             for name in layer.state_dict()
         }
         layer.load_state_dict(tensors, strict=True, assign=True)
         return layer.requires_grad_(False).eval()
 
-    def ending(self, device: torch.device) -> OutputHead:
-        """Final norm and head, in float32."""
+    def output_head(self, device: torch.device) -> OutputHead:
+        """Return the final norm and the head, in float32."""
         head = self.reader.read(EMBEDDING if self.config.tie_word_embeddings else HEAD)
         norm = self.reader.read(NORM).to(device, torch.float32)
         return OutputHead(norm, head.to(device, torch.float32), self.config.rms_norm_eps)
 
 
-def layer_name(index: int, name: str) -> str:
-    """What a layer's tensor is called in the checkpoint."""
+def tensor_name(index: int, name: str) -> str:
+    """Return the name in the checkpoint of a tensor of layer `index`."""
     return f"model.layers.{index}.{name}"
 
 
-def open_source(folder: Path) -> Source:
-    """Raises MolError if the folder is not a Mixture of Layers checkpoint, or not a whole one."""
+def open_source_checkpoint(folder: Path) -> SourceCheckpoint:
+    """Open a checkpoint. Raises MolError if it is not a complete Mixture of Layers model."""
     check_model_type(folder)
     try:
         config = MoLConfig.from_pretrained(folder)
@@ -62,7 +62,7 @@ def open_source(folder: Path) -> Source:
     except (OSError, ValueError, SafetensorError) as error:
         raise MolError(
             f"the checkpoint {folder} cannot be read: {error}",
-            allowed="a whole folder that molcli wrote",
+            allowed="a complete folder that molcli wrote",
         ) from error
     with torch.device("meta"):
         model = MoLForCausalLM(config)
@@ -75,6 +75,6 @@ def open_source(folder: Path) -> Source:
         raise MolError(
             f"the checkpoint {folder} has missing, unknown or ill-shaped tensors: "
             f"{', '.join(wrong[:3])}",
-            allowed="a whole folder that molcli wrote",
+            allowed="a complete folder that molcli wrote",
         )
-    return Source(folder, config, reader)
+    return SourceCheckpoint(folder, config, reader)

@@ -95,6 +95,6 @@ def _pieces(documents: list[Tensor], length: int) -> Iterator[Tensor]:
 
 
 def _continuations(model: MoLForCausalLM, prompts: Tensor, length: int, ends: list[int]) -> Tensor:
-    """Continue (n, tokens) greedily to (n, length) new ones; past its end, a row repeats a token."""
+    """Continue (n, tokens) greedily to (n, length) new ones; past its end a row repeats a token."""
     ids = generate_greedily(model, prompts, length, ends)[:, prompts.shape[1] :]
     return F.pad(ids, (0, length - ids.shape[1]), value=ends[0] if ends else 0)

@@ -1,4 +1,4 @@
-"""Baselines and greedy continuations on the held-out text, beside the converted model."""
+"""Compare the converted model with baselines and with the parent on the held-out text."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +11,8 @@ from torch import Tensor
 from molcli.data.packing import TokenRows
 from molcli.estimate.parameters import count_parameters
 from molcli.families.parent import Parent
-from molcli.fitting.baselines import METHODS, ParentLayer, baseline_layer
-from molcli.fitting.streams import OutputHead, Sensitivity, Streams
+from molcli.fitting.baselines import METHODS, BaselineInputs, baseline_layer
+from molcli.fitting.residuals import LayerSensitivity, OutputHead, Residuals
 from molcli.maths.moments import CHUNK_ROWS
 from molcli.model.checkpoint import default_device, open_checkpoint
 from molcli.model.configuration_mol import MoLConfig
@@ -23,10 +23,13 @@ PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 16, 32
 
 
 def continuations(checkpoint: Path, parent: Parent, rows: TokenRows) -> list[dict[str, str]] | None:
-    """The first PROMPTS long documents of `rows`, their first PROMPT_TOKENS tokens continued.
+    """Continue some documents greedily with the converted model and with its parent.
 
-    One entry per prompt: `prompt`, `parent`, `model`, all text. None without a tokenizer. Each
-    model is in memory as a whole, one after the other.
+    The prompts are the first PROMPT_TOKENS tokens of the first PROMPTS documents that have so many.
+    Both models are loaded completely, one after the other.
+
+    Returns:
+        For each prompt, the texts `prompt`, `parent` and `model`. None without a tokenizer.
     """
     tokenizer = parent.tokenizer()
     if tokenizer is None:
@@ -61,20 +64,24 @@ def _documents(rows: TokenRows) -> Iterator[list[int]]:
 
 
 class Comparison:
-    """What the student has to beat, all the way to the logits.
+    """Run the baselines through all layers beside the student, up to the logits.
 
     "skipped": the converted layers add nothing. `METHODS`: the same shape, filled without a fit.
     "depth_pruned": the parent without its least influential layers, as many as bring it down to the
-    student's active parameters; missing where the student has not fewer than the parent. Influence
+    student's active parameters; missing where the student has no fewer than the parent. Influence
     is one minus the cosine of a layer's input and output (arXiv 2403.03853), on the text that
-    blocks are fitted to. And `sensitivity`, of every converted layer.
+    blocks are fitted to.
+
+    Attributes:
+        sensitivity: of every converted layer.
     """
 
     def __init__(
-        self, parent: Parent, config: MoLConfig, rows: TokenRows, heldout: Streams, seed: int
+        self, parent: Parent, config: MoLConfig, rows: TokenRows, heldout: Residuals, seed: int
     ) -> None:
         """rows, heldout: the held-out text, and its residuals before the first layer."""
-        self.sensitivity = Sensitivity(rows, config, parent.embedding(), heldout.parent.device)
+        device = heldout.parent.device
+        self.sensitivity = LayerSensitivity(rows, config, parent.embedding(), device)
         self._parent, self._config, self._seed = parent, config, seed
         self._heldout, self._start = heldout, heldout.parent
         self._residuals = dict.fromkeys(("skipped", *METHODS), heldout.parent)
@@ -82,60 +89,68 @@ class Comparison:
 
     def advance(
         self,
-        source: ParentLayer,
+        inputs: BaselineInputs,
         converted: DenseLayer | MoLLayer,
         before: Tensor,
         fit_after: Tensor,
     ) -> None:
-        """Moves all residuals past a layer that the `heldout` streams have passed already.
+        """Move the residuals of all baselines past a layer. `heldout` is past it already.
 
-        before: the parent's held-out residual before it; fit_after: `source.x` after it.
+        Args:
+            inputs: of the layer's baselines, with the text that blocks are fitted to.
+            converted: the student's layer.
+            before: (n, d_model), the parent's held-out residual before the layer.
+            fit_after: `inputs.x` after the layer.
         """
-        assert source.dense is not None
-        self.sensitivity.advance(source.index, source.dense, converted)
-        pairs = zip(source.x.split(CHUNK_ROWS), fit_after.split(CHUNK_ROWS), strict=True)
-        alike = torch.cat([F.cosine_similarity(a, b, dim=-1) for a, b in pairs])
-        self._influence.append(1 - alike.mean().item())
-        if self._config.is_dense(source.index):
-            self._residuals = self._through(source.dense, before)
+        assert inputs.dense is not None
+        self.sensitivity.advance(inputs.index, inputs.dense, converted)
+        pairs = zip(inputs.x.split(CHUNK_ROWS), fit_after.split(CHUNK_ROWS), strict=True)
+        cosines = torch.cat([F.cosine_similarity(a, b, dim=-1) for a, b in pairs])
+        self._influence.append(1 - cosines.mean().item())
+        if self._config.is_dense(inputs.index):
+            self._residuals = self._run_dense(inputs.dense, before)
             return
         for method in METHODS:
-            layer = baseline_layer(method, self._config, source, self._seed).layer
+            layer = baseline_layer(method, self._config, inputs, self._seed).layer
             self._residuals[method] = self._heldout.chunks.run(layer, self._residuals[method])
 
-    def _through(self, dense: DenseLayer, before: Tensor) -> dict[str, Tensor]:
-        """Of equal residuals, and there are many below the first converted layer, only one runs."""
+    def _run_dense(self, dense: DenseLayer, before: Tensor) -> dict[str, Tensor]:
+        """Run a kept layer once per different residual: many are equal below the first converted
+        layer."""
         after = {id(before): self._heldout.parent}
         for x in self._residuals.values():
             if id(x) not in after:
                 after[id(x)] = self._heldout.chunks.run(dense, x)
         return {name: after[id(x)] for name, x in self._residuals.items()}
 
-    def figures(self, ending: OutputHead) -> dict[str, dict[str, Any]]:
-        """After the last layer, by baseline: ce, kl (nats a predicted token), params_total,
-        params_active; of depth_pruned also which `layers` are left out."""
+    def figures(self, head: OutputHead) -> dict[str, dict[str, Any]]:
+        """Return the figures of each baseline. After the last layer.
+
+        ce, kl (nats per predicted token), params_total, params_active; for depth_pruned also
+        `layers`, those that are left out.
+        """
         count = count_parameters(self._config)
         full = {"params_total": count.total, "params_active": count.active}
         structures = self._config.layer_structures
-        sizes = dict.fromkeys(METHODS, full) | {
-            "skipped": self._dense_size(structures.count("dense"))
-        }
+        skipped = self._dense_size(structures.count("dense"))
+        sizes = dict.fromkeys(METHODS, full) | {"skipped": skipped}
         found: dict[str, dict[str, Any]] = {
-            name: _losses(ending, self._heldout, x) | sizes[name]
+            name: _losses(head, self._heldout, x) | sizes[name]
             for name, x in self._residuals.items()
         }
-        kept = self._affordable(count.active)
+        kept = self._affordable_layers(count.active)
         if kept < len(structures):
             order = sorted(range(len(structures)), key=lambda i: self._influence[i])
             dropped = sorted(order[: len(structures) - kept])
             found["depth_pruned"] = (
-                _losses(ending, self._heldout, self._pruned(set(dropped)))
+                _losses(head, self._heldout, self._run_pruned(set(dropped)))
                 | self._dense_size(kept)
                 | {"layers": dropped}
             )
         return found
 
-    def _pruned(self, dropped: set[int]) -> Tensor:
+    def _run_pruned(self, dropped: set[int]) -> Tensor:
+        """The parent's held-out residual after all layers but the dropped ones."""
         x, device = self._start, self._start.device
         for i in range(self._config.num_hidden_layers):
             if i not in dropped:
@@ -143,8 +158,8 @@ class Comparison:
                 x = self._heldout.chunks.run(layer, x)
         return x
 
-    def _affordable(self, active: int) -> int:
-        """Dense layers of a model with at most so many parameters."""
+    def _affordable_layers(self, active: int) -> int:
+        """The most layers of a dense model with at most `active` parameters."""
         none, one = (self._dense_size(n)["params_total"] for n in (0, 1))
         return max(0, (active - none) // (one - none))
 
@@ -157,6 +172,6 @@ class Comparison:
         return {"params_total": total, "params_active": total}
 
 
-def _losses(ending: OutputHead, heldout: Streams, x: Tensor) -> dict[str, Any]:
-    figures = ending.figures(heldout, x)
-    return {name: figures[name] for name in ("ce", "kl")}
+def _losses(head: OutputHead, heldout: Residuals, x: Tensor) -> dict[str, Any]:
+    losses = head.losses(heldout, x)
+    return {name: losses[name] for name in ("ce", "kl")}

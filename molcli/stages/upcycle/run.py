@@ -1,14 +1,20 @@
-"""The conversion, layer after layer."""
+"""Convert a dense parent, layer after layer, and write the checkpoint with its receipt.
+
+Inputs: the parent, a calibration unless no block is fitted, and the recipe. Output: a folder with
+shards, config, tokenizer, recipe and receipt. The parent is read, and the shards are written, one
+layer at a time.
+"""
 
 import json
 import time
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from molcli.config.layer_choice import cheapest
 from molcli.config.recipe import RECIPE_FILE, save_recipe
 from molcli.config.sections import Recipe
 from molcli.errors import MolError
@@ -16,25 +22,27 @@ from molcli.estimate.parameters import count_parameters
 from molcli.families.parent import Parent
 from molcli.files.folders import output_folder
 from molcli.files.tensors import ShardedWriter
-from molcli.fitting.baselines import ParentLayer, baseline_layer
+from molcli.fitting.baselines import BaselineInputs, baseline_layer
 from molcli.fitting.calibration import Calibration, open_calibration
-from molcli.fitting.layer import copy_layer, fit_layer
-from molcli.fitting.shapes import is_copy, mol_config, needs_text, parts
-from molcli.fitting.streams import Streams, open_output_head, open_streams
-from molcli.fitting.without_text import add_layer, convert_without_text
-from molcli.model.checkpoint import default_device
+from molcli.fitting.converted_config import is_copy, mol_config, needs_text
+from molcli.fitting.layer import FittedLayer, copied_tensors, copy_layer, fit_layer
+from molcli.fitting.partition import block_parts
+from molcli.fitting.residuals import Residuals, open_output_head, open_residuals
+from molcli.model.checkpoint import default_device, stored_dtype
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.layers import DenseLayer, MoLLayer
 from molcli.model.parent import dense_layer
 from molcli.progress import Progress, silent
 from molcli.report.receipt import receipt_page
 from molcli.stages.upcycle.comparison import Comparison, continuations
-from molcli.stages.upcycle.report import Measured, advance, receipt
-from molcli.stages.upcycle.selection import deltanet_costs, layer_costs
+from molcli.stages.upcycle.receipt import Measured, layer_figures, make_receipt
+from molcli.stages.upcycle.selection import select_layers
 
-# A shard that is not yet full waits in memory, beside a layer and the text that it is fitted to:
-# small ones, but of a large checkpoint not very many.
+# A shard that is not yet full stays in memory, beside a layer and the text that it is fitted to:
+# shards are small, but a large checkpoint should not have very many.
 SHARD_BYTES, SHARDS = 64 * 2**20, 32
+# Rows of the embedding, evenly spread over the vocabulary, that routers are set by without text.
+EMBEDDINGS = 2048
 
 
 def upcycle(
@@ -44,14 +52,18 @@ def upcycle(
     out: Path,
     progress: Progress = silent,
 ) -> None:
-    """Writes a checkpoint with config, tokenizer, generation_config.json, recipe and receipt.
+    """Convert a parent and write the checkpoint; complete, or not at all.
 
-    It appears whole, or not at all.
+    Args:
+        parent: a dense model.
+        calibration: a folder that calibrate wrote. None is allowed where `needs_text` is False;
+            the receipt then has no figures of held-out text.
+        recipe: `upcycle` and `calibrate` are used.
+        out: the folder to write.
+        progress: called after each layer.
 
-    calibration: a folder that calibrate wrote; None is enough where `needs_text` is False, and the
-    receipt then has no figures of held-out text. The parent is read, and the checkpoint written,
-    one layer at a time.
-    Raises MolError where recipe, parent, calibration or disk do not fit together.
+    Raises:
+        MolError: where recipe, parent, calibration or disk do not fit together.
     """
     config = mol_config(parent, recipe.upcycle)
     if calibration is None and needs_text(config, recipe.upcycle):
@@ -66,51 +78,73 @@ def upcycle(
     start = time.monotonic()
     with output_folder(out, need_bytes=size) as staging:
         writer = ShardedWriter(staging, max_shard_bytes=max(SHARD_BYTES, size // SHARDS))
-        asked, alone = recipe, dict[int, float]()
-        choose = recipe.upcycle.layers == "auto" and needs_text(config, recipe.upcycle)
-        if choose and text is not None:
-            alone = layer_costs(parent, config, text, recipe, progress)
-            layers = sorted(cheapest(alone, recipe.upcycle.layers_budget))
-            recipe = replace(recipe, upcycle=replace(recipe.upcycle, layers=layers))
-            config = mol_config(parent, recipe.upcycle)
-            config.dtype = parent.embedding().dtype
-        costs: dict[int, float] = {}
-        auto = recipe.upcycle.gated_deltanet == "auto" and config.num_routed_blocks > 0
-        if auto and text is not None:
-            costs = deltanet_costs(parent, config, text, recipe, progress)
-            for i in cheapest(costs, recipe.upcycle.gated_deltanet_budget):
-                config.layer_mixers[i] = "gated_deltanet"
+        selection = select_layers(parent, config, text, recipe, progress)
+        config = selection.config
         writer.add("model.embed_tokens.weight", parent.embedding())
         if text is None:
-            measured = Measured(convert_without_text(parent, config, recipe, writer, progress))
+            measured = _write_layers_without_text(parent, config, recipe, writer, progress)
         else:
-            measured = _convert(parent, config, text, recipe, writer, progress)
+            measured = _write_layers(parent, config, text, recipe, writer, progress)
         writer.add("model.norm.weight", parent.final_norm())
         head = parent.lm_head()
         if head is not None:
             writer.add("lm_head.weight", head)
         del head
         writer.close()
-        for i, cost in costs.items():
-            measured.layers[i]["gated_deltanet_kl"] = cost
-        for i, cost in alone.items():
-            measured.layers[i]["alone_kl"] = cost
+        for i, kl in selection.gated_deltanet_kl.items():
+            measured.layers[i]["gated_deltanet_kl"] = kl
+        for i, kl in selection.alone_kl.items():
+            measured.layers[i]["alone_kl"] = kl
         config.architectures = ["MoLForCausalLM"]
         config.save_pretrained(staging)
         parent.copy_tokenizer(staging)
         parent.copy_generation(staging)
-        save_recipe(asked, staging / RECIPE_FILE)
+        save_recipe(recipe, staging / RECIPE_FILE)
         samples = None
         if text is not None and recipe.upcycle.receipt == "full":
             samples = continuations(staging, parent, text.heldout)
         seconds = time.monotonic() - start
-        found = receipt(parent, config, recipe, text, measured, samples, seconds)
-        (staging / "receipt.json").write_text(json.dumps(found, indent=2) + "\n")
-        (staging / "receipt.html").write_text(receipt_page(found), encoding="utf-8")
+        receipt = make_receipt(parent, config, recipe, text, measured, samples, seconds)
+        (staging / "receipt.json").write_text(json.dumps(receipt, indent=2) + "\n")
+        (staging / "receipt.html").write_text(receipt_page(receipt), encoding="utf-8")
 
 
 @torch.no_grad()
-def _convert(
+def _write_layers_without_text(
+    parent: Parent, config: MoLConfig, recipe: Recipe, writer: ShardedWriter, progress: Progress
+) -> Measured:
+    """Write layers that are kept, copied or not fitted.
+
+    Of the parent, only layers whose weights are used are read; kept and copied ones keep their
+    stored bits.
+    """
+    device, embedding = default_device(), parent.embedding()
+    x = embedding[:: -(-len(embedding) // EMBEDDINGS)].to(device, torch.float32)
+    del embedding
+    rows = []
+    for i in range(config.num_hidden_layers):
+        row: dict[str, Any] = {"layer": i, "kind": config.layer_labels[i]}
+        if config.is_dense(i):
+            _write_layer(writer, config, i, parent.dense_layer(i))
+        elif is_copy(config, recipe.upcycle):
+            _write_layer(writer, config, i, copied_tensors(parent.dense_layer(i)))
+            row["retained_energy"] = [1.0]
+        else:
+            method = recipe.upcycle.method
+            assert method != "fitted"
+            dense = None if method == "random" else dense_layer(parent, config, i, device)
+            inputs = BaselineInputs(i, dense, block_parts(config), x, None)
+            fitted = baseline_layer(method, config, inputs, recipe.calibrate.seed)
+            _write_layer(writer, config, i, fitted.layer.state_dict())
+            row["retained_energy"] = fitted.retained
+            del dense, inputs, fitted  # the next layer needs their memory
+        rows.append(row)
+        progress(i + 1, config.num_hidden_layers)
+    return Measured(rows)
+
+
+@torch.no_grad()
+def _write_layers(
     parent: Parent,
     config: MoLConfig,
     text: Calibration,
@@ -118,69 +152,98 @@ def _convert(
     writer: ShardedWriter,
     progress: Progress,
 ) -> Measured:
-    """Writes the layers, and measures as much as the recipe asks for."""
+    """Convert and write all layers, and measure as much as the recipe asks for."""
     device, embedding = default_device(), parent.embedding()
-    streams = (
-        open_streams(text.fit, config, embedding, device),
-        open_streams(text.heldout, config, embedding, device),
-    )
-    del embedding  # large, and no more looked at
+    fit = open_residuals(text.fit, config, embedding, device)
+    heldout = open_residuals(text.heldout, config, embedding, device)
+    del embedding  # large, and not needed again
     comparison = None
     if recipe.upcycle.receipt == "full":
-        comparison = Comparison(parent, config, text.heldout, streams[1], recipe.calibrate.seed)
+        comparison = Comparison(parent, config, text.heldout, heldout, recipe.calibrate.seed)
     generator = torch.Generator().manual_seed(recipe.calibrate.seed)
-    count, report = config.num_hidden_layers, []
+    conversion = _Conversion(config, text, recipe, fit, heldout, generator, comparison)
+    count, rows = config.num_hidden_layers, []
     for i in range(count):
         dense = dense_layer(parent, config, i, device)
-        layer, row = _layer(i, config, dense, text, streams, recipe, generator, comparison)
-        add_layer(writer, config, i, layer.state_dict())
-        report.append({"layer": i, "kind": config.layer_labels[i]} | row)
-        del dense, layer  # the next layer needs their room
+        layer, figures = conversion.convert_layer(i, dense)
+        _write_layer(writer, config, i, layer.state_dict())
+        rows.append({"layer": i, "kind": config.layer_labels[i]} | figures)
+        del dense, layer  # the next layer needs their memory
         progress(i + 1, count)
-    heldout = streams[1]
-    del streams  # the head needs the room of the text that blocks were fitted to
-    ending = open_output_head(parent, device)
-    losses = ending.figures(heldout, heldout.student)
+    del fit, conversion  # the head needs the memory of the text that blocks were fitted to
+    head = open_output_head(parent, device)
+    losses = head.losses(heldout, heldout.student)
     if comparison is None:
-        return Measured(report, losses)
+        return Measured(rows, losses)
     progress(count, count, "comparing with baselines")
-    for index, kl in comparison.sensitivity.figures(ending).items():
-        report[index]["sensitivity"] = kl
-    return Measured(report, losses, comparison.figures(ending))
+    for index, kl in comparison.sensitivity.kl_by_layer(head).items():
+        rows[index]["sensitivity"] = kl
+    return Measured(rows, losses, comparison.figures(head))
 
 
-def _layer(
-    index: int,
-    config: MoLConfig,
-    dense: DenseLayer,
-    text: Calibration,
-    streams: tuple[Streams, Streams],
-    recipe: Recipe,
-    generator: torch.Generator,
-    comparison: Comparison | None,
-) -> tuple[DenseLayer | MoLLayer, dict[str, Any]]:
-    """The layer that takes the place of the parent's, and figures of it; moves all residuals."""
-    fit, heldout = streams
-    share, before, method = parts(config), heldout.parent, recipe.upcycle.method
-    source = None
-    if comparison is not None:  # the fit moves the residual in place, which baselines start from
-        source = ParentLayer(index, dense, share, fit.parent.clone(), text)
-    fitted = None
-    if not config.is_dense(index):
-        if is_copy(config, recipe.upcycle):
-            fitted = copy_layer(config, index, dense)
-        elif method != "fitted":
-            start = source or ParentLayer(index, dense, share, fit.parent, text)
-            fitted = baseline_layer(method, config, start, recipe.calibrate.seed)
-            del start
-        else:
-            moment = text.moment(index).to(fit.parent.device)
-            fitted = fit_layer(config, index, share, dense, fit, moment, recipe.upcycle, generator)
-    layer = dense if fitted is None else fitted.layer
-    if fitted is None or method != "fitted" or is_copy(config, recipe.upcycle):
-        fit.advance(dense, layer)
-    row = {} if fitted is None else {"retained_energy": fitted.retained}
-    row |= advance(fit, heldout, dense, layer)
-    if comparison is not None and source is not None:
-        comparison.advance(source, layer, before, fit.parent)
-    return layer, row
+@dataclass(frozen=True)
+class _Conversion:
+    """What converting a layer on text needs, and the residuals that each layer moves."""
+
+    config: MoLConfig
+    text: Calibration
+    recipe: Recipe
+    fit: Residuals
+    heldout: Residuals
+    generator: torch.Generator
+    comparison: Comparison | None
+
+    def convert_layer(
+        self, index: int, dense: DenseLayer
+    ) -> tuple[DenseLayer | MoLLayer, dict[str, Any]]:
+        """Convert one layer, and move all residuals past it.
+
+        Returns:
+            The layer that replaces the parent's (`dense` itself where that is kept), and its
+            figures for the receipt.
+        """
+        fit, heldout, before, inputs = self.fit, self.heldout, self.heldout.parent, None
+        if self.comparison is not None:
+            # A fit changes the residual in place, which baselines start from.
+            inputs = self._baseline_inputs(index, dense, fit.parent.clone())
+        fitted = None
+        if not self.config.is_dense(index):
+            fitted = self._fill_layer(index, dense, inputs)
+        layer = dense if fitted is None else fitted.layer
+        if fitted is None or not self._is_fitted:
+            fit.advance(dense, layer)  # a fit has moved them already
+        figures = {} if fitted is None else {"retained_energy": fitted.retained}
+        figures |= layer_figures(fit, heldout, dense, layer)
+        if self.comparison is not None and inputs is not None:
+            self.comparison.advance(inputs, layer, before, fit.parent)
+        return layer, figures
+
+    @property
+    def _is_fitted(self) -> bool:
+        options = self.recipe.upcycle
+        return options.method == "fitted" and not is_copy(self.config, options)
+
+    def _fill_layer(
+        self, index: int, dense: DenseLayer, inputs: BaselineInputs | None
+    ) -> FittedLayer:
+        config, options, fit = self.config, self.recipe.upcycle, self.fit
+        if is_copy(config, options):
+            return copy_layer(config, index, dense)
+        if options.method != "fitted":
+            inputs = inputs or self._baseline_inputs(index, dense, fit.parent)
+            return baseline_layer(options.method, config, inputs, self.recipe.calibrate.seed)
+        moment, parts = self.text.moment(index).to(fit.parent.device), block_parts(config)
+        return fit_layer(config, index, parts, dense, fit, moment, options, self.generator)
+
+    def _baseline_inputs(self, index: int, dense: DenseLayer, x: Tensor) -> BaselineInputs:
+        return BaselineInputs(index, dense, block_parts(self.config), x, self.text)
+
+
+def _write_layer(
+    writer: ShardedWriter, config: MoLConfig, index: int, tensors: Mapping[str, Tensor]
+) -> None:
+    """Write the tensors of layer `index` in the checkpoint's dtypes."""
+    assert isinstance(config.dtype, torch.dtype)
+    for name, tensor in tensors.items():
+        dtype = stored_dtype(name, config.dtype)
+        writer.add(f"model.layers.{index}.{name}", tensor.to(dtype))

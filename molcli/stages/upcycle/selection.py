@@ -1,31 +1,74 @@
-"""`layers: auto` and `gated_deltanet: auto`: what it costs to convert each layer alone."""
+"""Choose layers for `layers: auto` and `gated_deltanet: auto`, by the KL of converting each alone.
+
+Inputs: the parent and a calibration. Outputs: the configuration with the chosen layers,
+and the measured KL of each layer, nats per token.
+"""
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
+from molcli.config.layer_choice import cheapest
 from molcli.config.sections import Recipe
 from molcli.families.parent import Parent
 from molcli.fitting.calibration import Calibration
+from molcli.fitting.converted_config import mol_config, needs_text
 from molcli.fitting.layer import fit_layer
-from molcli.fitting.shapes import parts
-from molcli.fitting.streams import Sensitivity, open_output_head, open_streams, split_rows
+from molcli.fitting.partition import block_parts
+from molcli.fitting.residuals import (
+    LayerSensitivity,
+    open_output_head,
+    open_residuals,
+    split_rows,
+)
 from molcli.model.checkpoint import default_device
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.layers import Layer
 from molcli.model.parent import dense_layer
 from molcli.progress import Progress
 
-MIXERS = ("attention", "gated_deltanet")
+
+@dataclass(frozen=True)
+class Selection:
+    """The configuration with the chosen layers, and what was measured to choose them.
+
+    alone_kl: `attention_costs`, for `layers: auto`. gated_deltanet_kl: `deltanet_costs`, for
+    `gated_deltanet: auto`. Both by layer, empty where nothing was measured.
+    """
+
+    config: MoLConfig
+    alone_kl: dict[int, float]
+    gated_deltanet_kl: dict[int, float]
 
 
-def layer_costs(
+def select_layers(
+    parent: Parent, config: MoLConfig, text: Calibration | None, recipe: Recipe, progress: Progress
+) -> Selection:
+    """Choose the layers that the recipe leaves to a measurement; without text, none.
+
+    config: of the recipe; its dtype is kept.
+    """
+    options = recipe.upcycle
+    alone_kl: dict[int, float] = {}
+    gated_deltanet_kl: dict[int, float] = {}
+    if text is not None and options.layers == "auto" and needs_text(config, options):
+        alone_kl = attention_costs(parent, config, text, recipe, progress)
+        layers = sorted(cheapest(alone_kl, options.layers_budget))
+        dtype, config = config.dtype, mol_config(parent, replace(options, layers=layers))
+        config.dtype = dtype
+    if text is not None and options.gated_deltanet == "auto" and config.num_routed_blocks > 0:
+        gated_deltanet_kl = deltanet_costs(parent, config, text, recipe, progress)
+        for i in cheapest(gated_deltanet_kl, options.gated_deltanet_budget):
+            config.layer_mixers[i] = "gated_deltanet"
+    return Selection(config, alone_kl, gated_deltanet_kl)
+
+
+def attention_costs(
     parent: Parent, config: MoLConfig, text: Calibration, recipe: Recipe, progress: Progress
 ) -> dict[int, float]:
-    """KL(parent || parent with one layer converted), nats a token: of every layer of the parent,
-    with softmax attention."""
+    """Measure the KL of converting each of the parent's layers alone, with softmax attention."""
     config = copy.deepcopy(config)
     config.layer_structures = ["mixture"] * config.num_hidden_layers
     config.layer_mixers = ["attention"] * config.num_hidden_layers
@@ -36,10 +79,11 @@ def layer_costs(
 def deltanet_costs(
     parent: Parent, config: MoLConfig, text: Calibration, recipe: Recipe, progress: Progress
 ) -> dict[int, float]:
-    """KL(parent || parent with one layer converted), nats a token: by layer, how much more of it
-    there is with Gated DeltaNet than with softmax."""
-    softmax, deltanet = _costs_alone(parent, config, text, recipe, MIXERS, progress)
-    return {i: deltanet[i] - softmax[i] for i in softmax}
+    """Measure how much the KL of converting each layer alone is larger with Gated DeltaNet than
+    with softmax attention."""
+    mixers = ["attention", "gated_deltanet"]
+    attention, deltanet = _costs_alone(parent, config, text, recipe, mixers, progress)
+    return {i: deltanet[i] - attention[i] for i in attention}
 
 
 @torch.no_grad()
@@ -59,32 +103,33 @@ def _costs_alone(
     converted = [i for i in range(config.num_hidden_layers) if not config.is_dense(i)]
     fit, kept = split_rows(text.fit)
     embedding = parent.embedding()
-    streams = open_streams(fit, config, embedding, device)
-    by_mixer = {mixer: Sensitivity(kept, config, embedding, device) for mixer in mixers}
+    residuals = open_residuals(fit, config, embedding, device)
+    sensitivities = {mixer: LayerSensitivity(kept, config, embedding, device) for mixer in mixers}
     for i in range(config.num_hidden_layers):
         dense = dense_layer(parent, config, i, device)
-        past = streams
-        for mixer, sensitivity in by_mixer.items():
+        after = residuals
+        for mixer, sensitivity in sensitivities.items():
             layer: Layer = dense
             if i in converted:
                 config.layer_mixers[i] = mixer
-                past = replace(streams)  # whose residual is the student's, too: it stays as it is
+                # A copy whose parent and student are one tensor: the fit leaves that unchanged.
+                after = replace(residuals)
                 layer = fit_layer(
                     config,
                     i,
-                    parts(config),
+                    block_parts(config),
                     dense,
-                    past,
+                    after,
                     text.moment(i).to(device),
                     recipe.upcycle,
                     torch.Generator().manual_seed(recipe.calibrate.seed),
                 ).layer
             sensitivity.advance(i, dense, layer)
-        if past is streams:
-            streams.advance(dense, dense)
+        if after is residuals:
+            residuals.advance(dense, dense)
         else:
-            streams.parent = streams.student = past.parent
-        del past
+            residuals.parent = residuals.student = after.parent
+        del after
         progress(i + 1, config.num_hidden_layers, "measuring each layer alone")
-    ending = open_output_head(parent, device)
-    return [by_mixer[mixer].figures(ending) for mixer in mixers]
+    head = open_output_head(parent, device)
+    return [sensitivities[mixer].kl_by_layer(head) for mixer in mixers]

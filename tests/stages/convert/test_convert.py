@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM
 from molcli.config.sections import CalibrateConfig, ConvertConfig, Recipe
 from molcli.errors import MolError
 from molcli.fitting.calibration import split_text, text_hash
-from molcli.fitting.streams import open_streams, split_rows
+from molcli.fitting.residuals import open_residuals, split_rows
 from molcli.model import MoLConfig, MoLForCausalLM
 from molcli.model.checkpoint import default_device
-from molcli.stages.convert import Text, convert, open_source, plan_layers
-from molcli.stages.convert.choice import converted_config, layer_costs
-from molcli.stages.convert.layer import align, convert_layer
+from molcli.stages.convert import ConversionText, convert, open_source_checkpoint, select_layers
+from molcli.stages.convert.layer import align_mixer, convert_layer
+from molcli.stages.convert.selection import layer_costs, with_gated_deltanet
 
 SOFTMAX = {"layer_kinds": ["dense", "softmax", "softmax"]}
 MIXERS = ("model.layers.1.routed.block.mixer.", "model.layers.2.routed.block.mixer.")
@@ -49,36 +49,41 @@ class Done:
 
 
 @pytest.fixture
-def text(corpus: Callable[..., str]) -> Text:
+def text(corpus: Callable[..., str]) -> ConversionText:
     settings = CalibrateConfig(corpus(), tokens=768, heldout_tokens=128, context_length=32)
     fit, heldout = split_text(settings, None, 128)
-    return Text(fit, heldout, text_hash(fit, heldout))
+    return ConversionText(fit, heldout, text_hash(fit, heldout))
 
 
 @pytest.fixture
 def mol(tiny_mol: Callable[..., Path]) -> Callable[..., Path]:
-    """Random, as `tiny_mol`, with large weights: attention matters."""
+    """A random `tiny_mol` with large weights, so that attention matters."""
     return lambda **settings: tiny_mol(**(SOFTMAX | {"initializer_range": 0.3} | settings))
 
 
 @pytest.fixture
-def run(tmp_path: Path, text: Text) -> Callable[..., Done]:
+def run(tmp_path: Path, text: ConversionText) -> Callable[..., Done]:
     count = iter(range(100))
 
     def run(checkpoint: Path, **options: Any) -> Done:
         out = tmp_path / f"out-{next(count)}"
         recipe = Recipe(convert=ConvertConfig(**options))
-        convert(open_source(checkpoint), text, recipe, out)
+        convert(open_source_checkpoint(checkpoint), text, recipe, out)
         return Done(out)
 
     return run
 
 
-def test_with_no_layer_to_convert_the_model_stays_as_it_is(
+def test_without_a_layer_to_convert_the_model_is_unchanged(
     mol: Callable[..., Path], tmp_path: Path, run: Callable[..., Done]
 ) -> None:
     folder = mol(dtype=torch.bfloat16)
-    convert(open_source(folder), None, Recipe(convert=ConvertConfig("none")), tmp_path / "out")
+    convert(
+        open_source_checkpoint(folder),
+        None,
+        Recipe(convert=ConvertConfig("none")),
+        tmp_path / "out",
+    )
     without, measured = Done(tmp_path / "out"), run(folder, gated_deltanet="none")
     before = load_file(folder / "model.safetensors")
     for done in (without, measured):
@@ -122,12 +127,12 @@ def test_only_the_routed_mixers_change(mol: Callable[..., Path], run: Callable[.
     ],
 )
 @torch.no_grad()
-def test_the_checkpoint_is_what_the_report_says(
+def test_the_checkpoint_has_the_losses_of_the_report(
     settings: dict[str, Any],
     choice: Any,
     mol: Callable[..., Path],
     run: Callable[..., Done],
-    text: Text,
+    text: ConversionText,
 ) -> None:
     folder = mol(**settings)
     done = run(folder, gated_deltanet=choice)
@@ -155,54 +160,56 @@ def test_the_checkpoint_is_what_the_report_says(
     torch.testing.assert_close(torch.cat(steps, 1), full, rtol=1e-3, atol=1e-4)
 
 
-def test_the_fit_beats_attention_left_out(mol: Callable[..., Path], text: Text) -> None:
-    """And q, k and v point where the softmax heads' own did, key-value heads unshared."""
-    source = open_source(mol(num_kv_heads_thin=1, attention_bias=False))
-    streams = open_streams(text.fit, source.config, source.embedding(), default_device())
+def test_the_fit_is_better_than_no_attention(
+    mol: Callable[..., Path], text: ConversionText
+) -> None:
+    """And q, k and v are those of the softmax heads, key-value heads repeated."""
+    source = open_source_checkpoint(mol(num_kv_heads_thin=1, attention_bias=False))
+    residuals = open_residuals(text.fit, source.config, source.embedding(), default_device())
     layer = source.layer(1, default_device())
-    config = converted_config(source.config, {1})
-    converted = convert_layer(config, 1, layer, streams.parent, streams.chunks, 1e-2)
+    config = with_gated_deltanet(source.config, {1})
+    converted = convert_layer(config, 1, layer, residuals.parent, residuals.chunks, 1e-2)
     old, new = layer.routed.block.mixer, converted.routed.block.mixer
     for name in ("q", "k", "v"):
         a, b = getattr(old, f"{name}_proj"), getattr(new, f"{name}_proj")
         a = a if name == "q" else a.repeat(1, 2, 1)
         assert torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.9999
-    run, x = streams.chunks.run, streams.parent
+    run, x = residuals.chunks.run, residuals.parent
     wanted, fitted = run(layer, x), run(converted, x)
     new.o_proj.zero_()
     assert (fitted - wanted).norm() < 0.9 * (run(converted, x) - wanted).norm()
 
 
-def test_alignment_lowers_the_error_and_touches_the_mixer_alone(
-    mol: Callable[..., Path], text: Text
+def test_alignment_reduces_the_error_and_changes_only_the_mixer(
+    mol: Callable[..., Path], text: ConversionText
 ) -> None:
-    source = open_source(mol())
-    streams = open_streams(text.fit, source.config, source.embedding(), default_device())
-    config = converted_config(source.config, {0, 1})
+    source = open_source_checkpoint(mol())
+    residuals = open_residuals(text.fit, source.config, source.embedding(), default_device())
+    config = with_gated_deltanet(source.config, {0, 1})
     for index in (0, 1):
         layer = source.layer(index, default_device())
-        converted = convert_layer(config, index, layer, streams.parent, streams.chunks, 1e-2)
-        wanted = streams.chunks.run(layer, streams.parent)
+        converted = convert_layer(config, index, layer, residuals.parent, residuals.chunks, 1e-2)
+        wanted = residuals.chunks.run(layer, residuals.parent)
         before = {n: x.clone() for n, x in converted.state_dict().items()}
-        start = (streams.chunks.run(converted, streams.parent) - wanted).norm()
+        start = (residuals.chunks.run(converted, residuals.parent) - wanted).norm()
         options = ConvertConfig(steps=20, learning_rate=3e-3)
-        align(config, converted, layer, streams.parent, text.fit, options, seed=0)
-        assert (streams.chunks.run(converted, streams.parent) - wanted).norm() < 0.9 * start
+        align_mixer(config, converted, layer, residuals.parent, text.fit, options, seed=0)
+        assert (residuals.chunks.run(converted, residuals.parent) - wanted).norm() < 0.9 * start
         moved = {n for n, x in converted.state_dict().items() if not torch.equal(x, before[n])}
         assert {n.split(".")[-1] for n in moved} == {
             *("q_conv", "k_conv", "v_conv", "a_proj", "b_proj", "g_proj", "o_proj", "o_norm"),
             *("A_log", "dt_bias"),
         }
         assert all(".mixer." in name for name in moved)
-        streams.advance(layer, layer)
+        residuals.advance(layer, layer)
 
 
 @torch.no_grad()
 def test_auto_measures_each_layer_alone(
-    mol: Callable[..., Path], run: Callable[..., Done], text: Text
+    mol: Callable[..., Path], run: Callable[..., Done], text: ConversionText
 ) -> None:
-    """By the checkpoints that convert one layer, fitted on the same part of the text."""
-    source = open_source(mol())
+    """Compared with a checkpoint with one layer converted, fitted on the same part of the text."""
+    source = open_source_checkpoint(mol())
     costs = layer_costs(source, [1, 2], text.fit, 1e-2, lambda *_: None)
     done = run(source.folder, gated_deltanet="auto")
     cheaper = min(costs, key=lambda i: costs[i])
@@ -215,7 +222,7 @@ def test_auto_measures_each_layer_alone(
     assert Done(out).report["heldout"]["kl"] == pytest.approx(costs[cheaper], rel=1e-4)
 
 
-def test_rows_to_fit_and_to_measure_on_are_different_ones(text: Text) -> None:
+def test_rows_to_fit_and_to_measure_on_are_disjoint(text: ConversionText) -> None:
     fit, kept = split_rows(text.fit)
     assert len(fit) + len(kept) == len(text.fit) and len(kept) >= 1
     assert torch.equal(torch.cat([fit.input_ids, kept.input_ids]), text.fit.input_ids)
@@ -236,9 +243,9 @@ def test_rows_to_fit_and_to_measure_on_are_different_ones(text: Text) -> None:
 def test_choices_that_do_not_fit_are_refused(
     settings: dict[str, Any], choice: Any, message: str, mol: Callable[..., Path]
 ) -> None:
-    source = open_source(mol(**settings))
+    source = open_source_checkpoint(mol(**settings))
     with pytest.raises(MolError) as error:
-        plan_layers(source.config, choice)
+        select_layers(source.config, choice)
     assert message in error.value.found
 
 
@@ -247,7 +254,7 @@ def test_a_broken_checkpoint_is_refused(mol: Callable[..., Path], tmp_path: Path
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"d_ff_thin": 25}))
     with pytest.raises(MolError) as error:
-        open_source(folder)
+        open_source_checkpoint(folder)
     assert "ill-shaped" in error.value.found
     with pytest.raises(MolError):
-        open_source(tmp_path)
+        open_source_checkpoint(tmp_path)

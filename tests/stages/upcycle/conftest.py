@@ -58,7 +58,7 @@ class Converted:
 
 @dataclass
 class Workshop:
-    """Calibrates once per parent, and converts into folders of its own."""
+    """Calibrates once per parent, and converts into new folders."""
 
     folder: Path
     calibrations: dict[tuple[Path, int], Path] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Families of blocks that know of each other."""
+"""Groups of blocks that are fitted to what the others leave."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from molcli.fitting.layer import fit_layer
-from molcli.fitting.thin_blocks import Family
+from molcli.fitting.thin_blocks import BlockGroup
 
 
 @pytest.mark.parametrize("shape", [(5, 1, 2), (4, 2, 1), (4, 0, 2)])
-def test_a_second_round_leaves_less_error(
+def test_refitting_reduces_the_error(
     shape: tuple[int, int, int],
     tiny_parent: Callable[..., Path],
     convert: Callable[..., Any],
@@ -21,27 +21,27 @@ def test_a_second_round_leaves_less_error(
     parent = tiny_parent("llama", num_hidden_layers=1)
     options = dict(zip(("num_blocks", "num_shared_blocks", "top_k"), shape, strict=True))
     twice = convert(parent, **options).receipt["layers"][0]["residual_error_fit"]
-    monkeypatch.setattr(Family, "rewrite", lambda *args: None)
+    monkeypatch.setattr(BlockGroup, "refit_writing", lambda *args: None)
     once = convert(parent, **options).receipt["layers"][0]["residual_error_fit"]
     assert twice < 0.98 * once
 
 
 @pytest.mark.parametrize("mixer", ["none", "all"])
-def test_the_student_residual_of_a_fit_is_what_its_layer_gives(
+def test_the_residual_of_a_fit_is_the_output_of_its_layer(
     mixer: str,
     tiny_parent: Callable[..., Path],
     convert: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Blocks were taken out of the sum, fitted again and put back."""
+    """Although each group's output was subtracted from the error, refitted and added again."""
     errors = []
 
     def checked(*args: Any, **kwargs: Any) -> Any:
-        streams = args[4]
-        before = streams.student.clone()
+        residuals = args[4]
+        before = residuals.student.clone()
         fitted = fit_layer(*args, **kwargs)
-        given = streams.chunks.run(fitted.layer, before)
-        errors.append(((given - streams.student).norm() / given.norm()).item())
+        given = residuals.chunks.run(fitted.layer, before)
+        errors.append(((given - residuals.student).norm() / given.norm()).item())
         return fitted
 
     monkeypatch.setattr("molcli.stages.upcycle.run.fit_layer", checked)

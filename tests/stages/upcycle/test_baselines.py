@@ -1,4 +1,4 @@
-"""Starts without a fit: what they are, and that comparing with them changes nothing."""
+"""Baselines without a fit: their weights, and that measuring them changes no fit."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +22,7 @@ def short_continuations(monkeypatch: pytest.MonkeyPatch) -> None:
     "family, config",
     [("llama", {"attention_bias": True}), ("qwen2", {}), ("qwen3", {})],
 )
-def test_nothing_is_lost_where_nothing_is_left_out(
+def test_a_projection_at_full_width_is_exact(
     method: str,
     family: str,
     config: dict[str, Any],
@@ -43,9 +43,9 @@ def test_parts_of_full_width_add_up_to_attention(
     convert: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Heads split over a shared and a routed block, and the router's weight undone.
+    """Heads are divided among a shared and routed blocks, and the router's weight is compensated.
 
-    The FFN is silenced: a block's own reads no other block's heads.
+    The FFN is set to zero: that of a block does not read the other blocks' heads.
     """
     folder = tiny_parent("llama", num_hidden_layers=1, attention_bias=True)
     real = run.dense_layer
@@ -63,12 +63,12 @@ def test_parts_of_full_width_add_up_to_attention(
     assert row["norm_ratio"] == pytest.approx(1, abs=1e-4)
 
 
-def test_random_blocks_are_those_of_init(
+def test_random_blocks_are_initialised_as_by_init(
     tiny_parent: Callable[..., Path], convert: Callable[..., Any]
 ) -> None:
     parent = tiny_parent("llama")
     converted = convert(parent, method="random", gated_deltanet=[1])
-    torch.rand(1)  # whatever else draws numbers changes nothing
+    torch.rand(1)  # earlier draws of random numbers change nothing
     assert converted.weights == convert(parent, method="random", gated_deltanet=[1]).weights
     std = converted.model().config.initializer_range
     for name, tensor in converted.tensors.items():
@@ -82,7 +82,7 @@ def test_random_blocks_are_those_of_init(
 
 
 @pytest.mark.parametrize("method", ["svd", "pca"])
-def test_clones_of_a_family_start_equal(
+def test_clones_of_a_group_start_equal(
     method: str, tiny_parent: Callable[..., Path], convert: Callable[..., Any]
 ) -> None:
     tensors = convert(tiny_parent("qwen3"), method=method).tensors  # 1+2of5: clones of two
@@ -103,10 +103,10 @@ def test_pca_reads_and_writes_the_principal_axes(
     assert torch.equal(thin_out, thin_in.mT)
 
 
-def test_a_start_is_the_baseline_that_the_full_receipt_measures(
+def test_a_conversion_by_a_baseline_method_is_the_baseline_of_the_full_receipt(
     tiny_parent: Callable[..., Path], convert: Callable[..., Any]
 ) -> None:
-    """A fit beside it does not change a start, and measuring does not change a fit."""
+    """A fit does not change a baseline, and measuring baselines does not change a fit."""
     parent = tiny_parent("llama")
     full = convert(parent, receipt="full", gated_deltanet=[1])
     assert full.weights == convert(parent, gated_deltanet=[1]).weights
@@ -123,7 +123,7 @@ def test_a_start_is_the_baseline_that_the_full_receipt_measures(
     "num_blocks, shared, top_k, d_thin",
     [(15, 1, 3, 16), (5, 0, 3, 32), (4, 2, 1, 32), (2, 2, 0, 48), (8, 1, 4, 32)],
 )
-def test_every_shape_starts(
+def test_every_shape_can_be_projected(
     num_blocks: int,
     shared: int,
     top_k: int,
@@ -131,12 +131,12 @@ def test_every_shape_starts(
     tiny_parent: Callable[..., Path],
     convert: Callable[..., Any],
 ) -> None:
-    """Heads in several parts, families of uneven size, nothing routed, nothing shared."""
+    """Heads in several parts, groups of uneven size, nothing routed, nothing shared."""
     parent = tiny_parent("llama", num_hidden_layers=1)
     shape = {"num_blocks": num_blocks, "num_shared_blocks": shared, "top_k": top_k}
     receipt = convert(parent, method="svd", d_thin=d_thin, **shape).receipt
     assert receipt["heldout"]["kl"] < 10
     row = receipt["layers"][0]
-    # What a router's weights shrink is made up for: parts of a truncated layer add up to less.
+    # The router's weights are compensated; parts of a truncated layer add up to less than it.
     assert 0.2 < row["norm_ratio"] < 1.2
     assert len(row["retained_energy"]) == shared + top_k

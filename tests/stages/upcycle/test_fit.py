@@ -1,4 +1,4 @@
-"""Fitted blocks: what they reach, and what the receipt says of it."""
+"""The quality of fitted blocks, and the receipt's figures of it."""
 
 import json
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from molcli.stages.upcycle import upcycle
 
 @torch.no_grad()
 def heldout_losses(converted: Any, model: nn.Module) -> dict[str, float]:
-    """Directly, one document of the held-out rows at a time."""
+    """Computed directly, one document of the held-out rows at a time."""
     parent, sums, count = converted.parent_model(), torch.zeros(3, dtype=torch.float64), 0
     for ids in converted.documents("heldout"):
         log_q, log_p = (m(ids).logits[0, :-1].double().log_softmax(-1) for m in (model, parent))
@@ -36,7 +36,7 @@ def heldout_losses(converted: Any, model: nn.Module) -> dict[str, float]:
     [("llama", {"attention_bias": True}), ("mistral", {}), ("qwen2", {}), ("qwen3", {})],
 )
 @pytest.mark.parametrize("mixer", ["none", "all"])
-def test_the_checkpoint_is_as_good_as_the_receipt_says(
+def test_the_checkpoint_has_the_losses_of_the_receipt(
     family: str,
     config: dict[str, Any],
     mixer: str,
@@ -68,10 +68,10 @@ def test_the_receipt_agrees_with_molcli_eval(
     assert {name: found.to_json()[name] for name in expected} == pytest.approx(expected, rel=1e-4)
 
 
-def test_fitted_blocks_beat_none_and_random_ones(
+def test_fitted_blocks_are_better_than_none_and_than_shuffled_ones(
     tiny_parent: Callable[..., Path], convert: Callable[..., Any]
 ) -> None:
-    """On held-out text: the layers skipped, or the fitted weights shuffled."""
+    """On held-out text, compared with skipped layers and with shuffled weights."""
     converted = convert(tiny_parent("llama"), tokens=3072)
     skipped, shuffled = converted.model(), converted.model()
     generator = torch.Generator().manual_seed(0)
@@ -91,7 +91,7 @@ def test_fitted_blocks_beat_none_and_random_ones(
 def test_blocks_that_saw_no_token_are_finite(
     tiny_parent: Callable[..., Path], convert: Callable[..., Any]
 ) -> None:
-    """More clones than the text has distinct tokens, and nothing shared between their fits."""
+    """More clones than the text has distinct tokens, each fitted on its own tokens alone."""
     options = {"num_blocks": 161, "top_k": 1, "d_thin": 16, "shrinkage": 0.0}
     converted = convert(tiny_parent("llama", num_hidden_layers=1), **options)
     assert all(tensor.isfinite().all() for tensor in converted.tensors.values())
@@ -117,16 +117,16 @@ def test_wider_blocks_leave_less_error(
         ("llama", (1, 1, 0)),
         ("qwen2", (1, 1, 0)),  # biases of q, k and v
         ("qwen3", (1, 1, 0)),  # norms of q and k, as the parent has them
-        ("llama", (2, 0, 2)),  # two families with weight 1/4 each; the second has nothing left
+        ("llama", (2, 0, 2)),  # two groups with weight 1/4 each; the second has no error left
     ],
 )
-def test_a_layer_that_one_thin_block_can_express_is_found(
+def test_a_layer_that_one_thin_block_can_express_is_fitted_exactly(
     family: str,
     blocks: tuple[int, int, int],
     tmp_path: Path,
     tiny_parent: Callable[..., Path],
 ) -> None:
-    """Every path from moments to refits at once, in a parent with an exact answer.
+    """All steps from moments to refits, on a parent for which an exact solution exists.
 
     Its residual lives in 32 of 64 dimensions: embeddings lie in a subspace which everything reads
     and writes, so that the thin stream is a rotation of the residual and has its norm. The second

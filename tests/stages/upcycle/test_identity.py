@@ -31,7 +31,7 @@ WHOLE_SHARED = Recipe(
 
 @torch.no_grad()
 def largest_difference(ours: Path, parent: Path, dtype: torch.dtype = torch.float32) -> float:
-    """Between the logits of the two, on a batch with padding at the left."""
+    """The largest difference of the logits of the two, on a batch with padding at the left."""
     ids = torch.randint(0, 128, (2, 60), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[0, :9] = 0
@@ -73,7 +73,7 @@ def test_a_bf16_parent_stays_bf16(tmp_path: Path, tiny_parent: Callable[..., Pat
     assert largest_difference(tmp_path / "out", folder, torch.float32) < 1e-4
 
 
-def test_the_folder_holds_all_that_belongs_to_a_model(
+def test_the_folder_has_all_files_of_a_model(
     tmp_path: Path, tiny_parent: Callable[..., Path]
 ) -> None:
     folder = tiny_parent("llama")
@@ -86,7 +86,7 @@ def test_the_folder_holds_all_that_belongs_to_a_model(
     assert ours(text)["input_ids"] == theirs(text)["input_ids"]
 
 
-def test_with_a_calibration_the_receipt_says_that_nothing_is_lost(
+def test_with_a_calibration_the_receipt_has_no_errors(
     tiny_parent: Callable[..., Path], convert: Callable[..., Any]
 ) -> None:
     receipt = convert(tiny_parent("mistral"), num_blocks=1, top_k=0, d_thin=64).receipt

@@ -1,4 +1,4 @@
-"""What a conversion writes beside and around the weights."""
+"""The files of a conversion: receipt, dtypes, shards."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +33,7 @@ def test_the_receipt_is_complete(
     assert receipt["seconds"] >= 0
     for index, layer in enumerate(receipt["layers"]):
         assert (layer["layer"], layer["kind"]) == (index, "mixture, attention")
-        assert len(layer["retained_energy"]) == 3  # the shared block and two families
+        assert len(layer["retained_energy"]) == 3  # the shared block and two groups
         assert all(0 < share <= 1 for share in layer["retained_energy"])
         assert layer["residual_error"] > 0 and layer["residual_error_fit"] > 0
 
@@ -50,7 +50,7 @@ def test_the_same_command_gives_the_same_bytes(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_parents_dtype_is_kept_but_where_it_is_too_coarse(
+def test_the_parents_dtype_is_kept_except_where_it_is_too_coarse(
     dtype: torch.dtype, tiny_parent: Callable[..., Path], convert: Callable[..., Any]
 ) -> None:
     converted = convert(tiny_parent("llama", dtype=dtype), gated_deltanet=[1])
@@ -64,7 +64,7 @@ def test_the_parents_dtype_is_kept_but_where_it_is_too_coarse(
     assert model.generate(torch.tensor([[5, 6]]), max_new_tokens=3, min_new_tokens=3).shape[1] == 5
 
 
-def test_shards_hold_what_one_file_would(
+def test_shards_have_the_tensors_of_a_single_file(
     tiny_parent: Callable[..., Path],
     convert: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,

@@ -1,4 +1,4 @@
-"""The receipt's figures against models built and run another way."""
+"""The receipt's figures, compared with models that are built and run in another way."""
 
 import json
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def short_continuations(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @torch.no_grad()
 def losses(converted: Any, model: nn.Module) -> dict[str, float]:
-    """Of the held-out documents, one at a time, through transformers."""
+    """Losses of the held-out documents, one at a time, computed with transformers."""
     parent, sums, count = converted.parent_model(), torch.zeros(2, dtype=torch.float64), 0
     for ids in converted.documents("heldout"):
         log_q, log_p = (m(ids).logits[0, :-1].double().log_softmax(-1) for m in (model, parent))
@@ -41,7 +41,7 @@ def losses(converted: Any, model: nn.Module) -> dict[str, float]:
 
 @pytest.fixture
 def full(tiny_parent: Callable[..., Path], convert: Callable[..., Any]) -> Any:
-    """Three of four layers converted, to half of the parent's active parameters or so."""
+    """Three of four layers converted, to about half of the parent's active parameters."""
     parent = tiny_parent("llama", num_hidden_layers=4)
     shape = {"layers": [1, 2, 3], "d_thin": 16, "num_blocks": 4, "top_k": 1}
     return convert(parent, receipt="full", **shape)
@@ -76,7 +76,7 @@ def test_figures_are_those_of_models_built_by_hand(full: Any) -> None:
 
 
 @torch.no_grad()
-def test_pruning_leaves_out_the_layers_that_turn_the_residual_least(full: Any) -> None:
+def test_pruning_drops_the_layers_that_rotate_the_residual_least(full: Any) -> None:
     states: list[list[torch.Tensor]] = [[] for _ in range(5)]
     parent = full.parent_model()
     parent.model.norm = nn.Identity()  # else the last state is normalised
@@ -84,9 +84,9 @@ def test_pruning_leaves_out_the_layers_that_turn_the_residual_least(full: Any) -
         for i, state in enumerate(parent(ids, output_hidden_states=True).hidden_states):
             states[i].append(state[0])
     x = [torch.cat(parts) for parts in states]
-    turned = [1 - torch.cosine_similarity(a, b, dim=-1).mean() for a, b in pairwise(x)]
+    rotation = [1 - torch.cosine_similarity(a, b, dim=-1).mean() for a, b in pairwise(x)]
     dropped = full.receipt["baselines"]["depth_pruned"]["layers"]
-    assert set(dropped) == set(torch.stack(turned).argsort()[: len(dropped)].tolist())
+    assert set(dropped) == set(torch.stack(rotation).argsort()[: len(dropped)].tolist())
 
 
 def test_a_student_as_large_as_its_parent_is_not_compared_with_a_pruned_one(
@@ -98,7 +98,7 @@ def test_a_student_as_large_as_its_parent_is_not_compared_with_a_pruned_one(
 
 
 def test_routing_figures_agree_with_each_other(full: Any) -> None:
-    """Every visit counts once in its block's error, so the blocks' mean is the layer's."""
+    """Each visit counts once in its block's error: their load-weighted mean is the layer's."""
     for row in full.receipt["layers"][1:]:
         routing = row["routing"]
         assert sum(routing["load_share"]) == pytest.approx(1)
@@ -125,14 +125,14 @@ def test_continuations_are_the_models_own(full: Any) -> None:
             assert sample["prompt"] + sample[name] == whole
 
 
-def test_without_a_tokenizer_there_is_nothing_to_read(
+def test_without_a_tokenizer_there_are_no_continuations(
     tiny_parent: Callable[..., Path], convert: Callable[..., Any]
 ) -> None:
     parent = tiny_parent("llama", num_hidden_layers=1, tokenizer=False)
     assert convert(parent, receipt="full").receipt["continuations"] is None
 
 
-def test_a_short_receipt_measures_none_of_it(
+def test_a_short_receipt_has_no_comparison(
     tiny_parent: Callable[..., Path], convert: Callable[..., Any]
 ) -> None:
     found = convert(tiny_parent("llama", num_hidden_layers=1)).receipt
@@ -143,7 +143,7 @@ def test_a_short_receipt_measures_none_of_it(
 def test_text_without_a_predicted_token_is_refused(
     tmp_path: Path, tiny_parent: Callable[..., Path], workshop: Any
 ) -> None:
-    """By calibration, and by a conversion that is given an older one."""
+    """By calibration, and by a conversion with an older calibration."""
     folder = tiny_parent("llama")
     parent, data = open_parent(folder), tmp_path / "single.jsonl"
     data.write_text("".join(json.dumps({"input_ids": [3 + i % 90]}) + "\n" for i in range(128)))

@@ -1,4 +1,4 @@
-"""What stops a conversion, and that nothing is left of a stopped one."""
+"""Conversions that are refused or fail, and that they leave no files."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from molcli.stages.upcycle import run, upcycle
 
 
 def refusal(parent: Path, calibration: Path | None, out: Path, **options: Any) -> MolError:
-    """Of a conversion that leaves nothing at `out`, and does not reach the first layer."""
+    """The error of a conversion that writes nothing and does not reach the first layer."""
     steps: list[int] = []
 
     def progress(done: int, total: int | None, note: str = "") -> None:
@@ -67,7 +67,7 @@ def test_no_calibration(tmp_path: Path, tiny_parent: Callable[..., Path]) -> Non
 def test_a_calibration_of_another_parent(
     tmp_path: Path, tiny_parent: Callable[..., Path], workshop: Any
 ) -> None:
-    """Of the same shape, even."""
+    """Even if both parents have the same shape."""
     one, other = tiny_parent("llama", tie_word_embeddings=False), tiny_parent("mistral")
     shutil.copytree(one, tmp_path / "tuned")
     shard = tmp_path / "tuned" / "model.safetensors"
@@ -147,7 +147,9 @@ def test_a_damaged_calibration(
     assert "molcli calibrate" in error.allowed
 
 
-def test_a_taken_output(tmp_path: Path, tiny_parent: Callable[..., Path], workshop: Any) -> None:
+def test_an_output_folder_that_is_not_empty(
+    tmp_path: Path, tiny_parent: Callable[..., Path], workshop: Any
+) -> None:
     parent, out = tiny_parent("llama"), tmp_path / "out"
     out.mkdir()
     (out / "mine").write_text("untouched")
@@ -161,7 +163,7 @@ def test_too_little_disk(
     workshop: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The parent is 0.3 MB; its conversion does not fit into what is left."""
+    """The parent has 0.3 MB; its conversion is larger than the free space."""
     parent = tiny_parent("llama")
     calibration = workshop.calibration(parent)
     usage = namedtuple("usage", "total used free")
@@ -169,13 +171,13 @@ def test_too_little_disk(
     assert "GB free" in refusal(parent, calibration, tmp_path / "out").found
 
 
-def test_a_run_that_fails_half_way_leaves_nothing(
+def test_a_run_that_fails_half_way_leaves_no_files(
     tmp_path: Path,
     tiny_parent: Callable[..., Path],
     workshop: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """And the next one starts anew."""
+    """And the next run converts the parent from the start."""
     parent = tiny_parent("llama")
     calibration, real = workshop.calibration(parent), run.fit_layer
 

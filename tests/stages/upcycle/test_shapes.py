@@ -1,4 +1,4 @@
-"""The shapes a recipe can ask for, layer by layer and block by block."""
+"""The shapes, kinds of layers and mixers that a recipe can set."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +12,8 @@ from molcli.families.parent import open_parent
 
 GRID = [  # num_blocks, num_shared_blocks, top_k, d_thin
     (5, 1, 2, 32),
-    (5, 0, 3, 32),  # no shared block; families of 2, 2 and 1 clones
-    (15, 1, 3, 16),  # families of 5, 5 and 4 clones
+    (5, 0, 3, 32),  # no shared block; groups of 2, 2 and 1 clones
+    (15, 1, 3, 16),  # groups of 5, 5 and 4 clones
     (5, 0, 5, 16),  # every routed block on every token
     (4, 2, 1, 32),  # two shared blocks
     (2, 2, 0, 32),  # nothing routed
@@ -55,16 +55,16 @@ def test_every_shape_fits_and_generates(
         assert layer.routed is layer.router is None
     ids = torch.arange(5, 45)[None]
     assert model.generate(ids, max_new_tokens=3, min_new_tokens=3).shape == (1, 43)
-    # That of no layer at all is 1. Later layers inherit errors, of which random text has many.
+    # 1 is the error of a layer that adds nothing. Later layers also inherit earlier errors.
     assert converted.receipt["layers"][0]["delta_error"] < 1
 
 
 @pytest.mark.parametrize("method, error", [("fitted", 1e-8), ("svd", 1)])
-def test_a_shared_block_with_all_of_the_parent_leaves_nothing_to_the_routed(
+def test_a_shared_block_of_the_parents_shape_is_fitted_exactly(
     method: str, error: float, tiny_parent: Callable[..., Path], convert: Callable[..., Any]
 ) -> None:
-    """A fit finds the parent. A projection gives a routed block half of what it holds, too; no
-    layer at all would have an error of 1."""
+    """By a fit. A projection also divides heads and neurons between shared and routed blocks; a
+    layer that adds nothing would have an error of 1."""
     whole = {"d_thin_shared": 64, "d_ff_thin_shared": 96, "num_heads_shared": 4}
     routed = {"num_blocks": 3, "top_k": 1, "d_thin": 16, "d_ff_thin": 8, "num_heads_thin": 1}
     parent = tiny_parent("llama", num_hidden_layers=1)
@@ -93,7 +93,7 @@ def test_a_shared_block_with_all_of_the_parent_leaves_nothing_to_the_routed(
         (24, {"num_blocks": 1, "top_k": 0}, 48),  # the nearest multiple, 72, is past the width
     ],
 )
-def test_of_blocks_alike_the_default_width_is_the_active_ones_share(
+def test_the_default_width_of_equal_blocks_is_d_model_over_the_active_blocks(
     head_dim: int,
     options: dict[str, Any],
     d_thin: int,
@@ -101,14 +101,14 @@ def test_of_blocks_alike_the_default_width_is_the_active_ones_share(
     convert: Callable[..., Any],
 ) -> None:
     parent = tiny_parent("qwen3", head_dim=head_dim, num_hidden_layers=1)
-    alike = {"d_thin": None, "d_ff_thin": 24}
-    config = convert(parent, **options | alike).model().config
+    equal = {"d_thin": None, "d_ff_thin": 24}
+    config = convert(parent, **options | equal).model().config
     assert (config.d_thin, config.d_ff_thin) == (d_thin, 24)
     assert config.num_blocks_per_tok == min(2, config.num_routed_blocks)
     assert config.num_heads_thin == round(4 * d_thin / 64)
 
 
-def test_a_preset_alone_converts_to_blocks_that_differ(
+def test_a_preset_alone_gives_shared_blocks_another_shape(
     tiny_parent: Callable[..., Path], convert: Callable[..., Any]
 ) -> None:
     parent = tiny_parent("llama", intermediate_size=512, num_hidden_layers=2)
@@ -138,7 +138,7 @@ def test_layers_that_are_kept_are_the_parents_bits(
     before, _, after = converted.receipt["layers"]
     assert before["delta_error"] == before["residual_error"] == 0
     assert "retained_energy" not in before
-    assert after["residual_error"] > 0  # the error of layer 1 goes on
+    assert after["residual_error"] > 0  # includes the error of layer 1
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_layers_that_are_kept_are_the_parents_bits(
         ([0, 2], "every:2", ["mixture, attention", "dense, attention", "mixture, gated_deltanet"]),
     ],
 )
-def test_the_mixers_are_those_asked_for(
+def test_the_mixers_are_those_of_the_recipe(
     layers: Any,
     deltanet: Any,
     labels: list[str],
@@ -171,10 +171,10 @@ def test_the_mixers_are_those_asked_for(
 
 
 @pytest.mark.parametrize("budget, mixer", [(0.0, "none"), (1.0, "all")])
-def test_auto_with_all_or_nothing_to_spend(
+def test_auto_with_a_budget_of_all_or_no_layers(
     budget: float, mixer: str, tiny_parent: Callable[..., Path], convert: Callable[..., Any]
 ) -> None:
-    """The very weights of that mixer alone: measuring left no trace."""
+    """The same bits as with that mixer for all layers: measuring changes no weight."""
     folder = tiny_parent("llama")
     auto = convert(folder, gated_deltanet="auto", gated_deltanet_budget=budget)
     alone = convert(folder, gated_deltanet=mixer)
@@ -182,7 +182,7 @@ def test_auto_with_all_or_nothing_to_spend(
     assert auto.model().config.layer_labels == alone.model().config.layer_labels
 
 
-def test_auto_takes_the_layers_that_cost_least(
+def test_auto_chooses_the_cheapest_layers_for_gated_deltanet(
     tiny_parent: Callable[..., Path], convert: Callable[..., Any]
 ) -> None:
     folder = tiny_parent("llama", num_hidden_layers=4)
@@ -190,51 +190,51 @@ def test_auto_takes_the_layers_that_cost_least(
     rows = converted.receipt["layers"]
     assert "gated_deltanet_kl" not in rows[2]
     costs = {row["layer"]: row["gated_deltanet_kl"] for row in rows if row["layer"] != 2}
-    taken = {row["layer"] for row in rows if row["kind"].endswith("gated_deltanet")}
-    assert len(taken) == 2  # half of three, rounded
-    assert max(costs[i] for i in taken) < min(costs[i] for i in costs.keys() - taken)
+    chosen = {row["layer"] for row in rows if row["kind"].endswith("gated_deltanet")}
+    assert len(chosen) == 2  # half of three, rounded
+    assert max(costs[i] for i in chosen) < min(costs[i] for i in costs.keys() - chosen)
 
 
-def test_auto_converts_the_layers_that_cost_least(
+def test_auto_converts_the_cheapest_layers(
     tiny_parent: Callable[..., Path], convert: Callable[..., Any]
 ) -> None:
-    """As if they had been named: measuring left no trace. every:N counts among them."""
+    """The same bits as with a list of these layers. every:N counts the converted layers."""
     folder = tiny_parent("llama", num_hidden_layers=4)
     auto = convert(folder, layers="auto", gated_deltanet="every:2", d_thin=32)
     rows = auto.receipt["layers"]
     costs = {row["layer"]: row["alone_kl"] for row in rows}
-    taken = sorted(row["layer"] for row in rows if row["kind"].startswith("mixture"))
-    assert taken == sorted(sorted(costs, key=costs.__getitem__)[:2])
-    assert [rows[i]["kind"] for i in taken] == ["mixture, attention", "mixture, gated_deltanet"]
-    named = convert(folder, layers=taken, gated_deltanet="every:2", d_thin=32)
+    chosen = sorted(row["layer"] for row in rows if row["kind"].startswith("mixture"))
+    assert chosen == sorted(sorted(costs, key=costs.__getitem__)[:2])
+    assert [rows[i]["kind"] for i in chosen] == ["mixture, attention", "mixture, gated_deltanet"]
+    named = convert(folder, layers=chosen, gated_deltanet="every:2", d_thin=32)
     assert auto.weights == named.weights
     assert auto.model().config.layer_labels == named.model().config.layer_labels
 
 
-def test_auto_may_convert_nothing(
+def test_auto_can_convert_no_layer(
     tiny_parent: Callable[..., Path], convert: Callable[..., Any]
 ) -> None:
     auto = convert(tiny_parent("llama"), layers="auto", layers_budget=0.0)
     assert set(auto.model().config.layer_structures) == {"dense"}
 
 
-def families(routed: int, top_k: int) -> list[int]:
-    """The family of each routed block: neighbours, the first ones larger by the remainder."""
+def groups(routed: int, top_k: int) -> list[int]:
+    """The group of each routed block: adjacent ones, the first groups larger by the remainder."""
     sizes = [routed // top_k + (i < routed % top_k) for i in range(top_k)]
     return [i for i, size in enumerate(sizes) for _ in range(size)]
 
 
 @pytest.mark.parametrize("num_blocks, top_k", [(7, 2), (7, 3), (3, 2)])
 @torch.no_grad()
-def test_a_token_visits_one_clone_of_every_family(
+def test_a_token_visits_one_clone_of_every_group(
     num_blocks: int, top_k: int, tiny_parent: Callable[..., Path], convert: Callable[..., Any]
 ) -> None:
-    """Those of its cluster, with equal weights."""
+    """The clones of its cluster, with equal weights."""
     converted = convert(tiny_parent("llama"), num_blocks=num_blocks, top_k=top_k, d_thin=16)
-    model, family = converted.model(), torch.tensor(families(num_blocks - 1, top_k))
+    model, group = converted.model(), torch.tensor(groups(num_blocks - 1, top_k))
     clones = (num_blocks - 1) // top_k
     for routing in model(torch.randint(3, 120, (4, 32))).routing:
-        visited = family[routing.blocks].sort(-1).values
+        visited = group[routing.blocks].sort(-1).values
         assert torch.equal(visited, torch.arange(top_k).expand_as(visited))
         cluster = routing.blocks % clones
         assert torch.equal(cluster, cluster[:, :1].expand_as(cluster))
@@ -242,14 +242,14 @@ def test_a_token_visits_one_clone_of_every_family(
 
 
 @torch.no_grad()
-def test_families_of_uneven_size_are_still_all_visited(
+def test_groups_of_uneven_size_are_still_all_visited(
     tiny_parent: Callable[..., Path], convert: Callable[..., Any]
 ) -> None:
-    """Clones of 5, 5 and 4: a cluster without one borrows the next cluster's."""
+    """Clones of 5, 5 and 4: tokens of a cluster without a clone visit another cluster's."""
     converted = convert(tiny_parent("llama"), num_blocks=15, top_k=3, d_thin=16)
-    model, family = converted.model(), torch.tensor(families(14, 3))
+    model, group = converted.model(), torch.tensor(groups(14, 3))
     for routing in model(torch.randint(3, 120, (8, 32))).routing:
-        visited = family[routing.blocks].sort(-1).values
+        visited = group[routing.blocks].sort(-1).values
         every = (visited == torch.arange(3)).all(-1).float().mean()
         assert every > 0.97  # but for tokens between two clusters
 

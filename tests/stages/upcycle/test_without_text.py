@@ -1,4 +1,4 @@
-"""Conversions that look at no text."""
+"""Conversions that need no text."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +23,7 @@ def convert(parent: Path, out: Path, **options: Any) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(autouse=True)
 def no_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of text from the parent, which is what those without data would wait for."""
+    """Fail where text would be sampled from the parent."""
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("text was asked for")
@@ -35,7 +35,7 @@ def no_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_blocks_that_are_not_fitted_need_no_text(
     method: str, tmp_path: Path, tiny_parent: Callable[..., Path]
 ) -> None:
-    """And are what they are with text, but for the routers and what these send them."""
+    """Two conversions are equal, and kept layers are the parent's."""
     parent = tiny_parent("llama")
     one = convert(parent, tmp_path / "one", method=method, layers=[1])
     again = convert(parent, tmp_path / "two", method=method, layers=[1])
@@ -47,13 +47,15 @@ def test_blocks_that_are_not_fitted_need_no_text(
     assert all(torch.equal(one[f"model.layers.0.{name}"], x) for name, x in kept.items())
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
     routing = model.model(torch.arange(3, 60)[None]).routing[0]
-    # A token visits one clone of either family of two.
+    # A token visits one clone of each group of two.
     assert torch.equal((routing.blocks // 2).sort(-1).values.unique(dim=0), torch.tensor([[0, 1]]))
 
 
-def test_svd_undoes_the_routers_weights(tmp_path: Path, tiny_parent: Callable[..., Path]) -> None:
+def test_svd_compensates_the_routers_weights(
+    tmp_path: Path, tiny_parent: Callable[..., Path]
+) -> None:
     """1/2 each, divided by the 2 that are chosen: thin_out is 4 times what the shared block's is,
-    where both have the same share of the parent."""
+    where both have the same part of the parent."""
     parent = tiny_parent("llama")
     options: dict[str, Any] = dict(method="svd", d_thin=64, num_heads_thin=4, d_ff_thin=96)
     found = convert(parent, tmp_path / "out", **options)
@@ -78,14 +80,14 @@ def test_a_conversion_of_no_layer_is_the_parent(
 @pytest.mark.parametrize(
     "options", [{"method": "pca"}, {}, {"method": "svd", "gated_deltanet": "auto"}]
 )
-def test_others_ask_for_text(
+def test_other_methods_need_text(
     options: dict[str, Any], tmp_path: Path, tiny_parent: Callable[..., Path]
 ) -> None:
-    with pytest.raises(AssertionError, match="text was asked for"):
+    with pytest.raises(AssertionError, match="text was sampled"):
         convert(tiny_parent("llama"), tmp_path / "out", **options)
 
 
-def test_random_blocks_leave_their_layers_unread(
+def test_random_blocks_do_not_read_the_parents_layers(
     tmp_path: Path, tiny_parent: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parent, reads = open_parent(tiny_parent("llama", num_hidden_layers=3)), []

@@ -1,4 +1,4 @@
-"""What a conversion says about itself: figures of each layer, and receipt.json."""
+"""Measure each converted layer on held-out text, and assemble receipt.json."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,30 +11,37 @@ from molcli.estimate.flops import count_flops
 from molcli.estimate.parameters import count_parameters
 from molcli.families.parent import Parent
 from molcli.fitting.calibration import Calibration
-from molcli.fitting.streams import Streams
+from molcli.fitting.residuals import Residuals
 from molcli.maths.routing_stats import count_routing, routing_margin, summarise
 from molcli.model.checkpoint import default_device
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.layers import DenseLayer, MoLLayer
 from molcli.report.machine import device_name, versions
 
-DEAD_SHARE = 0.01
+DEAD_SHARE = 0.01  # of a uniform load; blocks below it count as dead
 
 
 @torch.no_grad()
-def advance(
-    fit: Streams, heldout: Streams, dense: DenseLayer, converted: DenseLayer | MoLLayer
+def layer_figures(
+    fit: Residuals, heldout: Residuals, dense: DenseLayer, converted: DenseLayer | MoLLayer
 ) -> dict[str, Any]:
-    """Moves the held-out residuals past a layer; returns the receipt's figures for it.
+    """Move the held-out residuals past a layer, and return its figures for the receipt.
 
-    fit: past it already. converted: `dense` where the parent's layer is kept.
+    Args:
+        fit: the residuals of the text to fit on, after the layer.
+        heldout: those of the held-out text, before the layer.
+        dense: the parent's layer.
+        converted: the student's; `dense` where that is kept.
 
-    On held-out tokens, student and parent each on their own residual:
-    delta_error: mean over tokens of |student's delta - parent's|^2 / |parent's|^2, where a delta is
-    what the layer adds: 0 is exact, 1 is what leaving the layer out costs. norm_ratio: mean over
-    tokens of |student's delta| / |parent's|. residual_error: as delta_error, of the residual after
-    the layer; residual_error_fit on the tokens that blocks were fitted to. routing: see
-    `routing_figures`, None where nothing is routed.
+    Returns:
+        Figures on held-out tokens, where student and parent each have their own residual, and
+        a delta is what the layer adds.
+        delta_error: mean over tokens of |student's delta - parent's|^2 / |parent's|^2; 0 is exact,
+            1 is the error of a layer that adds nothing.
+        norm_ratio: mean over tokens of |student's delta| / |parent's|.
+        residual_error: as delta_error, of the residual after the layer; residual_error_fit on the
+            tokens that blocks were fitted to.
+        routing: `routing_figures` of a MoL layer, None where nothing is routed.
     """
     before_parent, before = heldout.parent, heldout.student
     heldout.advance(dense, converted)
@@ -52,18 +59,26 @@ def advance(
 
 
 def routing_figures(
-    layer: MoLLayer, streams: Streams, x: Tensor, errors: Tensor
+    layer: MoLLayer, residuals: Residuals, x: Tensor, errors: Tensor
 ) -> dict[str, Any] | None:
-    """Of the residual x (n, d_model) before the layer; lists have an entry per routed block.
+    """Measure how a layer routes the held-out tokens; lists have an entry per routed block.
 
-    load_share, entropy, dead_blocks: as `molcli inspect` has them. margin: `routing_margin`.
-    delta_error: mean of `errors` (n,) over the tokens that the block sees, None without any.
+    Args:
+        layer: the student's.
+        residuals: for the documents of the tokens.
+        x: (n, d_model), the student's residual before the layer.
+        errors: (n,), the delta_error of each token.
+
+    Returns:
+        None without routed blocks.
+        load_share, entropy, dead_blocks: as in `molcli inspect`. margin: `routing_margin`.
+        delta_error: mean of `errors` over the tokens that a block sees, None without any.
     """
     if layer.router is None:
         return None
     routing = layer.router(x)
     count = routing.logits.shape[1]
-    document = streams.documents()
+    document = residuals.documents()
     counts = count_routing(routing.blocks, routing.weights, document, count)
     summary = summarise(counts, dead_share=DEAD_SHARE)
     seen = errors[:, None].expand_as(routing.blocks).flatten().double()
@@ -82,16 +97,18 @@ def routing_figures(
 
 @dataclass(frozen=True)
 class Measured:
-    """layers: a row per layer (`figures.advance`, and `layer_costs` and `deltanet_costs` under
-    auto). heldout: `OutputHead.figures` of the student. baselines: `Comparison.figures`. None where
-    that was not measured."""
+    """What was measured of a conversion; None where it was not.
+
+    layers: a row per layer: its kind, `layer_figures`, and under auto the KL of `Selection`.
+    heldout: `OutputHead.losses` of the student. baselines: `Comparison.figures`.
+    """
 
     layers: list[dict[str, Any]]
     heldout: dict[str, float] | None = None
     baselines: dict[str, dict[str, Any]] | None = None
 
 
-def receipt(
+def make_receipt(
     parent: Parent,
     config: MoLConfig,
     recipe: Recipe,
@@ -100,10 +117,10 @@ def receipt(
     continuations: list[dict[str, str]] | None,
     seconds: float,
 ) -> dict[str, Any]:
-    """Plain values.
+    """Assemble receipt.json as plain values.
 
-    parameters, flops (a token, `count_flops`): of the student, total and active, and the parent's.
-    calibration: what it wrote about itself, with hashes of parent and data.
+    parameters, flops (per token, `count_flops`): of the student, total and active, and of the
+    parent. calibration: the contents of calibration.json, with hashes of parent and data.
     """
     dense = MoLConfig(**parent.mol_config_kwargs())
     count = count_parameters(config)
