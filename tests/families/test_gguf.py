@@ -172,7 +172,8 @@ def test_the_file_is_parsed_once(tiny_parent, tmp_path: Path, monkeypatch) -> No
     parsed = []
 
     def count(self: gguf.GGUFReader, source: Path) -> None:
-        parsed.append(source)
+        if type(self) is not reader:  # transformers 5.17 reads its tokenizer with the class itself
+            parsed.append(source)
         parse(self, source)
 
     monkeypatch.setattr(reader, "__init__", count)
