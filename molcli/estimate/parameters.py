@@ -48,7 +48,8 @@ def _dense_layer(config: Architecture, kind: str) -> int:
         mixer = _gated_deltanet(config.hidden_size, heads, config.head_dim)
     else:
         mixer = _softmax_attention(config, config.hidden_size, heads, kv_heads)
-    return mixer + _mlp_and_norms(config, config.hidden_size, config.intermediate_size)
+    mlp = _mlp_and_norms(config, config.hidden_size, config.intermediate_size)
+    return mixer + mlp + config.output_norms * 2 * config.hidden_size
 
 
 def _thin_block(config: Architecture, shape: BlockShape, mixer: str) -> int:
@@ -58,14 +59,16 @@ def _thin_block(config: Architecture, shape: BlockShape, mixer: str) -> int:
     else:
         inner = _softmax_attention(config, width, heads, shape.num_kv_heads)
     projections = 2 * config.hidden_size * width  # thin_in and thin_out
-    return projections + inner + _mlp_and_norms(config, width, shape.d_ff)
+    mlp = _mlp_and_norms(config, width, shape.d_ff)
+    return projections + inner + mlp + config.output_norms_thin * 2 * width
 
 
 def _softmax_attention(config: Architecture, width: int, heads: int, kv_heads: int) -> int:
     q, kv = heads * config.head_dim, kv_heads * config.head_dim
     weights = 2 * q * width + 2 * kv * width  # q and o, k and v
     biases = config.attention_bias * (q + 2 * kv) + config.attention_out_bias * width
-    return weights + biases + config.qk_norm * 2 * config.head_dim
+    norms = q + kv if config.qk_norm_full_width else 2 * config.head_dim
+    return weights + biases + config.qk_norm * norms
 
 
 def _gated_deltanet(width: int, heads: int, head_dim: int) -> int:
@@ -75,4 +78,4 @@ def _gated_deltanet(width: int, heads: int, head_dim: int) -> int:
 
 
 def _mlp_and_norms(config: Architecture, width: int, neurons: int) -> int:
-    return (3 if config.mlp_gated else 2) * width * neurons + 2 * width
+    return (3 if config.mlp_gated else 2) * width * neurons + config.pre_norms * 2 * width

@@ -38,4 +38,9 @@ class Olmo2(Family):
         return _NORMS | ATTENTION | GATED_FFN | biases
 
     def layer_config(self, config: PreTrainedConfig) -> dict[str, Any]:
-        return {"pre_norms": False, "output_norms": True, "qk_norm": "full"}
+        return {
+            "pre_norms": False,
+            "output_norms": True,
+            "qk_norm": True,
+            "qk_norm_full_width": True,
+        }

@@ -30,6 +30,12 @@ Method = Literal["random", "svd", "pca"]
 METHODS: tuple[Method, ...] = ("random", "svd", "pca")
 
 
+def methods_for(config: MoLConfig) -> tuple[Method, ...]:
+    """Those that can start this model. "svd" and "pca" project linear maps, and a norm behind
+    attention and FFN is none: thin blocks have no such norm."""
+    return ("random",) if config.output_norms else METHODS
+
+
 @dataclass(frozen=True)
 class ParentLayer:
     """What baselines are made from: layer `index` of the parent.
@@ -107,6 +113,8 @@ def _untrained(config: MoLConfig, index: int, seed: int) -> MoLLayer:
     alone = copy.deepcopy(config)
     alone.vocab_size, alone.num_hidden_layers = 1, 1
     alone.layer_kinds = [config.layer_kinds[index]]
+    if config.sliding_windows is not None:
+        alone.sliding_windows = [config.sliding_windows[index]]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layer = MoLModel(alone).layers[0]

@@ -45,8 +45,8 @@ def copy_layer(config: MoLConfig, index: int, parent: DenseLayer) -> FittedLayer
 
 def copied_tensors(parent: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of `copy_layer`, of those of a dense layer, in their dtype."""
-    norm = parent["block.input_norm"]
-    eye = torch.eye(norm.shape[-1], dtype=norm.dtype, device=norm.device)[None]
+    weight = parent["block.mixer.o_proj"]
+    eye = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)[None]
     thin = {"shared.thin_in": eye, "shared.thin_out": eye.clone()}
     return thin | {f"shared.{name}": tensor for name, tensor in parent.items()}
 
@@ -86,7 +86,7 @@ def fit_layer(
     shared, routed = parts[: config.num_shared_blocks], parts[config.num_shared_blocks :]
     families = []
     if layer.shared is not None:
-        spec = replace(config.shared_spec(), num_blocks=1)
+        spec = replace(config.shared_spec(index), num_blocks=1)
         for i, part in enumerate(shared):
             families.append(Family(_blocks(layer.shared, i, spec, config), part, task))
     if layer.routed is not None and layer.router is not None:

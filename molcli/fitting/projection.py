@@ -32,8 +32,13 @@ def reading_gram(block: BlockStack, part: Part) -> Tensor:
     attention = torch.cat([mixer.q_proj[0, q], mixer.k_proj[0, kv], mixer.v_proj[0, kv]])
     mlp_reads = torch.cat([mlp.gate_proj[0, neurons], mlp.up_proj[0, neurons]])
     return trace_normalised_sum(
-        (attention * block.input_norm).double(), (mlp_reads * block.post_norm).double()
+        _folded(attention, block.input_norm), _folded(mlp_reads, block.post_norm)
     )
+
+
+def _folded(weight: Tensor, norm: Tensor | None) -> Tensor:
+    """weight: (out, d_model), norm: (1, d_model) or None -> their product, float64."""
+    return weight.double() if norm is None else weight.double() * norm.double()
 
 
 @dataclass(frozen=True)
@@ -71,13 +76,12 @@ class FoldedWeights:
             "kv": head_rows(part.kv_heads, mixer.head_dim, device),
             "ff": torch.tensor(part.neurons, device=device),
         }
-        attention_norm, mlp_norm = block.input_norm.double(), block.post_norm.double()
         self.q, self.k, self.v = (
-            getattr(mixer, f"{name}_proj")[0, self.index[rows]].double() * attention_norm
+            _folded(getattr(mixer, f"{name}_proj")[0, self.index[rows]], block.input_norm)
             for name, rows in (("q", "q"), ("k", "kv"), ("v", "kv"))
         )
         self.gate, self.up = (
-            weight[0, self.index["ff"]].double() * mlp_norm
+            _folded(weight[0, self.index["ff"]], block.post_norm)
             for weight in (block.mlp.gate_proj, block.mlp.up_proj)
         )
         of_head, of_neuron = (
@@ -126,6 +130,7 @@ def project(stack: ThinBlocks, blocks: slice, share: FoldedWeights, bases: Bases
         x.unflatten(0, (-1, source.head_dim)).repeat_interleave(copies, dim=0).flatten(0, 1)
         for x in (share.k, share.v)
     )
+    assert block.input_norm is not None and block.post_norm is not None
     values = [
         (stack.thin_in, read.mT),
         (stack.thin_out, write),

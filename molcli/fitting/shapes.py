@@ -188,7 +188,20 @@ def converted_config(dense: dict[str, Any], options: UpcycleConfig) -> MoLConfig
         heads = options.num_heads_shared
         changed["num_heads_shared"] = heads
         changed["num_kv_heads_shared"] = thin_kv_heads(heads, shape.heads, shape.kv_heads)
-    return MoLConfig(**(dense | changed))
+    config = MoLConfig(**(dense | changed))
+    if options.method in ("svd", "pca") and config.output_norms:
+        raise MolError(
+            f"`upcycle.method` is {options.method}, but the parent has norms behind attention and "
+            "FFN, through which weights cannot be projected",
+            allowed="fitted or random, for such a parent",
+            hint="--set upcycle.method=fitted",
+        )
+    if options.method == "fitted" and config.num_blocks == 1:
+        whole = replace(config.dense_spec(), output_norms=False)
+        # A copy of the parent's layers has their norms; fitted blocks have none behind mixer and
+        # FFN, since what they are fitted to has passed those of the parent.
+        config.output_norms_thin = config.output_norms and config.shared_spec() == whole
+    return config
 
 
 def middle_layers(count: int, share: float) -> range:

@@ -66,7 +66,7 @@ def open_streams(
 ) -> Streams:
     """The residuals before the first layer: the embeddings, the same for both."""
     ids = rows.input_ids.flatten().long()
-    x = F.embedding(ids, embedding).to(device, torch.float32)
+    x = F.embedding(ids, embedding).to(device, torch.float32) * config.embedding_scale
     return Streams(rows, chunk_text(config, rows, device), x, x)
 
 

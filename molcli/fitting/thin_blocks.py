@@ -123,8 +123,9 @@ class Family:
         # After the norms every thin coordinate has the same size, whatever its share of the
         # residual.
         scale = (basis.variances.mean() / basis.variances).clamp(max=MAX_NORM_WEIGHT**2).sqrt()
-        block.input_norm.copy_(scale)
-        block.post_norm.copy_(scale)
+        for norm in (block.input_norm, block.post_norm):
+            if norm is not None:
+                norm.copy_(scale)
         self._fit_heads()
         # A first output projection gives the FFN what it reads in the parent: the residual with the
         # whole layer's attention added, as far as this block's heads can tell.
@@ -202,9 +203,10 @@ class Family:
         if isinstance(mixer, GatedDeltaNet):
             set_gated_deltanet(mixer, self._sites(), lambda samples: task.regress(samples))
             return
-        for name in ("q_norm", "k_norm"):
-            if getattr(mixer, name) is not None:
-                getattr(mixer, name).copy_(getattr(task.teacher.mixer, name))
+        for name, heads in (("q", self.part.heads), ("k", kv_heads)):
+            norm = getattr(mixer, f"{name}_norm")
+            if norm is not None:
+                norm.copy_(task.teacher.head_norm(name, heads))
         if mixer.o_bias is not None:
             mixer.o_bias.zero_()
 

@@ -1,5 +1,7 @@
 """B independent pre-norm Transformer blocks with stacked weights, run side by side on rows."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
@@ -35,7 +37,11 @@ class Attention(nn.Module):
 
     def __init__(self, spec: BlockSpec, config: MoLConfig) -> None:
         super().__init__()
-        self.head_dim, self.eps = spec.head_dim, config.rms_norm_eps
+        self.head_dim, self.eps, self.window = spec.head_dim, config.rms_norm_eps, spec.window
+        # Of each rotary base there are cosines and sines, side by side: the local base's last.
+        self.rotary_bases = 1 if config.rope_theta_local is None else 2
+        self.rotary_base = int(spec.local_rotary)
+        self.qk_norm_full_width = config.qk_norm_full_width
         b, d = spec.num_blocks, spec.width
         q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         self.q_proj = nn.Parameter(torch.empty(b, q, d))
@@ -47,8 +53,8 @@ class Attention(nn.Module):
             ("k_bias", kv, config.attention_bias),
             ("v_bias", kv, config.attention_bias),
             ("o_bias", d, config.attention_out_bias),
-            ("q_norm", spec.head_dim, config.qk_norm),
-            ("k_norm", spec.head_dim, config.qk_norm),
+            ("q_norm", q if config.qk_norm_full_width else spec.head_dim, config.qk_norm),
+            ("k_norm", kv if config.qk_norm_full_width else spec.head_dim, config.qk_norm),
         ):
             self.register_parameter(name, nn.Parameter(torch.empty(b, size)) if wanted else None)
         self.q_bias: nn.Parameter | None
@@ -66,7 +72,7 @@ class Attention(nn.Module):
         stream: TokenStream,
         state: AttentionState | None,
     ) -> Tensor:
-        """x: (M, d) normalised rows; rotary: cos and sin, (n, r) -> (M, d)."""
+        """x: (M, d) normalised rows; rotary: cos and sin, (n, bases * r) -> (M, d)."""
         out = self.heads(x, rows, rotary, stream, state)
         return grouped_linear(out.flatten(1), self.o_proj, rows, self.o_bias)
 
@@ -81,19 +87,38 @@ class Attention(nn.Module):
         """What the heads read, before the output projection. x: (M, d) -> (M, h, head_dim)."""
         weights = (self.q_proj, self.k_proj, self.v_proj)
         biases = (self.q_bias, self.k_bias, self.v_bias)
-        q, k, v = (
-            z.unflatten(1, (-1, self.head_dim)) for z in grouped_linears(x, weights, rows, biases)
-        )
-        if self.q_norm is not None and self.k_norm is not None:
+        q, k, v = grouped_linears(x, weights, rows, biases)
+        if self.qk_norm_full_width:
+            q, k = self.norm_full_width(q, k, rows.per_row)
+        q, k, v = (z.unflatten(1, (-1, self.head_dim)) for z in (q, k, v))
+        if not self.qk_norm_full_width and self.q_norm is not None and self.k_norm is not None:
             q = rms_norm(q, rows.per_row(self.q_norm)[:, None], self.eps)
             k = rms_norm(k, rows.per_row(self.k_norm)[:, None], self.eps)
-        cos, sin = (rows.gather(x) for x in rotary)
+        cos, sin = (rows.gather(self.of_own_base(x)) for x in rotary)
         q, k, v = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype), v
-        if state is None:
+        fresh = state is None or state.empty
+        if state is not None:
+            state.append(k, v, rows, stream)
+            if not fresh:
+                return state.attend(q, rows, stream, self.window)
+        if self.window is None or stream.length <= self.window:
             return segment_attention(q, k, v, rows)
-        fresh = state.empty
-        state.append(k, v, rows, stream)
-        return segment_attention(q, k, v, rows) if fresh else state.attend(q, rows, stream)
+        return segment_attention(q, k, v, rows, self.window, stream.time[rows.tokens])
+
+    def norm_full_width(
+        self, q: Tensor, k: Tensor, per_row: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """RMSNorm over all heads of a block. q: (M, h * head_dim), k: (M, kv * head_dim).
+
+        per_row: gives each row its block's weight, (B, ...) -> (M, ...).
+        """
+        assert self.q_norm is not None and self.k_norm is not None
+        q = rms_norm(q, per_row(self.q_norm), self.eps)
+        return q, rms_norm(k, per_row(self.k_norm), self.eps)
+
+    def of_own_base(self, x: Tensor) -> Tensor:
+        """x: cosines or sines, (n, bases * r) -> (n, r), those of this layer's rotary base."""
+        return x if self.rotary_bases == 1 else x.chunk(2, dim=-1)[self.rotary_base]
 
 
 class FeedForward(nn.Module):
@@ -123,13 +148,27 @@ class FeedForward(nn.Module):
 
 
 class BlockStack(nn.Module):
-    """What x + mixer(norm(x)), then + mlp(norm(.)), adds to x, for every block on its own rows."""
+    """What x + mixer(norm(x)), then + mlp(norm(.)), adds to x, for every block on its own rows.
+
+    With output norms, mixer and mlp add an RMSNorm of their output. Norms that the configuration
+    leaves out are None.
+    """
 
     def __init__(self, spec: BlockSpec, config: MoLConfig) -> None:
         super().__init__()
         self.eps = config.rms_norm_eps
-        self.input_norm = nn.Parameter(torch.empty(spec.num_blocks, spec.width))
-        self.post_norm = nn.Parameter(torch.empty(spec.num_blocks, spec.width))
+        shape = spec.num_blocks, spec.width
+        for name, wanted in (
+            ("input_norm", config.pre_norms),
+            ("post_norm", config.pre_norms),
+            ("mixer_out_norm", spec.output_norms),
+            ("mlp_out_norm", spec.output_norms),
+        ):
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)) if wanted else None)
+        self.input_norm: nn.Parameter | None
+        self.post_norm: nn.Parameter | None
+        self.mixer_out_norm: nn.Parameter | None
+        self.mlp_out_norm: nn.Parameter | None
         self.mixer: Attention | GatedDeltaNet
         if spec.mixer == "gated_deltanet":
             self.mixer = GatedDeltaNet(spec, config)
@@ -158,12 +197,15 @@ class BlockStack(nn.Module):
         state: AttentionState | RecurrentState | None,
     ) -> Tensor:
         """What the mixer adds to x (M, width)."""
-        return self.mixer(self.norm(x, self.input_norm, rows), rows, rotary, stream, state)
+        mixed = self.mixer(self.norm(x, self.input_norm, rows), rows, rotary, stream, state)
+        return self.norm(mixed, self.mixer_out_norm, rows)
 
     def feed(self, x: Tensor, rows: PackedRows) -> Tensor:
         """What the FFN adds to x (M, width), in which the mixer's share is already."""
-        return self.mlp(self.norm(x, self.post_norm, rows), rows)
+        return self.norm(
+            self.mlp(self.norm(x, self.post_norm, rows), rows), self.mlp_out_norm, rows
+        )
 
-    def norm(self, x: Tensor, weight: Tensor, rows: PackedRows) -> Tensor:
-        """RMSNorm with each block's own weight. x: (M, width), weight: (B, width)."""
-        return rms_norm(x, rows.per_row(weight), self.eps)
+    def norm(self, x: Tensor, weight: Tensor | None, rows: PackedRows) -> Tensor:
+        """RMSNorm with each block's own weight; x itself without one. x: (M, width)."""
+        return x if weight is None else rms_norm(x, rows.per_row(weight), self.eps)

@@ -17,7 +17,9 @@ class BlockSpec:
     """The shape of a stack of blocks that share one shape.
 
     num_blocks: blocks in the stack. width: their residual width. mixer: "softmax" or
-    "gated_deltanet". d_ff: FFN neurons. Heads are head_dim wide at every width.
+    "gated_deltanet". d_ff: FFN neurons. Heads are head_dim wide at every width. output_norms: of
+    what attention and FFN add. window: latest tokens that attention sees, None for all.
+    local_rotary: whether its rotary base is that of layers with a window.
     """
 
     num_blocks: int
@@ -27,6 +29,9 @@ class BlockSpec:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    output_norms: bool = False
+    window: int | None = None
+    local_rotary: bool = False
 
 
 class MoLConfig(PreTrainedConfig):
@@ -44,6 +49,15 @@ class MoLConfig(PreTrainedConfig):
     restrict_attention: false runs every routed block on every token and uses the K outputs.
     router_aux_loss_coef: weight of the CV^2 balance loss where router logits are asked for.
     intermediate_size, num_attention_heads, num_key_value_heads: shape of dense layers.
+    qk_norm, qk_norm_full_width: whether queries and keys pass an RMSNorm, and whether that is one
+        over all heads of a block, not one over each head.
+    pre_norms: whether attention and FFN read the residual through an RMSNorm.
+    output_norms, output_norms_thin: whether what attention and FFN add passes an RMSNorm, in dense
+        layers and in thin blocks.
+    embedding_scale: factor of the embeddings, which the output head does not have.
+    sliding_windows: per layer, how many of the latest tokens, itself included, a token's softmax
+        attention sees; None for all of them.
+    rope_theta_local: rotary base of layers with a sliding window; None for the others' base.
     Raises ValueError when the numbers contradict each other.
     """
 
@@ -64,8 +78,15 @@ class MoLConfig(PreTrainedConfig):
         attention_bias: bool = False,
         attention_out_bias: bool = False,
         qk_norm: bool = False,
+        qk_norm_full_width: bool = False,
+        pre_norms: bool = True,
+        output_norms: bool = False,
+        output_norms_thin: bool = False,
         rms_norm_eps: float = 1e-6,
         rope_parameters: dict[str, Any] | None = None,
+        rope_theta_local: float | None = None,
+        sliding_windows: list[int | None] | None = None,
+        embedding_scale: float = 1.0,
         max_position_embeddings: int = 4096,
         initializer_range: float = 0.02,
         layer_kinds: list[str] | None = None,
@@ -102,8 +123,15 @@ class MoLConfig(PreTrainedConfig):
         self.attention_bias = attention_bias
         self.attention_out_bias = attention_out_bias
         self.qk_norm = qk_norm
+        self.qk_norm_full_width = qk_norm_full_width
+        self.pre_norms = pre_norms
+        self.output_norms = output_norms
+        self.output_norms_thin = output_norms_thin
         self.rms_norm_eps = rms_norm_eps
         self.rope_parameters = rope_parameters or {"rope_type": "default", "rope_theta": 10_000.0}
+        self.rope_theta_local = rope_theta_local
+        self.sliding_windows = sliding_windows
+        self.embedding_scale = embedding_scale
         self.max_position_embeddings = max_position_embeddings
         self.initializer_range = initializer_range
         self.layer_kinds = layer_kinds or ["gated_deltanet"] * num_hidden_layers
@@ -147,8 +175,8 @@ class MoLConfig(PreTrainedConfig):
         """Whether layer `layer` is one full-width block."""
         return self.layer_kinds[layer] in DENSE_KINDS
 
-    def dense_spec(self, kind: str = "dense") -> BlockSpec:
-        """The one full-width block of a dense layer of this kind."""
+    def dense_spec(self, kind: str = "dense", layer: int = 0) -> BlockSpec:
+        """The one full-width block of a dense layer of this kind, in place of layer `layer`."""
         heads, mixer = self.num_attention_heads, DENSE_KINDS[kind]
         return BlockSpec(
             num_blocks=1,
@@ -158,17 +186,20 @@ class MoLConfig(PreTrainedConfig):
             num_heads=heads,
             num_kv_heads=self.num_key_value_heads if mixer == "softmax" else heads,
             head_dim=self.head_dim,
+            output_norms=self.output_norms,
+            **self._attention_range(layer),
         )
 
-    def shared_spec(self) -> BlockSpec:
-        """The shared thin blocks of a MoL layer."""
-        return self._thin_spec(shared_shape(self), self.num_shared_blocks, "softmax")
+    def shared_spec(self, layer: int = 0) -> BlockSpec:
+        """The shared thin blocks of MoL layer `layer`."""
+        return self._thin_spec(shared_shape(self), self.num_shared_blocks, "softmax", layer)
 
     def routed_spec(self, layer: int) -> BlockSpec:
         """The routed thin blocks of MoL layer `layer`."""
-        return self._thin_spec(routed_shape(self), self.num_routed_blocks, self.layer_kinds[layer])
+        kind = self.layer_kinds[layer]
+        return self._thin_spec(routed_shape(self), self.num_routed_blocks, kind, layer)
 
-    def _thin_spec(self, shape: BlockShape, num_blocks: int, mixer: str) -> BlockSpec:
+    def _thin_spec(self, shape: BlockShape, num_blocks: int, mixer: str, layer: int) -> BlockSpec:
         return BlockSpec(
             num_blocks=num_blocks,
             width=shape.width,
@@ -178,7 +209,14 @@ class MoLConfig(PreTrainedConfig):
             # A linear-attention state belongs to one head: keys and values are not shared.
             num_kv_heads=shape.num_kv_heads if mixer == "softmax" else shape.num_heads,
             head_dim=self.head_dim,
+            output_norms=self.output_norms_thin,
+            **self._attention_range(layer),
         )
+
+    def _attention_range(self, layer: int) -> dict[str, Any]:
+        window = None if self.sliding_windows is None else self.sliding_windows[layer]
+        local = window is not None and self.rope_theta_local is not None
+        return {"window": window, "local_rotary": local}
 
     def _check(self) -> None:
         unknown = sorted(set(self.layer_kinds) - set(LAYER_KINDS))
@@ -187,6 +225,11 @@ class MoLConfig(PreTrainedConfig):
         if len(self.layer_kinds) != self.num_hidden_layers:
             raise ValueError(
                 f"layer_kinds names {len(self.layer_kinds)} layers, "
+                f"num_hidden_layers is {self.num_hidden_layers}"
+            )
+        if self.sliding_windows and len(self.sliding_windows) != self.num_hidden_layers:
+            raise ValueError(
+                f"sliding_windows names {len(self.sliding_windows)} layers, "
                 f"num_hidden_layers is {self.num_hidden_layers}"
             )
         if not 0 <= self.num_shared_blocks <= self.num_blocks:

@@ -51,9 +51,9 @@ class ThinBlocks(nn.Module):
 class DenseLayer(GradientCheckpointingLayer):
     """An ordinary pre-norm Transformer layer: a stack of one block at full width."""
 
-    def __init__(self, config: MoLConfig, kind: str = "dense") -> None:
+    def __init__(self, config: MoLConfig, kind: str = "dense", layer: int = 0) -> None:
         super().__init__()
-        self.block = BlockStack(config.dense_spec(kind), config)
+        self.block = BlockStack(config.dense_spec(kind, layer), config)
 
     def forward(
         self,
@@ -75,7 +75,7 @@ class MoLLayer(GradientCheckpointingLayer):
         self.top_k, self.restrict_attention = config.num_blocks_per_tok, config.restrict_attention
         self.shared = self.routed = self.router = None
         if config.num_shared_blocks:
-            self.shared = ThinBlocks(config.shared_spec(), config)
+            self.shared = ThinBlocks(config.shared_spec(layer), config)
         if config.num_routed_blocks:
             self.routed = ThinBlocks(config.routed_spec(layer), config)
             self.router = Router(config.hidden_size, config.num_routed_blocks, self.top_k)
@@ -144,5 +144,5 @@ Layer = DenseLayer | MoLLayer
 def new_layer(config: MoLConfig, index: int) -> Layer:
     """Layer `index`, of the kind that the configuration says."""
     if config.is_dense(index):
-        return DenseLayer(config, config.layer_kinds[index])
+        return DenseLayer(config, config.layer_kinds[index], index)
     return MoLLayer(config, index)

@@ -16,19 +16,32 @@ from molcli.kernels.segment_attention.reference import segment_attention_referen
 __all__ = ["segment_attention", "segment_attention_reference"]
 
 # torch 2.10 says `is_causal=True` where later releases take a window.
+_PARAMETERS = inspect.signature(varlen_attn).parameters
 _CAUSAL: dict[str, Any] = (
-    {"window_size": (-1, 0)}
-    if "window_size" in inspect.signature(varlen_attn).parameters
-    else {"is_causal": True}
+    {"window_size": (-1, 0)} if "window_size" in _PARAMETERS else {"is_causal": True}
 )
 
 
-def segment_attention(q: Tensor, k: Tensor, v: Tensor, rows: PackedRows) -> Tensor:
+def segment_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: PackedRows,
+    window: int | None = None,
+    time: Tensor | None = None,
+) -> Tensor:
     """q: (M, h, d), k and v: (M, kv, d), scaled by d^-1/2 -> (M, h, d).
+
+    window: a row sees the rows of its segment that are less than this older than itself, by `time`
+    (M,), which ascends inside a segment. None for all of them. With a window, only segments of
+    which every row is there (`rows.even`) have a fast kernel on CUDA; others use the reference.
 
     On CUDA in half precision SDPA where segments are equally long, a Triton kernel where they are
     short, else one variable-length FlashAttention call; elsewhere SDPA on padded segments.
     """
+    if window is not None:
+        assert time is not None
+        return _windowed(q, k, v, rows, window, time)
     half = q.dtype in (torch.bfloat16, torch.float16)
     short = rows.max_seqlen <= LONGEST and q.shape[2] in WIDTHS
     if half and short and not rows.even and backend.on_triton(q):
@@ -45,4 +58,19 @@ def segment_attention(q: Tensor, k: Tensor, v: Tensor, rows: PackedRows) -> Tens
     length, cu = rows.max_seqlen, rows.cu_seqlens
     out = varlen_attn(q, k, v, cu, cu, length, length, **_CAUSAL)
     assert isinstance(out, Tensor)  # a pair only where auxiliary outputs are asked for
+    return out
+
+
+def _windowed(
+    q: Tensor, k: Tensor, v: Tensor, rows: PackedRows, window: int, time: Tensor
+) -> Tensor:
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    if not (q.is_cuda and half and rows.even and "window_size" in _PARAMETERS):
+        return segment_attention_reference(q, k, v, rows.cu_seqlens, window, time)
+    group = q.shape[1] // k.shape[1]
+    if group > 1:
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    length, cu = rows.max_seqlen, rows.cu_seqlens
+    out = varlen_attn(q, k, v, cu, cu, length, length, window_size=(window - 1, 0))
+    assert isinstance(out, Tensor)
     return out

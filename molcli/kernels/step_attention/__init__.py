@@ -69,16 +69,18 @@ def attend(
     filled: Tensor,
     blocks: Tensor,
     num_blocks: int,
+    window: int = 0,
 ) -> Tensor:
     """q: (R, heads, D) -> (R, heads * D). A row sees the entries of its own sequence and block up
     to time `filled`, and no later ones are read; scores are scaled by D^-1/2. The cache's shapes
-    are those of `append`; num_blocks: how many blocks share it.
+    are those of `append`; num_blocks: how many blocks share it. window: how many of the latest
+    times a row sees; 0 for all of them.
     """
     if backend.on_triton(q):
         from molcli.kernels.step_attention.triton_kernels import launch_attend
 
-        return launch_attend(q, keys, values, owners, filled, blocks, num_blocks)
-    return attend_reference(q, keys, values, owners, filled, blocks)
+        return launch_attend(q, keys, values, owners, filled, blocks, num_blocks, window)
+    return attend_reference(q, keys, values, owners, filled, blocks, window)
 
 
 @attend.register_fake
@@ -90,5 +92,6 @@ def _(
     filled: Tensor,
     blocks: Tensor,
     num_blocks: int,
+    window: int = 0,
 ) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[1] * q.shape[2])

@@ -50,13 +50,22 @@ def append_reference(
 
 
 def attend_reference(
-    q: Tensor, keys: Tensor, values: Tensor, owners: Tensor, filled: Tensor, blocks: Tensor
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    owners: Tensor,
+    filled: Tensor,
+    blocks: Tensor,
+    window: int = 0,
 ) -> Tensor:
     """Shapes as `attend`."""
     batch, length, slots, _, _ = keys.shape
     rows, heads, _ = q.shape
     exact = torch.promote_types(q.dtype, torch.float32)
-    visible = torch.arange(length, device=q.device) <= filled  # (length,)
+    time = torch.arange(length, device=q.device)
+    visible = time <= filled  # (length,)
+    if window:
+        visible = visible & (time > filled - window)
     same = blocks.view(batch, slots, 1, 1) == owners[:, None]  # (batch, slots, length, slots)
     mask = (same & visible[:, None]).flatten(2)[:, None]
     # A row that sees nothing reads zeros, not NaN.

@@ -62,16 +62,21 @@ class AttentionState(State):
         old = self.tensors
         self.tensors = {n: torch.cat([old[n], x], 1) if old else x for n, x in new.items()}
 
-    def attend(self, q: Tensor, rows: PackedRows, stream: TokenStream) -> Tensor:
+    def attend(
+        self, q: Tensor, rows: PackedRows, stream: TokenStream, window: int | None = None
+    ) -> Tensor:
         """q: (M, h, d), rows of the newest tokens -> (M, h, d). A row sees its own block's keys
-        of its own sequence, up to its own time.
+        of its own sequence, up to its own time, and of the latest `window` tokens where given.
         """
         keys, values, blocks = self.held()
         query = _by_slot(q, rows, stream, fill=0)  # (B, T', slots, h, d)
         query_block = _by_slot(rows.blocks, rows, stream, fill=-1)
         total, new = keys.shape[1], query.shape[1]
         time = torch.arange(total, device=q.device)
-        earlier = time[None, :] <= time[total - new :, None]  # (T', T)
+        distance = time[total - new :, None] - time[None, :]  # (T', T)
+        earlier = distance >= 0
+        if window is not None:
+            earlier = earlier & (distance < window)
         same = query_block[:, :, :, None, None] == blocks[:, None, None]  # (B, T', s, T, s)
         visible = same & earlier[:, None, :, None]
         q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (query, keys, values))
@@ -183,7 +188,7 @@ def cache_layers(config: MoLConfig, make: Callable[[BlockSpec, int], State]) -> 
     visited = config.num_blocks_per_tok if config.restrict_attention else config.num_routed_blocks
     layers = []
     for i, kind in enumerate(config.layer_kinds):
-        always = config.dense_spec(kind) if config.is_dense(i) else config.shared_spec()
+        always = config.dense_spec(kind, i) if config.is_dense(i) else config.shared_spec(i)
         routed = None
         if not config.is_dense(i) and config.num_routed_blocks:
             routed = make(config.routed_spec(i), visited)

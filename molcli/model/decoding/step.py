@@ -16,7 +16,7 @@ from molcli.kernels.indexed_combine import indexed_combine
 from molcli.kernels.indexed_linear import indexed_linear
 from molcli.kernels.route import route
 from molcli.kernels.step_attention import append, attend
-from molcli.model.blocks import Attention, BlockStack
+from molcli.model.blocks import Attention, BlockStack, rms_norm
 from molcli.model.decoding.cache import MoLCacheLayer, State
 from molcli.model.decoding.graphs import SideStream
 from molcli.model.decoding.static_cache import StaticStore
@@ -82,6 +82,7 @@ def _delta(block: BlockStack, x: Tensor, rows: DecodeRows, step: Step, state: St
     else:
         heads, bias = _attention_heads(mixer, x, block.input_norm, rows, step, state), mixer.o_bias
     mixed = indexed_linear(heads, [mixer.o_proj], rows, bias=bias)
+    mixed = _normed(mixed, block.mixer_out_norm, rows, block.eps)
     weights: list[Tensor] = [mlp.up_proj] if mlp.gate_proj is None else [mlp.gate_proj, mlp.up_proj]
     hidden = indexed_linear(
         x,
@@ -92,11 +93,19 @@ def _delta(block: BlockStack, x: Tensor, rows: DecodeRows, step: Step, state: St
         eps=block.eps,
         activation=mlp.activation_name,
     )
-    return indexed_linear(hidden, [mlp.down_proj], rows, residual=mixed)
+    if block.mlp_out_norm is None:
+        return indexed_linear(hidden, [mlp.down_proj], rows, residual=mixed)
+    down = indexed_linear(hidden, [mlp.down_proj], rows)
+    return mixed + _normed(down, block.mlp_out_norm, rows, block.eps)
+
+
+def _normed(x: Tensor, weight: Tensor | None, rows: DecodeRows, eps: float) -> Tensor:
+    """RMSNorm with each block's own weight; x itself without one. x: (R, width)."""
+    return x if weight is None else rms_norm(x, weight[rows.blocks], eps)
 
 
 def _deltanet_heads(
-    mixer: GatedDeltaNet, x: Tensor, norm: Tensor, rows: DecodeRows, step: Step, state: State
+    mixer: GatedDeltaNet, x: Tensor, norm: Tensor | None, rows: DecodeRows, step: Step, state: State
 ) -> Tensor:
     """x: (R, width) -> (R, h * head_dim), gated."""
     weights = [mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.g_proj, mixer.a_proj, mixer.b_proj]
@@ -116,21 +125,28 @@ def _deltanet_heads(
 
 
 def _attention_heads(
-    mixer: Attention, x: Tensor, norm: Tensor, rows: DecodeRows, step: Step, state: State
+    mixer: Attention, x: Tensor, norm: Tensor | None, rows: DecodeRows, step: Step, state: State
 ) -> Tensor:
     """x: (R, width) -> (R, h * head_dim)."""
     weights = [mixer.q_proj, mixer.k_proj, mixer.v_proj]
     projected = indexed_linear(x, list(weights), rows, norm=norm, eps=mixer.eps)
     biases = [b for b in (mixer.q_bias, mixer.k_bias, mixer.v_bias) if b is not None]
     norms = [w for w in (mixer.q_norm, mixer.k_norm) if w is not None]
+    if mixer.qk_norm_full_width:  # which the kernel, head by head, cannot do
+        sizes = [w.shape[1] for w in weights]
+        q, k, v = projected.split(sizes, dim=-1)
+        if biases:
+            q, k, v = (z + b[rows.blocks] for z, b in zip((q, k, v), biases, strict=True))
+        q, k = mixer.norm_full_width(q, k, lambda weight: weight[rows.blocks])
+        projected, biases, norms = torch.cat([q, k, v], dim=-1), [], []
     cache = [state.tensors[name] for name in ("keys", "values", "blocks")]
     filled, heads = step.store.clock.filled, mixer.q_proj.shape[1] // mixer.head_dim
     q = append(
         projected,
         biases,
         norms,
-        step.cos,
-        step.sin,
+        mixer.of_own_base(step.cos).contiguous(),
+        mixer.of_own_base(step.sin).contiguous(),
         *cache,
         filled,
         rows.blocks,
@@ -138,4 +154,4 @@ def _attention_heads(
         heads,
         mixer.eps,
     )
-    return attend(q, *cache, filled, rows.blocks, rows.num_blocks)
+    return attend(q, *cache, filled, rows.blocks, rows.num_blocks, mixer.window or 0)

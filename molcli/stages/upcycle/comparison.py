@@ -11,7 +11,7 @@ from torch import Tensor
 from molcli.data.packing import TokenRows
 from molcli.estimate.parameters import count_parameters
 from molcli.families.parent import Parent
-from molcli.fitting.baselines import METHODS, ParentLayer, baseline_layer
+from molcli.fitting.baselines import ParentLayer, baseline_layer, methods_for
 from molcli.fitting.streams import OutputHead, Sensitivity, Streams
 from molcli.maths.moments import CHUNK_ROWS
 from molcli.model.checkpoint import default_device, open_checkpoint
@@ -63,7 +63,7 @@ def _documents(rows: TokenRows) -> Iterator[list[int]]:
 class Comparison:
     """What the student has to beat, all the way to the logits.
 
-    "skipped": the converted layers add nothing. `METHODS`: the same shape, filled without a fit.
+    "skipped": the converted layers add nothing. `methods_for`: the same shape, not fitted.
     "depth_pruned": the parent without its least influential layers, as many as bring it down to the
     student's active parameters; missing where the student has not fewer than the parent. Influence
     is one minus the cosine of a layer's input and output (arXiv 2403.03853), on the text that
@@ -77,7 +77,8 @@ class Comparison:
         self.sensitivity = Sensitivity(rows, config, parent.embedding(), heldout.parent.device)
         self._parent, self._config, self._seed = parent, config, seed
         self._heldout, self._start = heldout, heldout.parent
-        self._residuals = dict.fromkeys(("skipped", *METHODS), heldout.parent)
+        self._methods = methods_for(config)
+        self._residuals = dict.fromkeys(("skipped", *self._methods), heldout.parent)
         self._influence: list[float] = []
 
     def advance(
@@ -99,7 +100,7 @@ class Comparison:
         if self._config.layer_kinds[source.index] == "dense":
             self._residuals = self._through(source.dense, before)
             return
-        for method in METHODS:
+        for method in self._methods:
             layer = baseline_layer(method, self._config, source, self._seed).layer
             self._residuals[method] = self._heldout.chunks.run(layer, self._residuals[method])
 
@@ -117,7 +118,9 @@ class Comparison:
         count = count_parameters(self._config)
         full = {"params_total": count.total, "params_active": count.active}
         kinds = self._config.layer_kinds
-        sizes = dict.fromkeys(METHODS, full) | {"skipped": self._dense_size(kinds.count("dense"))}
+        sizes = dict.fromkeys(self._methods, full) | {
+            "skipped": self._dense_size(kinds.count("dense"))
+        }
         found: dict[str, dict[str, Any]] = {
             name: _losses(ending, self._heldout, x) | sizes[name]
             for name, x in self._residuals.items()
@@ -149,7 +152,12 @@ class Comparison:
     def _dense_size(self, layers: int) -> dict[str, int]:
         kwargs = self._parent.mol_config_kwargs()
         dense = MoLConfig(
-            **kwargs | {"num_hidden_layers": layers, "layer_kinds": ["dense"] * layers}
+            **kwargs
+            | {
+                "num_hidden_layers": layers,
+                "layer_kinds": ["dense"] * layers,
+                "sliding_windows": None,
+            }
         )
         total = count_parameters(dense).total
         return {"params_total": total, "params_active": total}
