@@ -53,7 +53,7 @@ def report(
     """
     parent = parent_figures(before)
     assert parent is not None
-    kinds = json.loads((checkpoint / "config.json").read_text())["layer_kinds"]
+    structures = json.loads((checkpoint / "config.json").read_text())["layer_structures"]
     receipt = json.loads((checkpoint / "receipt.json").read_text())
     calibration = receipt["calibration"]
     return {
@@ -61,8 +61,8 @@ def report(
         "upcycled": asdict(figures_of(before)),
         "trained": asdict(figures_of(after)),
         "layers": {
-            "of": len(kinds),
-            "converted": [i for i, kind in enumerate(kinds) if kind != "dense"],
+            "of": len(structures),
+            "converted": [i for i, kind in enumerate(structures) if kind != "dense"],
         },
         "tokens": {
             "text": _count_tokens(text),

@@ -123,14 +123,14 @@ def check_run(
 ) -> None:
     """Raises MolError for what every process would refuse."""
     from molcli.model.checkpoint import open_config
-    from molcli.stages.train.output import refuse_folder
-    from molcli.stages.train.plan import check_stages
-    from molcli.stages.train.trackers import check_trackers
+    from molcli.stages.train.batches import check_stages
+    from molcli.stages.train.log import check_trackers
+    from molcli.stages.train.output import check_output
 
     open_config(checkpoint)
     check_trackers(config)
     check_stages(config, resolve(config, has_parent=parent), processes, has_parent=parent)
-    refuse_folder(out, resume=resume)
+    check_output(out, resume=resume)
 
 
 def launch(processes: int, arguments: Sequence[str]) -> int:

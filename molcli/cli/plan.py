@@ -80,8 +80,8 @@ def run_plan(
 
     dense = open_parent(parent)
     text = open_calibration(calibration, dense)
-    kinds = converted_config(dense.mol_config_kwargs(), recipe.upcycle).layer_kinds
-    layers = [i for i, kind in enumerate(kinds) if kind != "dense"]
+    structures = converted_config(dense.mol_config_kwargs(), recipe.upcycle).layer_structures
+    layers = [i for i, structure in enumerate(structures) if structure != "dense"]
     spectra = {}
     with bar("spectra") as progress:
         for i, spectrum in layer_spectra(dense, text.moment, layers):

@@ -193,7 +193,7 @@ def _show_estimate(
     from rich.console import Console
 
     from molcli.report.tables import estimate_tables
-    from molcli.stages.train.estimate import estimate
+    from molcli.stages.train.plan import estimate
 
     if is_main():
         for table in estimate_tables(estimate(checkpoint, config, parent, ranks=processes)):

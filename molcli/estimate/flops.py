@@ -3,12 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from molcli.estimate.parameters import CONV_WIDTH
 from molcli.model.configuration_mol import BlockSpec, MoLConfig
-
-# A step of the gated delta rule, per entry of its state: decay 1, read at the key 2, rank-one
-# update 2, read at the query 2.
-DELTA_RULE = 7
+from molcli.model.mixers import MIXERS
 
 
 @dataclass(frozen=True)
@@ -99,7 +95,8 @@ def _head(config: MoLConfig) -> int:
 def _layer(config: MoLConfig, index: int, context_length: int) -> tuple[_Cost, _Cost]:
     """Of a layer if every block ran, and with those that do."""
     if config.is_dense(index):
-        layer = _block(config.dense_spec(config.layer_kinds[index], index), config, context_length)
+        mixer = config.layer_mixers[index]
+        layer = _block(config.dense_spec(mixer), config, context_length)
         return layer, layer
     routed_blocks, top_k = config.num_routed_blocks, config.num_blocks_per_tok
     always = _Cost(2.0 * config.hidden_size * routed_blocks, 0)  # the router
@@ -108,7 +105,7 @@ def _layer(config: MoLConfig, index: int, context_length: int) -> tuple[_Cost, _
         always += _thin(shared, config, context_length) * shared.num_blocks
     if not routed_blocks:
         return always, always
-    spec = config.routed_spec(index)
+    spec = config.routed_spec(config.layer_mixers[index])
     everywhere = always + _thin(spec, config, context_length) * routed_blocks
     if not config.restrict_attention:
         return everywhere, everywhere
@@ -122,13 +119,6 @@ def _thin(spec: BlockSpec, config: MoLConfig, tokens: float) -> _Cost:
 
 
 def _block(spec: BlockSpec, config: MoLConfig, tokens: float) -> _Cost:
-    inner = spec.num_heads * spec.head_dim
-    mixing: float
-    if spec.mixer == "gated_deltanet":
-        weights = 5 * inner * spec.width + 2 * spec.num_heads * spec.width + 3 * CONV_WIDTH * inner
-        mixing = DELTA_RULE * inner * spec.head_dim
-    else:
-        weights = 2 * (inner + spec.num_kv_heads * spec.head_dim) * spec.width
-        mixing = 4 * inner * (tokens + 1) / 2
-    weights += (3 if config.mlp_gated else 2) * spec.width * spec.d_ff
-    return _Cost(2.0 * weights, mixing)
+    products, mixing = MIXERS[spec.mixer].count_flops(spec, tokens)
+    mlp = (3 if config.mlp_gated else 2) * spec.width * spec.d_ff
+    return _Cost(products + 2.0 * mlp, mixing)

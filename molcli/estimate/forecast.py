@@ -113,7 +113,7 @@ FORECAST = Forecast((-1.936, 0.808, 0.101, -0.364, -0.141, -0.371, -0.098))
 def predictors(config: MoLConfig, spectra: Mapping[int, Tensor], tokens: int) -> Predictors:
     """What a forecast is made from. spectra: at least of all converted layers; tokens: calibration
     tokens that blocks are fitted to."""
-    converted = [i for i, kind in enumerate(config.layer_kinds) if kind != "dense"]
+    converted = [i for i in range(config.num_hidden_layers) if not config.is_dense(i)]
     shared, top_k = config.num_shared_blocks, config.num_blocks_per_tok
     kinds = [(shared_shape(config), shared, 1.0)] * bool(shared)
     kinds += [(routed_shape(config), top_k, config.num_routed_blocks / max(1, top_k))] * bool(top_k)

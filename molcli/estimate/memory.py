@@ -6,8 +6,9 @@ from dataclasses import dataclass, fields
 from molcli.estimate.parameters import count_parameters
 from molcli.fitting.chunks import CHUNK_BYTES, MOST_HEADS_HELD, bytes_a_token
 from molcli.maths.losses import LOGITS_AT_ONCE
-from molcli.model.configuration_mol import MoLConfig
-from molcli.model.shapes import Architecture, BlockShape, routed_shape, shared_shape
+from molcli.model.configuration_mol import BlockSpec, MoLConfig
+from molcli.model.mixers import MIXERS
+from molcli.model.shapes import BlockShape, routed_shape, shared_shape
 
 _FP32 = 4
 _MOMENTS = 2  # AdamW's
@@ -33,12 +34,12 @@ class Memory:
 
 
 def training_memory(
-    config: Architecture,
+    config: MoLConfig,
     *,
     trainable: int,
     tokens: int,
     product_bytes: int,
-    parent: Architecture | None,
+    parent: MoLConfig | None,
     logits_at_once: int,
     layerwise: bool = False,
     recompute: bool = False,
@@ -56,10 +57,10 @@ def training_memory(
     the one that is fetched for it, and what is outside the layers. whole: each has all layers then.
     """
     count = count_parameters(config)
-    routers = sum(not kind.startswith("dense") for kind in config.layer_kinds)
+    routers = config.layer_structures.count("mixture")
     biases = routers * (config.num_blocks - config.num_shared_blocks)
     of_layer = _compiled_layer_bytes if compiled else _layer_bytes
-    a_token = [of_layer(config, kind, product_bytes) for kind in config.layer_kinds]
+    a_token = [of_layer(config, i, product_bytes) for i in range(config.num_hidden_layers)]
     residual = _FP32 * config.hidden_size
     if layerwise:
         activations = 3 * residual + max(a_token)  # the parent's two residuals and the student's
@@ -88,7 +89,7 @@ def training_memory(
 
 
 def _head_bytes(
-    config: Architecture, tokens: int, product_bytes: int, with_parent: bool, at_once: int
+    config: MoLConfig, tokens: int, product_bytes: int, with_parent: bool, at_once: int
 ) -> int:
     chunk = min(tokens, max(1, at_once // config.vocab_size)) * config.vocab_size
     floats = _WITH_PARENT if with_parent else _WITHOUT_PARENT
@@ -97,83 +98,59 @@ def _head_bytes(
     return int(chunk * _FP32 * floats) + matrix * _FP32 + tokens * config.hidden_size * _FP32
 
 
-def _layer_bytes(config: Architecture, kind: str, product_bytes: int) -> int:
-    """What a layer keeps of one token for its backward pass."""
-    d = config.hidden_size
-    if kind.startswith("dense"):
-        q = config.num_attention_heads * config.head_dim
-        kv = config.num_key_value_heads * config.head_dim
-        inner = _block_bytes(config, d, q, kv, config.intermediate_size, product_bytes, _FP32)
-        return inner + _FP32 * d
-    p, routed = product_bytes, config.num_blocks - config.num_shared_blocks
-    run = config.num_blocks_per_tok if config.restrict_attention else routed
+def _layer_bytes(config: MoLConfig, index: int, product_bytes: int) -> int:
+    """What layer `index` keeps of one token for its backward pass."""
+    d, p, mixer = config.hidden_size, product_bytes, config.layer_mixers[index]
+    if config.is_dense(index):
+        return _FP32 * d + _block_bytes(config.dense_spec(mixer), config, p, _FP32)
     total = _FP32 * d  # the residual
-    shape = shared_shape(config)
-    inner, kv = shape.num_heads * config.head_dim, shape.num_kv_heads * config.head_dim
-    shared = _block_bytes(config, shape.width, inner, kv, shape.d_ff, p, p)
-    total += config.num_shared_blocks * (p * (d + shape.width) + shared)
-    shape = routed_shape(config)
-    inner, kv = shape.num_heads * config.head_dim, shape.num_kv_heads * config.head_dim
-    t, ff = shape.width, shape.d_ff
-    if kind == "gated_deltanet":
-        mixer = _block_bytes(config, t, inner, inner, ff, p, p) + _deltanet_extra(inner, t, p)
-    else:
-        mixer = _block_bytes(config, t, inner, kv, ff, p, p)
-    total += run * (p * (d + 2 * t) + mixer)  # the gathered input, thin_out's input, the gated one
+    spec = config.shared_spec()
+    total += spec.num_blocks * (p * (d + spec.width) + _block_bytes(spec, config, p, p))
+    spec = config.routed_spec(mixer)
+    # The gathered input, thin_out's input, the gated one.
+    total += _visited(config) * (p * (d + 2 * spec.width) + _block_bytes(spec, config, p, p))
     return total + 2 * _FP32 * d  # the router's normalised input, its fp32 copy
 
 
-def _block_bytes(
-    config: Architecture, width: int, q: int, kv: int, ff: int, product: int, stream: int
-) -> int:
-    """One row of one block. stream: bytes of a number in its residual."""
+def _block_bytes(spec: BlockSpec, config: MoLConfig, product: int, residual: int) -> int:
+    """One row of one block. residual: bytes of a number in its residual."""
     # Each norm: its input in fp32, the normalised input, and its weight per row; then a cast for
     # every matrix that reads it.
-    norm = width * (_FP32 + stream + _FP32)
+    norm = spec.width * (_FP32 + residual + _FP32)
     gated = config.mlp_gated
-    cast = product * width if product < _FP32 else 0
-    casts = cast * (3 + (2 if gated else 1)) + (0 if cast else 2 * _FP32 * width)
-    # Attention keeps rotated q and k, v, and what it returns.
-    attention = product * (2 * q + 2 * kv)
-    neurons = product * ff * (4 if gated else 2)
-    return 2 * norm + casts + attention + neurons
+    cast = product * spec.width if product < _FP32 else 0
+    casts = cast * (3 + (2 if gated else 1)) + (0 if cast else 2 * _FP32 * spec.width)
+    mixer = MIXERS[spec.mixer].activation_bytes(spec, product, compiled=False)
+    hidden = product * spec.d_ff * (4 if gated else 2)
+    return 2 * norm + casts + mixer + hidden
 
 
-def _deltanet_extra(inner: int, width: int, product: int) -> int:
-    """Beyond softmax attention: convolutions, unit lengths, decay, gate and its norm."""
-    conv = 3 * inner * (5 * _FP32 + 4 * product)
-    return conv + inner * (4 * _FP32 + 3 * product) + product * width
-
-
-def _compiled_layer_bytes(config: Architecture, kind: str, product_bytes: int) -> int:
+def _compiled_layer_bytes(config: MoLConfig, index: int, product_bytes: int) -> int:
     """As `_layer_bytes`, of compiled layers: inputs of products and of attention, norms' inputs in
-    float32. Casts, weights per row, rotations and the router's arithmetic are done again.
+    float32. Casts, weights per row, rotations and the router's arithmetic are computed again.
     """
-    d, p = config.hidden_size, product_bytes
-    heads = config.num_attention_heads * config.head_dim
-    if kind.startswith("dense"):
-        return _FP32 * d + _compiled_block_bytes(config, d, heads, config.intermediate_size, p)
-    routed = config.num_blocks - config.num_shared_blocks
-    run = config.num_blocks_per_tok if config.restrict_attention else routed
-    shape = shared_shape(config)
-    inner = shape.num_heads * config.head_dim
-    shared = _compiled_block_bytes(config, shape.width, inner, shape.d_ff, p)
-    shape = routed_shape(config)
-    inner = shape.num_heads * config.head_dim
-    block = _compiled_block_bytes(config, shape.width, inner, shape.d_ff, p)
-    extra = 0
-    if kind == "gated_deltanet":  # before the convolution, the gate, and the chunks' systems
-        extra = p * (4 * inner + 64 * shape.num_heads)
-    row = p * (d + shape.width) + block + extra  # what thin_in and thin_out read
-    return _FP32 * d + config.num_shared_blocks * shared + run * row
+    d, p, mixer = config.hidden_size, product_bytes, config.layer_mixers[index]
+    if config.is_dense(index):
+        return _FP32 * d + _compiled_block_bytes(config.dense_spec(mixer), config, p)
+    shared, routed = config.shared_spec(), config.routed_spec(mixer)
+    row = p * (d + routed.width) + _compiled_block_bytes(
+        routed, config, p
+    )  # read by thin_in and thin_out
+    always = shared.num_blocks * _compiled_block_bytes(shared, config, p)
+    return _FP32 * d + always + _visited(config) * row
 
 
-def _compiled_block_bytes(
-    config: Architecture, width: int, inner: int, ff: int, product: int
-) -> int:
-    """One row of one block. Keys and values are kept for every head."""
-    norms = 2 * width * (_FP32 + product)
-    return norms + product * (4 * inner + ff * (3 if config.mlp_gated else 2) + 2 * width)
+def _compiled_block_bytes(spec: BlockSpec, config: MoLConfig, product: int) -> int:
+    """One row of one block."""
+    norms = 2 * spec.width * (_FP32 + product)
+    mixer = MIXERS[spec.mixer].activation_bytes(spec, product, compiled=True)
+    hidden = product * (spec.d_ff * (3 if config.mlp_gated else 2) + 2 * spec.width)
+    return norms + mixer + hidden
+
+
+def _visited(config: MoLConfig) -> int:
+    """Routed blocks that run on a token."""
+    return config.num_blocks_per_tok if config.restrict_attention else config.num_routed_blocks
 
 
 _FP32, _FP64, _INT64 = 4, 8, 8
@@ -250,8 +227,9 @@ def _family(
 def _layer_weights(config: MoLConfig) -> int:
     """Of the parent's layer, and of the converted one."""
     sizes = []
-    for kind in ("dense", "softmax"):
+    for structure in ("dense", "mixture"):
         one = copy.copy(config)
-        one.layer_kinds, one.num_hidden_layers = [kind], 1
+        one.layer_structures, one.layer_mixers = [structure], ["attention"]
+        one.num_hidden_layers = 1
         sizes.append(count_parameters(one).non_embedding)
     return sum(sizes)

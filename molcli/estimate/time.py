@@ -52,7 +52,8 @@ GPUS = {
 def parent_of(config: MoLConfig) -> MoLConfig:
     """The configuration of the dense model that it was converted from."""
     dense = copy.copy(config)
-    dense.layer_kinds = ["dense"] * config.num_hidden_layers
+    dense.layer_structures = ["dense"] * config.num_hidden_layers
+    dense.layer_mixers = ["attention"] * config.num_hidden_layers
     return dense
 
 
@@ -71,7 +72,7 @@ def conversion_cost(config: MoLConfig, tokens: int, heldout: int, gpu: Gpu) -> C
     over its tokens. Each block's rank, each family's basis and each layer's moment is an
     eigenproblem of the model's width.
     """
-    converted = sum(kind != "dense" for kind in config.layer_kinds)
+    converted = config.layer_structures.count("mixture")
     # A family's shape, how many families have it, and how many blocks.
     kinds = (
         (shared_shape(config), config.num_shared_blocks, config.num_shared_blocks),

@@ -263,7 +263,7 @@ class Family:
             "bos_token_id": config.bos_token_id,
             "eos_token_id": config.eos_token_id,
             "pad_token_id": config.pad_token_id,
-            "layer_kinds": ["dense"] * config.num_hidden_layers,
+            "layer_structures": ["dense"] * config.num_hidden_layers,
         } | self.layer_config(config)
 
 

@@ -112,7 +112,8 @@ def _untrained(config: MoLConfig, index: int, seed: int) -> MoLLayer:
     """Layer `index` of an untrained model, float32 on the CPU."""
     alone = copy.deepcopy(config)
     alone.vocab_size, alone.num_hidden_layers = 1, 1
-    alone.layer_kinds = [config.layer_kinds[index]]
+    alone.layer_structures = [config.layer_structures[index]]
+    alone.layer_mixers = [config.layer_mixers[index]]
     if config.sliding_windows is not None:
         alone.sliding_windows = [config.sliding_windows[index]]
     with torch.random.fork_rng(devices=[]):

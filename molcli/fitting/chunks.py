@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from molcli.data.packing import TokenRows
-from molcli.kernels.packed_rows import PackedRows, all_rows
+from molcli.kernels.packed_rows import PackedRows
 from molcli.model.configuration_mol import MoLConfig
-from molcli.model.layers import DenseLayer, Layer
+from molcli.model.context import ForwardContext, rotary_of, rows_of_all
+from molcli.model.layers import Layer
+from molcli.model.mixers import BlockContext
 from molcli.model.rotary import rotary_embedding
 from molcli.model.shapes import BlockShape, routed_shape, shared_shape
 from molcli.model.tokens import TokenStream, token_stream
@@ -30,14 +32,19 @@ class Context:
     @property
     def rotary(self) -> tuple[Tensor, Tensor]:
         """cos and sin, (n, channels that turn) float32; made anew, since a long text has many."""
-        position = self.stream.position
-        cos, sin = self.embedding(torch.empty(0, device=position.device), position[None])
-        return cos[0], sin[0]
+        return rotary_of(self.embedding, self.stream.position)
+
+    def forward_context(self) -> ForwardContext:
+        """Return what a layer reads besides its input."""
+        return ForwardContext(self.stream, self.rotary, self.dense_rows, self.shared_rows)
+
+    def blocks(self, rows: PackedRows) -> BlockContext:
+        """Return what a stack of blocks reads when it runs on these rows."""
+        return BlockContext(rows, self.rotary, self.stream)
 
     def run(self, layer: Layer, x: Tensor) -> Tensor:
         """One layer on the residual x (n, d_model) -> (n, d_model)."""
-        rows = self.dense_rows if isinstance(layer, DenseLayer) else self.shared_rows
-        out: Tensor = layer(x, rows, self.rotary, self.stream)[0]
+        out: Tensor = layer(x, self.forward_context())[0]
         return out
 
 
@@ -57,11 +64,10 @@ def token_context(
         position_ids=position_ids.to(device),
         document_ids=document_ids.to(device),
     )
-    sizes = stream.document, stream.num_documents
     return Context(
         stream=stream,
-        dense_rows=all_rows(*sizes, 1, stream.length),
-        shared_rows=all_rows(*sizes, max(1, config.num_shared_blocks), stream.length),
+        dense_rows=rows_of_all(stream, 1),
+        shared_rows=rows_of_all(stream, config.num_shared_blocks),
         embedding=rotary_embedding(config).to(device),
     )
 

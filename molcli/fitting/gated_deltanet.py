@@ -47,7 +47,7 @@ class Site:
 
     def of_first_tokens(self, count: int) -> "Site":
         """The rows of the chunk's first `count` tokens."""
-        rows, kept = self.rows.of_first_tokens(count)
+        rows, kept = self.rows.first_tokens(count)
         return Site(self.read[kept], rows, self.context, self.wanted[kept])
 
 
@@ -108,8 +108,7 @@ def head_errors(mixer: GatedDeltaNet, sites: Sequence[Site]) -> Tensor:
     # By head: gram of the read-out, its cross moment with what is wanted, gram of the latter.
     sums = torch.zeros(3, heads, blocks, dim, dim, dtype=torch.float64, device=device)
     for site in sites:
-        context = site.context
-        have = mixer.heads(site.read, site.rows, context.rotary, context.stream, None)
+        have = mixer.heads(site.read, site.context.blocks(site.rows))
         for head, (x, y) in enumerate(zip(have.unbind(1), site.wanted.unbind(1), strict=True)):
             for total, a, b in zip(sums[:, head], (x, x, y), (x, y, y), strict=True):
                 add_cross_moments(total, a, b, site.rows.offsets)

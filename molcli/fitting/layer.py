@@ -38,7 +38,7 @@ class FittedLayer:
 def copy_layer(config: MoLConfig, index: int, parent: DenseLayer) -> FittedLayer:
     """The parent's layer as the one full-width block of a Mixture of Layers layer: exact."""
     with torch.device("meta"):
-        layer = MoLLayer(config, index)
+        layer = MoLLayer(config, config.layer_mixers[index], index)
     layer.load_state_dict(copied_tensors(parent.state_dict()), assign=True)
     return FittedLayer(layer.requires_grad_(False), [1.0])
 
@@ -71,7 +71,7 @@ def fit_layer(
     """
     x, chunks, same = streams.student, streams.chunks, streams.student is streams.parent
     teacher = Teacher(dense, x.clone() if same else streams.parent, chunks)
-    layer = MoLLayer(config, index).to(x.device).requires_grad_(False)
+    layer = MoLLayer(config, config.layer_mixers[index], index).to(x.device).requires_grad_(False)
     task = Task(
         teacher=teacher,
         x=x,
@@ -95,7 +95,7 @@ def fit_layer(
         first = 0
         of_family = _routed_pieces(layer, clones, x, chunks)
         for count, part, pieces in zip(clones, routed, of_family, strict=True):
-            spec = replace(config.routed_spec(index), num_blocks=count)
+            spec = replace(config.routed_spec(config.layer_mixers[index], index), num_blocks=count)
             task = replace(task, pieces=pieces, shrinkage=options.shrinkage)
             families.append(Family(_blocks(layer.routed, first, spec, config), part, task))
             first += count
@@ -132,7 +132,7 @@ def _routed_pieces(
         pieces = []
         for chunk, rows, gate in routed:
             own = (rows.blocks >= first) & (rows.blocks < first + count)
-            pieces.append(Piece(chunk, rows.of_blocks(first, count), gate[own]))
+            pieces.append(Piece(chunk, rows.block_range(first, count), gate[own]))
         yield pieces
         first += count
 

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from molcli.fitting.partition import Part
 from molcli.maths.bases import leading_directions, procrustes_rotation, trace_normalised_sum
-from molcli.model.blocks import Attention, BlockStack
+from molcli.model.blocks import BlockStack
 from molcli.model.layers import DenseLayer, ThinBlocks
+from molcli.model.mixers import Attention
 
 
 def head_rows(heads: tuple[int, ...], head_dim: int, device: torch.device) -> Tensor:

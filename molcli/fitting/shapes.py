@@ -173,7 +173,8 @@ def converted_config(dense: dict[str, Any], options: UpcycleConfig) -> MoLConfig
         refuse_beyond("upcycle.gated_deltanet", options.gated_deltanet, layers)
     deltanet = chosen_layers(options.gated_deltanet, sorted(converted))
     changed: dict[str, Any] = {
-        "layer_kinds": [_kind(i in converted, i in deltanet) for i in range(layers)],
+        "layer_structures": ["mixture" if i in converted else "dense" for i in range(layers)],
+        "layer_mixers": ["gated_deltanet" if i in deltanet else "attention" for i in range(layers)],
         "num_blocks": options.num_blocks,
         "num_shared_blocks": options.num_shared_blocks,
         "num_blocks_per_tok": top_k,
@@ -285,12 +286,6 @@ def _check_width(key: str, width: int, dense: DenseShape, active: int) -> None:
         )
 
 
-def _kind(converted: bool, deltanet: bool) -> str:
-    if not converted:
-        return "dense"
-    return "gated_deltanet" if deltanet else "softmax"
-
-
 def mol_config(parent: Parent, config: UpcycleConfig) -> MoLConfig:
     """`converted_config` of a parent. Raises MolError where the recipe does not fit it."""
     return converted_config(parent.mol_config_kwargs(), config)
@@ -321,7 +316,7 @@ def is_copy(config: MoLConfig, options: UpcycleConfig) -> bool:
 
 def needs_text(config: MoLConfig, options: UpcycleConfig) -> bool:
     """Whether the conversion looks at text: to fit blocks, or to choose layers."""
-    if all(kind == "dense" for kind in config.layer_kinds) or is_copy(config, options):
+    if "mixture" not in config.layer_structures or is_copy(config, options):
         return False
     choice = options.gated_deltanet == "auto" and config.num_routed_blocks > 0
     return choice or options.method in ("fitted", "pca")

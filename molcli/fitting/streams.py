@@ -11,9 +11,9 @@ from molcli.families.parent import Parent
 from molcli.fitting.chunks import Chunks, chunk_text
 from molcli.maths.losses import Head, TokenLosses, token_losses
 from molcli.maths.moments import CHUNK_ROWS
-from molcli.model.blocks import rms_norm
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.layers import Layer
+from molcli.model.norms import rms_norm
 
 
 @dataclass

@@ -6,8 +6,8 @@ from torch import Tensor
 from molcli.fitting.chunks import Chunk, Chunks
 from molcli.fitting.partition import Part
 from molcli.fitting.projection import head_rows
-from molcli.model.blocks import Attention
 from molcli.model.layers import DenseLayer
+from molcli.model.mixers import Attention
 
 
 class Teacher:
@@ -25,7 +25,7 @@ class Teacher:
         self.x, self.attention = x, torch.empty_like(x)
         for chunk in chunks:
             context, before = chunk.context, x[chunk.tokens]
-            mixed = self.block.mix(before, context.dense_rows, context.rotary, context.stream, None)
+            mixed = self.block.mix(before, context.blocks(context.dense_rows))
             self.attention[chunk.tokens] = mixed
 
     @torch.no_grad()
@@ -86,7 +86,7 @@ class Teacher:
         context = chunk.context
         rows, x = context.dense_rows, self.x[chunk.tokens]
         read = self.block.norm(x, self.block.input_norm, rows)
-        out = self.mixer.heads(read, rows, context.rotary, context.stream, None)
+        out = self.mixer.heads(read, context.blocks(rows))
         return out[:, list(heads)]
 
     def mlp_input(self, chunk: Chunk) -> Tensor:

@@ -27,7 +27,7 @@ from molcli.maths.bases import reading_basis
 from molcli.maths.least_squares import aligning_rotation, least_squares_left, reduced_rank, ridge
 from molcli.maths.moments import Sample, regression_moments
 from molcli.model.layers import ThinBlocks
-from molcli.model.mixers.gated_deltanet import GatedDeltaNet
+from molcli.model.mixers import Attention, GatedDeltaNet
 
 MAX_NORM_WEIGHT = 100.0  # coordinates that hardly vary are not blown up without bound
 
@@ -183,7 +183,7 @@ class Family:
             left, down_proj = goal.left[piece.chunk.tokens], self.blocks.block.mlp.down_proj
             down = grouped_linear(self._neurons(heads, piece), down_proj, piece.rows)
             delta = (self._from_heads(heads, piece) + down) * (sign * piece.gate[:, None])
-            left += piece.rows.scatter(self._written(delta, piece), len(left))
+            left += piece.rows.combine(self._written(delta, piece))
 
     def _fit_heads(self) -> None:
         """Fits q, k and v to the parent's, on what the block reads."""
@@ -203,6 +203,7 @@ class Family:
         if isinstance(mixer, GatedDeltaNet):
             set_gated_deltanet(mixer, self._sites(), lambda samples: task.regress(samples))
             return
+        assert isinstance(mixer, Attention)
         for name, heads in (("q", self.part.heads), ("k", kv_heads)):
             norm = getattr(mixer, f"{name}_norm")
             if norm is not None:
@@ -274,7 +275,7 @@ class Family:
         """(M, heads * head_dim), what the heads read."""
         context, mixer = piece.chunk.context, self.blocks.block.mixer
         read = self._mixer_input(piece)
-        return mixer.heads(read, piece.rows, context.rotary, context.stream, None).flatten(1)
+        return mixer.heads(read, context.blocks(piece.rows)).flatten(1)
 
     def _given(self) -> Given:
         """All pieces' heads, in one tensor: many of medium size would leave holes in the heap."""
@@ -296,7 +297,7 @@ class Family:
         return block.norm(middle, block.post_norm, piece.rows)
 
     def _neurons(self, heads: Tensor, piece: Piece) -> Tensor:
-        return self.blocks.block.mlp.neurons(self._mlp_input(heads, piece), piece.rows)
+        return self.blocks.block.mlp.hidden(self._mlp_input(heads, piece), piece.rows)
 
     def _written(self, delta: Tensor, piece: Piece) -> Tensor:
         return grouped_linear(delta, self.blocks.thin_out, piece.rows)

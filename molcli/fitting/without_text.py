@@ -30,9 +30,9 @@ def convert_without_text(
     x = embedding[:: -(-len(embedding) // EMBEDDINGS)].to(device, torch.float32)
     del embedding
     rows = []
-    for i, kind in enumerate(config.layer_kinds):
-        row: dict[str, Any] = {"layer": i, "kind": kind}
-        if kind == "dense":
+    for i in range(config.num_hidden_layers):
+        row: dict[str, Any] = {"layer": i, "kind": config.layer_labels[i]}
+        if config.is_dense(i):
             add_layer(writer, config, i, parent.dense_layer(i))
         elif is_copy(config, recipe.upcycle):
             add_layer(writer, config, i, copied_tensors(parent.dense_layer(i)))

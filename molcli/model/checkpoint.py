@@ -12,6 +12,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from molcli.errors import MolError
 from molcli.files.tensors import TensorReader
 from molcli.model.configuration_mol import MoLConfig
+from molcli.model.mixers import parameter_names
 from molcli.model.modeling_mol import MoLForCausalLM
 from molcli.model.rotary import rotary_embedding
 
@@ -35,12 +36,13 @@ def assemble(
     return model.eval(), sorted([*missing, *unknown])
 
 
-KEPT_IN_FP32 = ("A_log", "dt_bias", "router.weight", "router.correction_bias")
+_ROUTER = ("router.weight", "router.correction_bias")
 
 
 def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     """In which a tensor of a layer is stored, in a model of this dtype."""
-    return torch.float32 if name.endswith(KEPT_IN_FP32) else dtype
+    exact = (*parameter_names("float32_parameters"), *_ROUTER)
+    return torch.float32 if name.endswith(exact) else dtype
 
 
 def default_device() -> torch.device:

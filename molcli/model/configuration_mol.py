@@ -5,21 +5,40 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from molcli.model.mixers import MIXERS
 from molcli.model.shapes import BlockShape, routed_shape, shared_shape
 
-# The mixer of a dense layer's one block, by the layer's kind.
-DENSE_KINDS = {"dense": "softmax", "dense_gated_deltanet": "gated_deltanet"}
-LAYER_KINDS = (*DENSE_KINDS, "softmax", "gated_deltanet")
+STRUCTURES = ("dense", "mixture")
+# Structure and mixer of a layer, by the one name that configurations had for both up to 0.1.
+_LAYER_KINDS = {
+    "dense": ("dense", "attention"),
+    "dense_gated_deltanet": ("dense", "gated_deltanet"),
+    "softmax": ("mixture", "attention"),
+    "gated_deltanet": ("mixture", "gated_deltanet"),
+}
+# Fields by the names that they had up to 0.1.
+_RENAMED = {
+    "thin_num_attention_heads": "num_heads_thin",
+    "thin_num_key_value_heads": "num_kv_heads_thin",
+    "shared_num_attention_heads": "num_heads_shared",
+    "shared_num_key_value_heads": "num_kv_heads_shared",
+}
 
 
 @dataclass(frozen=True)
 class BlockSpec:
     """The shape of a stack of blocks that share one shape.
 
-    num_blocks: blocks in the stack. width: their residual width. mixer: "softmax" or
-    "gated_deltanet". d_ff: FFN neurons. Heads are head_dim wide at every width. output_norms: of
-    what attention and FFN add. window: latest tokens that attention sees, None for all.
-    local_rotary: whether its rotary base is that of layers with a window.
+    Attributes:
+        num_blocks: blocks in the stack.
+        width: width of their residual.
+        mixer: name of their mixer, a key of `molcli.model.mixers.MIXERS`.
+        d_ff: neurons of the feed-forward network.
+        num_heads, num_kv_heads: query heads, and key-value heads.
+        head_dim: width of a head, the same at every width of a block.
+        output_norms: whether what mixer and feed-forward network add passes an RMSNorm.
+        window: how many of the latest tokens attention sees; None for all of them.
+        local_rotary: whether the rotary base is that of layers with a window.
     """
 
     num_blocks: int
@@ -37,28 +56,34 @@ class BlockSpec:
 class MoLConfig(PreTrainedConfig):
     """A stack of dense and Mixture of Layers (MoL) layers.
 
-    layer_kinds: one of "dense", "dense_gated_deltanet", "softmax", "gated_deltanet" per layer. The
-        first two are ordinary pre-norm Transformer layers, with softmax attention or Gated DeltaNet
-        at full width; the others are MoL layers, named after the mixer of their routed blocks
-        (shared blocks always use softmax attention).
-    num_blocks, num_shared_blocks, num_blocks_per_tok: N thin blocks, S of them on every token, K of
-        the other N - S on each token.
-    d_thin, d_ff_thin, num_heads_thin, num_kv_heads_thin: shape of a thin block.
-    d_thin_shared, d_ff_thin_shared, num_heads_shared, num_kv_heads_shared: shape
-        of a shared block; None is as in a routed one.
-    restrict_attention: false runs every routed block on every token and uses the K outputs.
-    router_aux_loss_coef: weight of the CV^2 balance loss where router logits are asked for.
-    intermediate_size, num_attention_heads, num_key_value_heads: shape of dense layers.
-    qk_norm, qk_norm_full_width: whether queries and keys pass an RMSNorm, and whether that is one
-        over all heads of a block, not one over each head.
-    pre_norms: whether attention and FFN read the residual through an RMSNorm.
-    output_norms, output_norms_thin: whether what attention and FFN add passes an RMSNorm, in dense
-        layers and in thin blocks.
-    embedding_scale: factor of the embeddings, which the output head does not have.
-    sliding_windows: per layer, how many of the latest tokens, itself included, a token's softmax
-        attention sees; None for all of them.
-    rope_theta_local: rotary base of layers with a sliding window; None for the others' base.
-    Raises ValueError when the numbers contradict each other.
+    Args:
+        layer_structures: "dense" or "mixture" for each layer. A dense layer is an ordinary pre-norm
+            Transformer layer; a mixture has shared and routed thin blocks.
+        layer_mixers: for each layer the mixer of its dense block or of its routed blocks,
+            "attention" or "gated_deltanet". Shared blocks always have attention.
+        num_blocks, num_shared_blocks, num_blocks_per_tok: N thin blocks, S of them on every token,
+            K of the other N - S on each token.
+        d_thin, d_ff_thin, num_heads_thin, num_kv_heads_thin: shape of a routed block.
+        d_thin_shared, d_ff_thin_shared, num_heads_shared, num_kv_heads_shared: shape of a shared
+            block; None is as in a routed one.
+        restrict_attention: False runs every routed block on every token and uses the K outputs.
+        router_aux_loss_coef: weight of the CV^2 balance loss where router logits are asked for.
+        intermediate_size, num_attention_heads, num_key_value_heads: shape of dense layers.
+        qk_norm, qk_norm_full_width: whether queries and keys pass an RMSNorm, and whether that is
+            one over all heads of a block instead of one over each head.
+        pre_norms: whether attention and FFN read the residual through an RMSNorm.
+        output_norms, output_norms_thin: whether what attention and FFN add passes an RMSNorm, in
+            dense layers and in thin blocks.
+        embedding_scale: factor of the embeddings, which the output head does not have.
+        sliding_windows: for each layer, how many of the latest tokens, itself included, a token's
+            attention sees; None for all of them.
+        rope_theta_local: rotary base of layers with a sliding window; None for the others' base.
+
+    Names that earlier configurations had are accepted: `layer_kinds`, `thin_num_attention_heads`
+    and the like.
+
+    Raises:
+        ValueError: when the numbers contradict each other.
     """
 
     model_type = "mol"
@@ -89,7 +114,8 @@ class MoLConfig(PreTrainedConfig):
         embedding_scale: float = 1.0,
         max_position_embeddings: int = 4096,
         initializer_range: float = 0.02,
-        layer_kinds: list[str] | None = None,
+        layer_structures: list[str] | None = None,
+        layer_mixers: list[str] | None = None,
         num_blocks: int = 15,
         num_shared_blocks: int = 1,
         num_blocks_per_tok: int = 3,
@@ -111,6 +137,17 @@ class MoLConfig(PreTrainedConfig):
         eos_token_id: int | list[int] | None = None,
         **kwargs: Any,
     ) -> None:
+        if (kinds := kwargs.pop("layer_kinds", None)) is not None:
+            unknown = sorted(set(kinds) - set(_LAYER_KINDS))
+            if unknown:
+                raise ValueError(f"layer_kinds has {unknown}; known are {', '.join(_LAYER_KINDS)}")
+            layer_structures = [_LAYER_KINDS[kind][0] for kind in kinds]
+            layer_mixers = [_LAYER_KINDS[kind][1] for kind in kinds]
+        old = {new: kwargs.pop(name) for name, new in _RENAMED.items() if name in kwargs}
+        num_heads_thin = old.get("num_heads_thin", num_heads_thin)
+        num_kv_heads_thin = old.get("num_kv_heads_thin", num_kv_heads_thin)
+        num_heads_shared = old.get("num_heads_shared", num_heads_shared)
+        num_kv_heads_shared = old.get("num_kv_heads_shared", num_kv_heads_shared)
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
@@ -134,7 +171,11 @@ class MoLConfig(PreTrainedConfig):
         self.embedding_scale = embedding_scale
         self.max_position_embeddings = max_position_embeddings
         self.initializer_range = initializer_range
-        self.layer_kinds = layer_kinds or ["gated_deltanet"] * num_hidden_layers
+        self.layer_structures = layer_structures or ["mixture"] * num_hidden_layers
+        self.layer_mixers = layer_mixers or [
+            "gated_deltanet" if structure == "mixture" else "attention"
+            for structure in self.layer_structures
+        ]
         self.num_blocks = num_blocks
         self.num_shared_blocks = num_shared_blocks
         self.num_blocks_per_tok = num_blocks_per_tok
@@ -172,61 +213,68 @@ class MoLConfig(PreTrainedConfig):
         return self.num_blocks_per_tok
 
     def is_dense(self, layer: int) -> bool:
-        """Whether layer `layer` is one full-width block."""
-        return self.layer_kinds[layer] in DENSE_KINDS
+        """Return whether layer `layer` is one full-width block."""
+        return self.layer_structures[layer] == "dense"
 
-    def dense_spec(self, kind: str = "dense", layer: int = 0) -> BlockSpec:
-        """The one full-width block of a dense layer of this kind, in place of layer `layer`."""
-        heads, mixer = self.num_attention_heads, DENSE_KINDS[kind]
-        return BlockSpec(
-            num_blocks=1,
+    @property
+    def layer_labels(self) -> list[str]:
+        """Structure and mixer of each layer in words, such as "mixture, attention"."""
+        pairs = zip(self.layer_structures, self.layer_mixers, strict=True)
+        return [f"{structure}, {mixer}" for structure, mixer in pairs]
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether the mixer of a layer carries a state of fixed size."""
+        return any(MIXERS[mixer].is_recurrent for mixer in self.layer_mixers)
+
+    def dense_spec(self, mixer: str = "attention", layer: int = 0) -> BlockSpec:
+        """Return the shape of the one block of dense layer `layer`."""
+        dense = BlockShape(
             width=self.hidden_size,
-            mixer=mixer,
             d_ff=self.intermediate_size,
-            num_heads=heads,
-            num_kv_heads=self.num_key_value_heads if mixer == "softmax" else heads,
-            head_dim=self.head_dim,
-            output_norms=self.output_norms,
-            **self._attention_range(layer),
+            num_heads=self.num_attention_heads,
+            num_kv_heads=self.num_key_value_heads,
         )
+        return self._spec(dense, 1, mixer, layer, self.output_norms)
 
     def shared_spec(self, layer: int = 0) -> BlockSpec:
-        """The shared thin blocks of MoL layer `layer`."""
-        return self._thin_spec(shared_shape(self), self.num_shared_blocks, "softmax", layer)
+        """Return the shape of the shared blocks of mixture `layer`."""
+        count, norms = self.num_shared_blocks, self.output_norms_thin
+        return self._spec(shared_shape(self), count, "attention", layer, norms)
 
-    def routed_spec(self, layer: int) -> BlockSpec:
-        """The routed thin blocks of MoL layer `layer`."""
-        kind = self.layer_kinds[layer]
-        return self._thin_spec(routed_shape(self), self.num_routed_blocks, kind, layer)
+    def routed_spec(self, mixer: str, layer: int = 0) -> BlockSpec:
+        """Return the shape of the routed blocks of mixture `layer`, with this mixer."""
+        count, norms = self.num_routed_blocks, self.output_norms_thin
+        return self._spec(routed_shape(self), count, mixer, layer, norms)
 
-    def _thin_spec(self, shape: BlockShape, num_blocks: int, mixer: str, layer: int) -> BlockSpec:
+    def _spec(
+        self, shape: BlockShape, num_blocks: int, mixer: str, layer: int, output_norms: bool
+    ) -> BlockSpec:
+        shares = MIXERS[mixer].shares_kv_heads
+        window = None if self.sliding_windows is None else self.sliding_windows[layer]
         return BlockSpec(
             num_blocks=num_blocks,
             width=shape.width,
             mixer=mixer,
             d_ff=shape.d_ff,
             num_heads=shape.num_heads,
-            # A linear-attention state belongs to one head: keys and values are not shared.
-            num_kv_heads=shape.num_kv_heads if mixer == "softmax" else shape.num_heads,
+            num_kv_heads=shape.num_kv_heads if shares else shape.num_heads,
             head_dim=self.head_dim,
-            output_norms=self.output_norms_thin,
-            **self._attention_range(layer),
+            output_norms=output_norms,
+            window=window,
+            local_rotary=window is not None and self.rope_theta_local is not None,
         )
 
-    def _attention_range(self, layer: int) -> dict[str, Any]:
-        window = None if self.sliding_windows is None else self.sliding_windows[layer]
-        local = window is not None and self.rope_theta_local is not None
-        return {"window": window, "local_rotary": local}
-
     def _check(self) -> None:
-        unknown = sorted(set(self.layer_kinds) - set(LAYER_KINDS))
-        if unknown:
-            raise ValueError(f"layer_kinds has {unknown}; known are {', '.join(LAYER_KINDS)}")
-        if len(self.layer_kinds) != self.num_hidden_layers:
-            raise ValueError(
-                f"layer_kinds names {len(self.layer_kinds)} layers, "
-                f"num_hidden_layers is {self.num_hidden_layers}"
-            )
+        for name, known in (("layer_structures", STRUCTURES), ("layer_mixers", tuple(MIXERS))):
+            given = getattr(self, name)
+            if unknown := sorted(set(given) - set(known)):
+                raise ValueError(f"{name} has {unknown}; known are {', '.join(known)}")
+            if len(given) != self.num_hidden_layers:
+                raise ValueError(
+                    f"{name} names {len(given)} layers, "
+                    f"num_hidden_layers is {self.num_hidden_layers}"
+                )
         if self.sliding_windows and len(self.sliding_windows) != self.num_hidden_layers:
             raise ValueError(
                 f"sliding_windows names {len(self.sliding_windows)} layers, "

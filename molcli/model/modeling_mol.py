@@ -1,6 +1,5 @@
 """The Mixture of Layers language model, as transformers knows models."""
 
-import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,15 +10,14 @@ from transformers import initialization as init
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.utils import can_return_tuple
 
-from molcli.kernels.packed_rows import all_rows
-from molcli.model.blocks import Attention, BlockStack, FeedForward, rms_norm
+from molcli.model.blocks import BlockStack, FeedForward
 from molcli.model.compiled import compile_layers
 from molcli.model.configuration_mol import MoLConfig
+from molcli.model.context import DecodeContext, ForwardContext, rows_of_all
 from molcli.model.decoding.cache import MoLCache
 from molcli.model.decoding.generation import MoLGenerationMixin
-from molcli.model.decoding.graphs import ForwardGraphs, SideStream
+from molcli.model.decoding.graphs import ForwardGraphs
 from molcli.model.decoding.static_cache import MoLStaticCache, StaticStore
-from molcli.model.decoding.step import Step, step_layer
 from molcli.model.forward_inputs import (
     CACHE_FIELD,
     IGNORED,
@@ -32,10 +30,12 @@ from molcli.model.forward_inputs import (
     refuse_unknown,
 )
 from molcli.model.layers import ThinBlocks, new_layer
-from molcli.model.mixers.gated_deltanet import GatedDeltaNet
+from molcli.model.mixers import Mixer, parameter_names
+from molcli.model.norms import FinalNorm
 from molcli.model.rotary import rotary_embedding
 from molcli.model.routing.balance import cv_squared
 from molcli.model.routing.router import Router, Routing
+from molcli.model.schedule import ConcurrentSchedule, Schedule
 from molcli.model.tokens import token_stream
 
 
@@ -82,17 +82,6 @@ class Embedding(nn.Embedding):
         return x if self.scale == 1.0 else x * torch.tensor(self.scale, dtype=x.dtype).item()
 
 
-class FinalNorm(nn.Module):
-    """RMSNorm at full width."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
-
-
 class MoLPreTrainedModel(PreTrainedModel):
     """Loading, saving and initialisation."""
 
@@ -105,39 +94,24 @@ class MoLPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     # A recurrent state cannot go back in time: decoding that undoes tokens is refused.
     _is_stateful = True
-    _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "router"]
+    _keep_in_fp32_modules_strict = [*parameter_names("float32_parameters"), "router"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal matrices, unit norms; Gated DeltaNet's decay as in arXiv 2412.06464:
-        A in U(0, 16), dt log-uniform in [1e-3, 0.1]."""
+        """Draw normal matrices, set norms to 1; each mixer draws its own parameters."""
         super()._init_weights(module)
         std = self.config.initializer_range
         if isinstance(module, Router):
             init.normal_(module.weight, mean=0.0, std=0.02)
             init.zeros_(module.correction_bias)
-        elif isinstance(module, ThinBlocks):
-            init.normal_(module.thin_in, mean=0.0, std=std)
-            init.normal_(module.thin_out, mean=0.0, std=std)
+        elif isinstance(module, Mixer):
+            module.initialize(std)
         elif isinstance(module, (BlockStack, FinalNorm)):
             for parameter in module.parameters(recurse=False):
                 init.ones_(parameter)
-        elif isinstance(module, (Attention, FeedForward, GatedDeltaNet)):
-            for name, parameter in module.named_parameters(recurse=False):
-                if name.endswith("_norm"):
-                    init.ones_(parameter)
-                elif name.endswith("_bias"):
-                    init.zeros_(parameter)
-                else:
-                    init.normal_(parameter, mean=0.0, std=std)
-        if isinstance(module, GatedDeltaNet):
-            bound = module.q_conv.shape[-1] ** -0.5
-            for conv in (module.q_conv, module.k_conv, module.v_conv):
-                init.uniform_(conv, -bound, bound)
-            init.copy_(module.A_log, torch.empty_like(module.A_log).uniform_(1e-3, 16).log())
-            low, high = torch.tensor([1e-3, 0.1]).log().tolist()
-            dt = torch.empty_like(module.dt_bias).uniform_(low, high).exp()
-            init.copy_(module.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # softplus^-1(dt)
+        elif isinstance(module, (ThinBlocks, FeedForward)):
+            for parameter in module.parameters(recurse=False):
+                init.normal_(parameter, mean=0.0, std=std)
 
 
 class MoLModel(MoLPreTrainedModel):
@@ -151,7 +125,7 @@ class MoLModel(MoLPreTrainedModel):
         self.norm = FinalNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = rotary_embedding(config)
         self.gradient_checkpointing = False
-        self.run_layer: Any = operator.call  # `ForwardGraphs` calls layers in another way
+        self.schedule = Schedule()  # `ForwardGraphs` sets another one
         self.post_init()
 
     @can_return_tuple  # type: ignore[untyped-decorator]
@@ -211,7 +185,7 @@ class MoLModel(MoLPreTrainedModel):
         with_logits = config.output_router_logits if with_logits is None else with_logits
         with_hidden = config.output_hidden_states if with_hidden is None else with_hidden
         if isinstance(held, MoLStaticCache):
-            held.clock.room_for(*shape)
+            held.length.check_room(*shape)
             plain = document_ids is None and not with_hidden and not torch.is_grad_enabled()
             if shape[1] == 1 and plain:
                 return self._one_step(embeds, held, attention_mask, position_ids, with_logits)
@@ -240,19 +214,21 @@ class MoLModel(MoLPreTrainedModel):
             held = MoLCache(config)
         x = stream.flatten(embeds)
         cos, sin = self.rotary_emb(x, stream.position[None])
-        rotary = cos[0], sin[0]
-        sizes = stream.document, stream.num_documents
-        rows = {
-            count: all_rows(*sizes, count, stream.length)
-            for count in {1, config.num_shared_blocks} - {0}
-        }
+        context = ForwardContext(
+            stream,
+            rotary=(cos[0], sin[0]),
+            dense_rows=rows_of_all(stream, 1),
+            shared_rows=rows_of_all(stream, config.num_shared_blocks),
+            schedule=self.schedule,
+        )
         routings, hidden = [], []
         for i, layer in enumerate(self.layers):
-            always = rows[1 if config.is_dense(i) else max(1, config.num_shared_blocks)]
             states = None if held is None else held.layers[i]
             if with_hidden:
                 hidden.append(stream.unflatten(x))
-            x, routing = self.run_layer(layer, x, always, rotary, stream, states)
+            # A compiled layer would run its parts on one stream.
+            call = layer.forward if self.schedule.concurrent else layer
+            x, routing = call(x, context, states)
             if routing is not None:
                 routings.append(routing)
         if held is not None:
@@ -276,15 +252,15 @@ class MoLModel(MoLPreTrainedModel):
     ) -> MoLModelOutput:
         """embeds: (B, 1, d_model); the rest as `forward` has it."""
         store, batch = cache.store, embeds.shape[0]
-        position = store.clock.counts
+        position = store.length.counts
         if position_ids is not None:
             position = position_ids.expand(batch, 1)[:, 0]
-        active = torch.ones_like(store.clock.counts, dtype=torch.int32)
+        active = torch.ones_like(store.length.counts, dtype=torch.int32)
         if attention_mask is not None:
             active = attention_mask[:, -1].int()
         with torch.cuda.device_of(embeds):  # Triton launches on the current device
             hidden, routing = self.step(embeds[:, 0], position, active, store)
-        cache.clock.seen += 1
+        cache.length.seen += 1
         found: dict[str, Any] = {CACHE_FIELD: cache}
         if with_logits:
             found["router_logits"] = tuple(r.logits for r in routing)
@@ -293,20 +269,31 @@ class MoLModel(MoLPreTrainedModel):
     def step(
         self, x: Tensor, position: Tensor, active: Tensor, store: StaticStore
     ) -> tuple[Tensor, tuple[Routing, ...]]:
-        """One token a sequence, without a word to the host.
+        """Compute one new token a sequence, without host synchronisation.
 
-        x: (B, d_model), its embedding; position: (B,); active: (B,) int32, 0 where it is padding.
-        Returns the normalised residual, (B, d_model), and each routing layer's decisions.
+        Args:
+            x: (B, d_model), embeddings of the new tokens.
+            position: (B,), their positions.
+            active: (B,) int32, 0 where the token is padding.
+            store: of the static cache, updated in place.
+
+        Returns:
+            The normalised residual, (B, d_model), and the routing of each layer that routes.
         """
         cos, sin = self.rotary_emb(x, position[:, None])
-        step = Step(cos[:, 0].contiguous(), sin[:, 0].contiguous(), active, store)
-        branch, routings = SideStream(x.device), []
-        layers: list[Any] = list(self.layers)
-        for layer, states in zip(layers, store.layers, strict=True):
-            x, routing = step_layer(layer, x, step, states, branch)
+        context = DecodeContext(
+            rotary=(cos[:, 0].contiguous(), sin[:, 0].contiguous()),
+            active=active,
+            length=store.length,
+            always=store.always,
+            schedule=ConcurrentSchedule(x.device),
+        )
+        routings = []
+        for layer, states in zip(self.layers, store.layers, strict=True):
+            x, routing = layer.step(x, context, states)  # type: ignore[operator]
             if routing is not None:
                 routings.append(routing)
-        store.clock.advance_on_device(active)
+        store.length.advance_on_device(active)
         return self.norm(x), tuple(routings)
 
 

@@ -22,7 +22,8 @@ class Architecture(Protocol):
     output_norms: bool
     output_norms_thin: bool
     tie_word_embeddings: bool
-    layer_kinds: list[str]
+    layer_structures: list[str]
+    layer_mixers: list[str]
     num_blocks: int
     num_shared_blocks: int
     num_blocks_per_tok: int

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # stages import pages of this room, and torch comes with them
     from molcli.stages.evaluate.recall import Recall
     from molcli.stages.evaluate.tasks import Scores
     from molcli.stages.inspect import LayerRouting, RoutingReport
-    from molcli.stages.train.estimate import Estimate
+    from molcli.stages.train.plan import Estimate
 
 
 @dataclass(frozen=True)

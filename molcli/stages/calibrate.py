@@ -86,7 +86,7 @@ def _observe(parent: Parent, fit: TokenRows, unfinished: Unfinished, progress: P
             context, before = chunk.context, x[chunk.tokens]
             rows, block = context.dense_rows, layer.block
             sums["attention"] += second_moment(unit_rms(before))
-            middle = before + block.mix(before, rows, context.rotary, context.stream, None)
+            middle = before + block.mix(before, context.blocks(rows))
             sums["mlp"] += second_moment(unit_rms(middle))
             x[chunk.tokens] = middle + block.feed(middle, rows)
         moments = {name: total.div_(fit.tokens).cpu() for name, total in sums.items()}

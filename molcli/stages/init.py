@@ -10,6 +10,9 @@ from molcli.files.folders import output_folder
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.modeling_mol import MoLForCausalLM
 
+# Names in a recipe.
+_MIXERS = {"softmax": "attention", "gated_deltanet": "gated_deltanet"}
+
 
 def untrained_config(model: ModelConfig) -> MoLConfig:
     """The MoLConfig of a recipe's model section: every layer is a Mixture of Layers."""
@@ -26,7 +29,7 @@ def untrained_config(model: ModelConfig) -> MoLConfig:
         attention_out_bias=model.attention_bias,
         rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
         max_position_embeddings=model.max_position_embeddings,
-        layer_kinds=[model.layer_kind] * model.num_hidden_layers,
+        layer_mixers=[_MIXERS[model.layer_kind]] * model.num_hidden_layers,
         num_blocks=model.num_blocks,
         num_shared_blocks=model.num_shared_blocks,
         num_blocks_per_tok=model.top_k,

@@ -14,7 +14,6 @@ from molcli.data.tokenizer import open_tokenizer
 from molcli.errors import MolError
 from molcli.maths.routing_stats import RoutingCounts, RoutingSummary, count_routing, summarise
 from molcli.model.checkpoint import default_device, open_checkpoint
-from molcli.model.configuration_mol import DENSE_KINDS
 from molcli.progress import Progress, silent
 
 
@@ -61,7 +60,7 @@ def inspect_routing(
     device = default_device()
     model = open_checkpoint(checkpoint, device)
     settings = model.config
-    if settings.num_routed_blocks == 0 or set(settings.layer_kinds) <= set(DENSE_KINDS):
+    if settings.num_routed_blocks == 0 or "mixture" not in settings.layer_structures:
         raise MolError(
             f"{checkpoint} routes nothing: "
             f"{settings.num_shared_blocks} of {settings.num_blocks} blocks are shared",
@@ -100,7 +99,7 @@ def inspect_routing(
         layers=[
             LayerRouting(
                 layer,
-                settings.layer_kinds[layer],
+                settings.layer_labels[layer],
                 summarise(count, dead_share=config.dead_share),
             )
             for layer, count in sorted(counts.items())

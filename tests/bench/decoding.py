@@ -59,11 +59,11 @@ def main() -> None:
         seconds(65)
     token = sorted(seconds(65) - seconds(1) for _ in range(5))[2] / 64
     store = generation._KEPT[model].store
-    store.clock.filled.fill_(args.context)
+    store.length.filled.fill_(args.context)
 
     def replay() -> None:
         store.graph.graph.replay()
-        store.clock.filled.fill_(args.context)  # a step of its own, of a microsecond
+        store.length.filled.fill_(args.context)  # a step of its own, of a microsecond
 
     step = do_bench(replay, return_mode="median")
     source = torch.empty(2**30, dtype=torch.int8, device="cuda")

@@ -32,7 +32,7 @@ from molcli.model.configuration_mol import MoLConfig
 from molcli.stages.train.balance import RouterLoads
 from molcli.stages.train.batches import MicroBatches, micro_batches
 from molcli.stages.train.gradient_graph import GradientGraph
-from molcli.stages.train.objective import Objective, Student, Weights
+from molcli.stages.train.objective import LossWeights, PredictionObjective, Student
 from molcli.stages.train.optimizer import make_optimizer, update
 
 PEAK_FLOPS = 989e12
@@ -81,26 +81,26 @@ def main() -> None:
     optimizer = make_optimizer(model, TrainConfig())
     loads = RouterLoads(model)
     student = Student(model, dtype, loads)
-    weights = Weights(ce=0.0, kl=1.0, compiled=compiled)
+    weights = LossWeights(ce=0.0, kl=1.0, compiled=compiled)
     graph = GradientGraph(model) if args.graph == "on" else None
-    objective = Objective(student, parent, weights, balance_weight=0.0, graph=graph)
+    objective = PredictionObjective(student, parent, weights, balance_weight=0.0, graph=graph)
     lengths = torch.randint(20, 400, (args.batch * args.length // 100,)).tolist()
     documents = [torch.randint(49_152, (n,), dtype=torch.int32) for n in lengths]
     rows = pack(documents, args.length, seed=0)
 
-    def taken() -> MicroBatches:
+    def load() -> MicroBatches:
         index = torch.randint(len(rows), (args.batch,))
         return micro_batches(rows, index, args.micro_batch, accelerator)
 
-    ahead = [taken()]
+    ahead = [load()]
 
     def step() -> None:  # in the order of `molcli train`
         objective.backward(ahead.pop(), accelerator)
         _, finite = update(model, optimizer, 1.0, accelerator)
-        ahead.append(taken())
+        ahead.append(load())
         assert finite()
-        loads.keep()
-        loads.update(1e-3, accelerator)
+        loads.add_step_to_window()
+        loads.update_biases(1e-3, accelerator)
         optimizer.zero_grad()
 
     start = time.perf_counter()

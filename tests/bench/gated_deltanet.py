@@ -118,10 +118,10 @@ def main(words: list[str] | None = None) -> None:
 
 def figures(checkpoints: Checkpoints, name: str) -> dict[str, Any]:
     checkpoint, about = checkpoints.get(name)
-    kinds = json.loads((checkpoint / "config.json").read_text())["layer_kinds"]
+    config = json.loads((checkpoint / "config.json").read_text())
     layers = {
-        "gated_deltanet_layers": sum(kind == "gated_deltanet" for kind in kinds),
-        "converted_layers": sum(kind != "dense" for kind in kinds),
+        "gated_deltanet_layers": config["layer_mixers"].count("gated_deltanet"),
+        "converted_layers": config["layer_structures"].count("mixture"),
     }
     return about | layers | checkpoints.workshop.figures(checkpoint, checkpoints.softmax.evaluate)
 

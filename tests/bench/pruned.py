@@ -65,6 +65,7 @@ def write_dense(parent: Parent, layers: list[int], out: Path) -> None:
     model = load_dense(parent, parent.embedding().dtype, torch.device("cpu"))
     model.model.layers = nn.ModuleList(model.model.layers[i] for i in layers)
     model.config.num_hidden_layers = len(layers)
-    model.config.layer_kinds = ["dense"] * len(layers)
+    model.config.layer_structures = ["dense"] * len(layers)
+    model.config.layer_mixers = ["attention"] * len(layers)
     model.save_pretrained(out)
     parent.copy_tokenizer(out)

@@ -16,10 +16,9 @@ from molcli.model import MoLForCausalLM
 from molcli.model.compiled import compile_layers
 from molcli.stages.init import untrained_config
 from molcli.stages.train.batches import micro_batches
-from molcli.stages.train.distributed import make_student, open_ranks
-from molcli.stages.train.objective import Objective, Weights
+from molcli.stages.train.distributed import create_accelerator, uses_optimizer_sharding
+from molcli.stages.train.objective import LossWeights, PredictionObjective, make_student
 from molcli.stages.train.optimizer import make_optimizer, update
-from molcli.stages.train.sharding import keeps_whole
 
 WARM_UP = 3  # steps
 
@@ -33,18 +32,24 @@ def main() -> None:
     args = parser.parse_args()
     kind = "gated_deltanet" if find_spec("fla") else "softmax"
     recipe = load_recipe("paper-1.3b-1+3of15", [f"model.layer_kind={kind}"])
-    accelerator, compiled = open_ranks(recipe.train, Path("unused")), args.compile == "on"
+    accelerator, compiled = create_accelerator(recipe.train, Path("unused")), args.compile == "on"
     torch.manual_seed(0)
     with accelerator.device:
         model = MoLForCausalLM(untrained_config(recipe.model)).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     settings = replace(recipe.train, sharding=args.sharding)
-    whole = keeps_whole(settings, model.config, accelerator.device, accelerator.num_processes)
-    student = make_student(model, torch.bfloat16, accelerator, whole=whole)
+    optimizer_sharding = uses_optimizer_sharding(
+        settings, model.config, accelerator.device, accelerator.num_processes
+    )
+    student = make_student(
+        model, torch.bfloat16, accelerator, optimizer_sharding=optimizer_sharding
+    )
     if compiled:
         compile_layers(model)
     optimizer = make_optimizer(model, recipe.train)
-    objective = Objective(student, None, Weights(ce=1.0, kl=0.0, compiled=compiled), 0.0)
+    objective = PredictionObjective(
+        student, None, LossWeights(ce=1.0, kl=0.0, compiled=compiled), 0.0
+    )
     length, count = recipe.train.context_length, args.rows * accelerator.num_processes
     documents = torch.randint(recipe.model.vocab_size, (2 * count * length,), dtype=torch.int32)
     rows = pack(list(documents.split(length // 2)), length, seed=0)
@@ -54,7 +59,7 @@ def main() -> None:
         batches = micro_batches(rows, index, recipe.train.micro_batch_size, accelerator)
         objective.backward(batches, accelerator)
         update(model, optimizer, 1.0, accelerator)
-        student.loads.update(1e-3, accelerator)
+        student.loads.update_biases(1e-3, accelerator)
         optimizer.zero_grad()
 
     for number in range(WARM_UP):
@@ -73,7 +78,7 @@ def main() -> None:
             "tokens_per_second": round(args.timed * count * length / seconds),
             "layer_kind": kind,
             "compiled": compiled,
-            "sharding": "optimizer" if whole else "full",
+            "sharding": "optimizer" if optimizer_sharding else "full",
             "parameters": count_parameters(model.config).total,
             "rows_a_gpu": args.rows,
             "context_length": length,

@@ -91,7 +91,7 @@ def test_mol_config_kwargs_describe_the_tensors(
     assert kwargs["attention_out_bias"] == ("block.mixer.o_bias" in names)
     assert kwargs["qk_norm"] == ("block.mixer.q_norm" in names)
     assert kwargs["tie_word_embeddings"] == (parent.lm_head() is None)
-    assert kwargs["layer_kinds"] == ["dense", "dense"]
+    assert kwargs["layer_structures"] == ["dense", "dense"]
     assert kwargs["rope_parameters"]["rope_theta"] == 10_000.0
 
 

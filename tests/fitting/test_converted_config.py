@@ -70,7 +70,7 @@ def test_a_preset_is_a_share_of_any_parent(
 @pytest.mark.parametrize("preset", ["quality", "balanced", "fast"])
 def test_shared_blocks_of_a_preset_hold_all_heads(name: str, preset: Any) -> None:
     config = converted_config(PARENTS[name], UpcycleConfig(preset=preset))
-    shared, routed = config.shared_spec(), config.routed_spec(0)
+    shared, routed = config.shared_spec(), config.routed_spec(config.layer_mixers[0])
     assert (shared.num_heads, shared.num_kv_heads) == (
         config.num_attention_heads,
         config.num_key_value_heads,
@@ -147,7 +147,7 @@ def test_shared_blocks_have_the_shape_that_is_set_for_them() -> None:
 
     def shapes(**options: Any) -> list[tuple[int, ...]]:
         config = converted_config(PARENTS["SmolLM2-135M"], UpcycleConfig(**options))
-        found = config.shared_spec(), config.routed_spec(0)
+        found = config.shared_spec(), config.routed_spec(config.layer_mixers[0])
         return [(s.width, s.d_ff, s.num_heads, s.num_kv_heads) for s in found]
 
     routed = (192, 512, 3, 1)
@@ -172,8 +172,8 @@ def test_the_middle_stands_for_auto_until_that_measures(
 ) -> None:
     """As many layers: neighbours, with as many above them as below, or one fewer."""
     dense = PARENTS["SmolLM2-135M"] | {"num_hidden_layers": count}
-    kinds = converted_config(dense, UpcycleConfig(layers=layers, layers_budget=budget)).layer_kinds
-    taken = [i for i, kind in enumerate(kinds) if kind != "dense"]
+    config = converted_config(dense, UpcycleConfig(layers=layers, layers_budget=budget))
+    taken = [i for i in range(count) if not config.is_dense(i)]
     assert len(taken) == len(cheapest(dict.fromkeys(range(count), 0.0), budget))
     if taken:
         assert taken == list(range(taken[0], taken[-1] + 1))

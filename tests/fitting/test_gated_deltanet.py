@@ -38,7 +38,7 @@ CONFIG = MoLConfig(
 
 
 def random_mixer() -> GatedDeltaNet:
-    mixer = GatedDeltaNet(CONFIG.routed_spec(0), CONFIG).requires_grad_(False)
+    mixer = GatedDeltaNet(CONFIG.routed_spec("gated_deltanet"), CONFIG).requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     for parameter in mixer.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator))
@@ -69,7 +69,7 @@ def least_squares(samples: Iterator[Sample]) -> Tensor:
 
 def run(mixer: GatedDeltaNet, where: Site) -> Tensor:
     context: Context = where.context
-    return mixer.heads(where.read, where.rows, context.rotary, context.stream, None)
+    return mixer.heads(where.read, context.blocks(where.rows))
 
 
 def start(mixer: GatedDeltaNet, where: Site) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from molcli.kernels import backend
 
-# Kernels with loops whose bounds they compute.
+# Kernels with loops whose bounds are computed.
 LOOPS = ["molcli.kernels.segment_attention.triton_kernels"]
 
 
@@ -16,26 +16,26 @@ LOOPS = ["molcli.kernels.segment_attention.triton_kernels"]
     params=[pytest.param("cuda", marks=pytest.mark.gpu), pytest.param("cpu", id="interpreted")]
 )
 def triton_device(request, monkeypatch) -> str:
-    """Where Triton's kernels run: compiled on a GPU, or interpreted on a CPU."""
+    """The device Triton kernels run on: compiled on a GPU, or interpreted on a CPU."""
     pytest.importorskip("triton")
     if request.param == "cpu":
         if torch.cuda.is_available():
             pytest.skip("Triton compiles for the GPU here")
-        monkeypatch.setattr(backend, "on_triton", lambda x: x.dtype in backend.DTYPES)
+        monkeypatch.setattr(backend, "use_triton", lambda x: x.dtype in backend.DTYPES)
         for name in LOOPS:
             monkeypatch.setattr(importlib.import_module(name), "range", _range, raising=False)
     return request.param
 
 
 def _range(*bounds: Any) -> range:
-    """Interpreted scalars are arrays of one element: NumPy 2.4 makes no int of them, as Triton
-    before 3.7 would have it."""
+    """`range` for interpreted scalars. They are arrays of one element, which Triton before 3.7
+    passes to int(), and NumPy 2.4 refuses."""
     return range(*(x.handle.data.item() if hasattr(x, "handle") else x for x in bounds))
 
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:
-    """What a kernel leaves out of its outputs is NaN."""
+    """Fill new tensors with NaN, so that outputs a kernel leaves unwritten are found."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -43,8 +43,10 @@ def poisoned() -> Iterator[None]:
 
 @pytest.fixture
 def check() -> Callable[[str, Iterable[Tensor], Iterable[Tensor], Iterable[Tensor]], None]:
-    """check(names, found, eager, truth): at most twice as far off as elementary operations in the
-    same dtype; two last bits of float32, whose error depends on the order of sums, are free."""
+    """check(names, found, eager, truth): allow twice the error of eager operations in that dtype.
+
+    The last two bits of float32 are always allowed: their error depends on the order of sums.
+    """
 
     def compare(
         names: str, found: Iterable[Tensor], eager: Iterable[Tensor], truth: Iterable[Tensor]

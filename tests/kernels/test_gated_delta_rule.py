@@ -6,12 +6,12 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from molcli.kernels.gated_delta_rule import (
-    fla,
+    fla_check,
     gated_delta_rule,
     gated_delta_rule_reference,
     recurrent_gated_delta_rule,
 )
-from molcli.kernels.gated_delta_rule.fla import fla_is_sound
+from molcli.kernels.gated_delta_rule.fla_check import fla_is_correct
 
 # Lengths by the path they take: one token; empty; part of a chunk; exactly one; several and a rest.
 BOUNDS = [0, 1, 1, 40, 104, 300]
@@ -84,7 +84,7 @@ def test_gpu_path_is_as_exact_as_bf16_allows(dim, path):
     Allowed is twice the error of the recurrence itself in bf16.
     """
     tensors, cu = inputs(torch.bfloat16, "cuda", dim=dim)
-    assert fla_is_sound(0, dim)
+    assert fla_is_correct(0, dim)
     length = max(b - a for a, b in itertools.pairwise(BOUNDS))
     training = path == "training"
 
@@ -112,7 +112,7 @@ def test_gpu_path_is_as_exact_as_bf16_allows(dim, path):
 @pytest.mark.gpu
 def test_the_check_may_run_inside_a_checkpoint():
     """The first forward pass of all runs it, and the second one must save the same tensors."""
-    fla._fla_is_sound.cache_clear()
+    fla_check._fla_is_correct.cache_clear()
     tensors, cu = inputs(torch.bfloat16, "cuda", dim=64)
     length = max(b - a for a, b in itertools.pairwise(BOUNDS))
 
@@ -120,7 +120,7 @@ def test_the_check_may_run_inside_a_checkpoint():
         return gated_delta_rule(*given, cu, length, None)[0]
 
     plain = with_gradients(lambda *x: (rule(*x),), tensors[:5])
-    fla._fla_is_sound.cache_clear()
+    fla_check._fla_is_correct.cache_clear()
 
     def checkpointed(*given):
         with torch.autocast("cuda", torch.bfloat16):

@@ -8,43 +8,43 @@ from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from molcli.kernels.grouped_linear import grouped_linear, grouped_linear_reference
-from molcli.kernels.grouped_linear.product import (
+from molcli.kernels.grouped_linear.grouped_product import (
     GroupedProduct,
     grouped_product,
-    part_ends,
-    parts_of_blocks,
+    num_gradient_parts,
+    part_offsets,
 )
 from molcli.kernels.packed_rows import all_rows
 
 
 @given(sizes=st.lists(st.integers(0, 50), min_size=1, max_size=6), parts=st.integers(1, 9))
-def test_parts_share_a_block_evenly(sizes, parts):
+def test_the_parts_of_a_block_are_of_even_size(sizes, parts):
     ends = torch.tensor(sizes).cumsum(0).int()
-    cut = part_ends(ends, parts)
+    cut = part_offsets(ends, parts)
     assert cut.dtype == torch.int32
     assert torch.equal(cut[parts - 1 :: parts], ends)
-    shares = cut.diff(prepend=cut.new_zeros(1)).view(len(sizes), parts)
-    assert shares.min() >= 0
-    assert int((shares.amax(1) - shares.amin(1)).max()) <= 1
+    sizes_of_parts = cut.diff(prepend=cut.new_zeros(1)).view(len(sizes), parts)
+    assert sizes_of_parts.min() >= 0
+    assert int((sizes_of_parts.amax(1) - sizes_of_parts.amin(1)).max()) <= 1
 
 
-def test_only_few_tiles_over_many_rows_are_parted():
-    assert parts_of_blocks(torch.Size([8, 192, 576]), 131_072) == 7
-    assert parts_of_blocks(torch.Size([8, 192, 192]), 131_072) == 16
-    assert parts_of_blocks(torch.Size([15, 4096, 512]), 98_304) == 1
-    assert parts_of_blocks(torch.Size([8, 192, 576]), 8_192) == 3
-    assert parts_of_blocks(torch.Size([8, 192, 576]), 2_048) == 1
-    assert parts_of_blocks(torch.Size([600, 8, 8]), 10**9) * 600 <= 1024
+def test_only_few_tiles_over_many_rows_are_summed_in_parts():
+    assert num_gradient_parts(torch.Size([8, 192, 576]), 131_072) == 7
+    assert num_gradient_parts(torch.Size([8, 192, 192]), 131_072) == 16
+    assert num_gradient_parts(torch.Size([15, 4096, 512]), 98_304) == 1
+    assert num_gradient_parts(torch.Size([8, 192, 576]), 8_192) == 3
+    assert num_gradient_parts(torch.Size([8, 192, 576]), 2_048) == 1
+    assert num_gradient_parts(torch.Size([600, 8, 8]), 10**9) * 600 <= 1024
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("sizes", [[9000, 0, 4000, 1, 7383], [900, 0, 100, 1, 23]])
 def test_it_is_as_exact_as_eager_bf16(device, sizes):
-    """Sums in parts (the first case) and at once; empty blocks get zeros."""
+    """Sums in parts (the first case) and in one; empty blocks get zeros."""
     generator = torch.Generator(device).manual_seed(0)
     ends = torch.tensor(sizes, device=device).cumsum(0).int()
     rows, shape = sum(sizes), (len(sizes), 64, 32)
-    assert (parts_of_blocks(torch.Size(shape), rows) > 1) == (rows > 5000)
+    assert (num_gradient_parts(torch.Size(shape), rows) > 1) == (rows > 5000)
     x, w, g = (
         torch.randn(*s, generator=generator, device=device) for s in [(rows, 32), shape, (rows, 64)]
     )
@@ -67,8 +67,8 @@ def test_it_is_as_exact_as_eager_bf16(device, sizes):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(("wide", "deep"), [(6, 64), (64, 12), (2, 5), (16, 16)])
-def test_odd_widths_reach_the_library_even(monkeypatch, device, wide, deep):
-    """The library takes rows of a multiple of 16 bytes, in the backward pass, too."""
+def test_odd_widths_are_padded_for_the_library(monkeypatch, device, wide, deep):
+    """The library takes rows of a multiple of 16 bytes, in the backward pass too."""
     plain = F.grouped_mm
 
     def strict(a, b, *, offs):
@@ -99,7 +99,7 @@ def test_odd_widths_reach_the_library_even(monkeypatch, device, wide, deep):
 
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_biases_are_added(blocks):
-    """A single block's is a vector: for cuBLAS a matrix is copied to the output first."""
+    """A single block's bias is a vector: cuBLAS would copy a matrix to the output first."""
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (
         torch.randn(*s, generator=generator, dtype=torch.float64)

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from molcli.kernels.route import choose
-from molcli.kernels.router_logits import MOST_BLOCKS, router_logits, router_logits_reference
+from molcli.kernels.route import select_blocks
+from molcli.kernels.router_logits import MAX_BLOCKS, router_logits, router_logits_reference
 from molcli.model.routing.router import Router
 
 
 def case(device, dtype, rows, width, blocks):
-    """x with rows of very different size, as residuals have; a weight; a gradient of the logits."""
+    """x with rows of very different norms, as residuals have; a weight; the logits' gradient."""
     generator = torch.Generator().manual_seed(rows + blocks)
     x = torch.randn(rows, width, generator=generator)
     x = x * torch.logspace(-1, 2, rows)[:, None]
@@ -24,7 +24,7 @@ def with_gradients(function, x, weight, grad):
     return [logits, *torch.autograd.grad(logits, [x, weight], grad.to(logits.dtype))]
 
 
-# 300 rows are several shares of a weight's gradient; 200 channels end inside a tile.
+# 300 rows are several partial sums of a weight's gradient; 200 channels end inside a tile.
 @pytest.mark.parametrize("triton_device", ["cpu"], indirect=True, ids=["interpreted"])
 @pytest.mark.parametrize(
     "rows, width, blocks, dtype",
@@ -54,7 +54,7 @@ def test_interpreted_kernels(triton_device, poisoned, check, rows, width, blocks
 )
 @pytest.mark.parametrize("rows", [1, 17, 300, 70_000])
 def test_gpu_kernels(check, rows, blocks, dtype):
-    """70,000 rows are more than 512 shares of 128."""
+    """70,000 rows are more than 512 partial sums of 128."""
     compare(check, case("cuda", dtype, rows, 200, blocks))
 
 
@@ -66,7 +66,7 @@ def compare(check, given):
     again = with_gradients(router_logits, *given)
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
     bias = torch.linspace(-0.1, 0.1, given[1].shape[0], device=given[1].device)
-    chosen, expected = (choose(z[0], bias, min(3, len(bias)))[0] for z in (found, eager))
+    chosen, expected = (select_blocks(z[0], bias, min(3, len(bias)))[0] for z in (found, eager))
     # Rounding decides between logits that differ by less than it: one row of 10,000, if any.
     assert (chosen != expected).any(1).sum() <= len(chosen) // 10_000
 
@@ -83,9 +83,9 @@ def test_operator_keeps_its_contracts(triton_device, check):
 
 
 def test_which_inputs_take_the_kernels(triton_device):
-    for dtype, blocks, taken in [
-        (torch.float32, MOST_BLOCKS, True),
-        (torch.float32, MOST_BLOCKS + 1, False),
+    for dtype, blocks, uses_kernel in [
+        (torch.float32, MAX_BLOCKS, True),
+        (torch.float32, MAX_BLOCKS + 1, False),
         (torch.float64, 2, False),
     ]:
         x, weight, _ = case(triton_device, torch.float32, 2, 16, blocks)
@@ -94,7 +94,7 @@ def test_which_inputs_take_the_kernels(triton_device):
             router.weight.copy_(weight)
         with torch.autocast(triton_device, torch.bfloat16):
             routing = router(x.to(dtype))
-        assert ("molcli" in routing.logits.grad_fn.name()) == taken
+        assert ("molcli" in routing.logits.grad_fn.name()) == uses_kernel
         assert routing.logits.dtype == routing.weights.dtype == dtype
         expected = router_logits_reference(x.double(), weight.double())
         torch.testing.assert_close(routing.logits.double(), expected, rtol=1e-5, atol=1e-5)

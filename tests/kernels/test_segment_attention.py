@@ -3,9 +3,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from molcli.kernels.packed_rows import longest_segment, pad_segments, routed_rows, unpad_segments
+from molcli.kernels.packed_rows import routed_rows
 from molcli.kernels.segment_attention import segment_attention, segment_attention_reference
-from molcli.kernels.segment_attention.reference import PADDED
+from molcli.kernels.segment_attention.reference import MAX_PADDED_RATIO
+from molcli.kernels.segments import longest_segment, pad_segments, unpad_segments
 
 
 def case(device="cpu", dtype=torch.float64, heads=4, kv=2, dim=16, n=70, ends=(25, 50)):
@@ -27,7 +28,7 @@ def case(device="cpu", dtype=torch.float64, heads=4, kv=2, dim=16, n=70, ends=(2
 
 
 def naive(q, k, v, segments, window=None, time=None):
-    """One (M, M) mask, scores in full."""
+    """All scores, with one (M, M) mask."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     scores = torch.einsum("ihd,jhd->hij", q, k) * q.shape[-1] ** -0.5
     seen = (segments[:, None] == segments[None]).tril()
@@ -36,12 +37,12 @@ def naive(q, k, v, segments, window=None, time=None):
     return torch.einsum("hij,jhd->ihd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
 
 
-# One document, and several of which padding to the longest segment would be most.
+# One document, and several, where most rows would be padding if all segments were padded.
 @pytest.mark.parametrize("ends", [(), (25, 50), (1, 3, 4, 8, 10, 12, 14, 60)])
 def test_reference_equals_a_full_mask_with_gradients(ends):
     tensors, rows = case(ends=ends)
-    longest = int(rows.cu_seqlens.diff().max())
-    assert ((len(rows.cu_seqlens) - 1) * longest > PADDED * len(rows.tokens)) == (len(ends) > 0)
+    padded_rows = (len(rows.cu_seqlens) - 1) * int(rows.cu_seqlens.diff().max())
+    assert (padded_rows > MAX_PADDED_RATIO * len(rows.tokens)) == (len(ends) > 0)
     weight = torch.randn_like(tensors[0])
     pairs = []
     for function in (
@@ -52,6 +53,14 @@ def test_reference_equals_a_full_mask_with_gradients(ends):
         pairs.append([out, *torch.autograd.grad((out * weight).sum(), tensors)])
     for a, b in zip(*pairs, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_reference_takes_no_rows_at_all():
+    cu = torch.zeros(4, dtype=torch.int32)
+    q, k, v = (torch.zeros(0, heads, 8, requires_grad=True) for heads in (4, 2, 2))
+    out = segment_attention_reference(q, k, v, cu)
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    assert [x.shape for x in (out, *grads)] == [x.shape for x in (q, q, k, v)]
 
 
 @pytest.mark.parametrize("ends", [(), (25, 50), (1, 3, 4, 8, 10, 12, 14, 60)])
@@ -73,7 +82,7 @@ def test_a_window_counts_time_not_rows(ends):
 
 
 def joint(lengths, heads, kv, dim, dtype, device="cpu"):
-    """Slices of one projection of segments of these lengths, a gradient, and where segments are."""
+    """Slices of one projection, a gradient, and the layout of segments of these lengths."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.tensor(lengths, dtype=torch.int64)
     cu = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
@@ -85,7 +94,7 @@ def joint(lengths, heads, kv, dim, dtype, device="cpu"):
 
 
 def padded(q, k, v, cu):
-    """Scores in full of segments that are padded to one length."""
+    """All scores, of segments that are padded to one length."""
     rows, group, length = len(q), q.shape[1] // k.shape[1], longest_segment(cu)
     q, k, v = (pad_segments(x, cu, length) for x in (q, k, v))
     k, v = (x.repeat_interleave(group, 2) for x in (k, v))
@@ -111,10 +120,10 @@ def with_gradients(function, tensors, weight):
         (4, 2, 16, [33]),
     ],
 )
-def test_packed_kernels_equal_a_full_mask(
+def test_short_segment_kernels_equal_a_full_mask(
     triton_device, poisoned, check, heads, kv, dim, lengths, dtype
 ):
-    """Tiles of 32 rows for own, steps of 16."""
+    """With tiles of 32 rows and steps of 16."""
     from molcli.kernels.segment_attention.triton_kernels import backward, forward
 
     tensors, weight, segments, cu = joint(lengths, heads, kv, dim, dtype)
@@ -128,23 +137,24 @@ def test_packed_kernels_equal_a_full_mask(
 
 
 @pytest.mark.parametrize("triton_device", ["cpu"], indirect=True, ids=["interpreted"])
-def test_packed_operator_keeps_its_contracts(triton_device):
+def test_the_operator_for_short_segments_keeps_its_contracts(triton_device):
     """Schema, shapes unknown to the compiler, gradients through it; and no rows at all."""
     tensors, _, segments, cu = joint([3, 1], 2, 1, 16, torch.float16)
     inputs = [x.detach().requires_grad_() for x in tensors]
-    torch.library.opcheck(torch.ops.molcli.packed_attention.default, (*inputs, segments, cu))
+    torch.library.opcheck(torch.ops.molcli.short_segment_attention.default, (*inputs, segments, cu))
     tensors, weight, segments, cu = joint([0, 0], 3, 1, 16, torch.float16)
-    out, lse = torch.ops.molcli.packed_attention(*tensors, segments, cu)
-    grads = torch.ops.molcli.packed_attention_backward(*tensors, out, lse, segments, cu, weight)
+    out, lse = torch.ops.molcli.short_segment_attention(*tensors, segments, cu)
+    backward = torch.ops.molcli.short_segment_attention_backward
+    grads = backward(*tensors, out, lse, segments, cu, weight)
     assert [x.shape for x in (out, *grads)] == [x.shape for x in (weight, *tensors)]
 
 
-def test_short_segments_take_the_packed_kernels(triton_device, check):
+def test_short_segments_take_their_own_kernels(triton_device, check):
     half = torch.bfloat16 if triton_device == "cuda" else torch.float16
     tensors, rows = case(triton_device, half, heads=3, kv=1, n=60)
     weight = torch.randn_like(tensors[0])
     found = with_gradients(lambda *x: segment_attention(*x, rows), tensors, weight)
-    assert "packed_attention" in found[0].grad_fn.name()
+    assert "short_segment_attention" in found[0].grad_fn.name()
     eager, truth = (
         with_gradients(lambda *x: naive(*x, rows.segments), inputs, weight)
         for inputs in (tensors, [x.double() for x in tensors])
@@ -158,7 +168,7 @@ def test_gpu_window_is_as_exact_as_eager_bf16(check):
     tensors, weight, segments, cu = joint([300] * 3, 3, 1, 64, torch.bfloat16, "cuda")
     time = torch.arange(300, device="cuda").repeat(3)
     _, rows = case("cuda")
-    rows = replace(rows, segments=segments, cu_seqlens=cu, max_seqlen=300, even=True)
+    rows = replace(rows, segments=segments, cu_seqlens=cu, max_seqlen=300, equal_lengths=True)
     found = with_gradients(lambda *x: segment_attention(*x, rows, 50, time), tensors, weight)
     eager, truth = (
         with_gradients(lambda *x: naive(*x, segments, 50, time), inputs, weight)
@@ -168,10 +178,10 @@ def test_gpu_window_is_as_exact_as_eager_bf16(check):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("longest", [512, 2048], ids=["packed", "flash"])
+@pytest.mark.parametrize("longest", [512, 2048], ids=["short", "flash"])
 @pytest.mark.parametrize("dim", [32, 64, 128])
 def test_gpu_path_is_as_exact_as_eager_bf16(check, longest, dim):
-    """3,568 segments of up to 73 rows, as routing makes of 65,536 tokens, two blocks for each."""
+    """3,568 segments of up to 73 rows, as when 65,536 tokens visit two blocks each."""
     lengths = torch.randint(0, 74, (3568,), generator=torch.Generator().manual_seed(0))
     tensors, weight, segments, cu = joint(lengths.tolist(), 3, 1, dim, torch.bfloat16, "cuda")
     _, rows = case("cuda")
@@ -181,7 +191,7 @@ def test_gpu_path_is_as_exact_as_eager_bf16(check, longest, dim):
         return segment_attention(*x, rows)
 
     found = with_gradients(fast, tensors, weight)
-    assert ("packed_attention" in found[0].grad_fn.name()) == (longest == 512)
+    assert ("short_segment_attention" in found[0].grad_fn.name()) == (longest == 512)
     eager, truth = (
         with_gradients(lambda *x: padded(*x, cu), inputs, weight)
         for inputs in (tensors, [x.double() for x in tensors])

@@ -1,8 +1,8 @@
 """Decoding's Triton kernels against their references, compiled or interpreted.
 
-A kernel may be off, from the reference in float64, by twice what the reference in the same dtype
-is off by. In float32 both are off by rounding alone, whose size depends on the order of sums: there
-two of its last bits are allowed in any case. The interpreter cannot multiply matrices in bf16: half
+A kernel's error, against the reference in float64, may be twice that of the reference in the same
+dtype. In float32 both are rounding errors, whose size depends on the order of sums, so an error in
+its last two bits is always allowed. The interpreter cannot multiply matrices in bf16, so half
 precision is fp16 there.
 """
 
@@ -10,18 +10,23 @@ import pytest
 import torch
 
 from molcli.kernels.decode_rows import (
+    BlockOrder,
     DecodeRows,
-    Plan,
-    block_plan,
-    block_plan_reference,
-    chosen_rows,
+    routed_decode_rows,
+    sort_by_block,
+    sort_by_block_reference,
 )
 from molcli.kernels.gated_delta_step import gated_delta_step, gated_delta_step_reference
 from molcli.kernels.indexed_combine import indexed_combine
 from molcli.kernels.indexed_combine.reference import indexed_combine_reference
 from molcli.kernels.indexed_linear import indexed_linear, indexed_linear_reference
 from molcli.kernels.route import route, route_reference
-from molcli.kernels.step_attention import append, append_reference, attend, attend_reference
+from molcli.kernels.step_attention import (
+    step_append,
+    step_append_reference,
+    step_attend,
+    step_attend_reference,
+)
 
 BLOCKS = 5
 
@@ -57,15 +62,15 @@ def check(found, eager, truth, what=""):
     assert error <= 2 * allowed + 2.5e-7
 
 
-def rows_of(blocks, planned):
-    plan = Plan(*block_plan_reference(blocks, BLOCKS)) if planned else None
-    return DecodeRows(blocks, 1, BLOCKS, plan)
+def rows_of(blocks, is_sorted):
+    by_block = BlockOrder(*sort_by_block_reference(blocks, BLOCKS)) if is_sorted else None
+    return DecodeRows(blocks, BLOCKS, by_block)
 
 
-# Rows without a plan take a program each, planned ones a program per block; 36 rows of a block are
-# more than one tile of rows. 192 and 24 are no powers of two; 2304 is wider than one tile.
+# Unsorted rows take a program each, sorted ones a program per block; 36 rows of a block are more
+# than one tile of rows. 192 and 24 are no powers of two; 2304 is wider than one tile.
 @pytest.mark.parametrize(
-    "planned, count, shared, width, sizes",
+    "is_sorted, count, shared, width, sizes",
     [
         (False, 1, 1, 64, [64]),
         (False, 4, 2, 192, [5, 4, 4, 4, 3, 3]),
@@ -74,54 +79,54 @@ def rows_of(blocks, planned):
         (True, 40, 1, 24, [20, 33]),
     ],
 )
-def test_linear_layers(draw, triton_device, planned, count, shared, width, sizes):
+def test_linear_layers(draw, triton_device, is_sorted, count, shared, width, sizes):
     blocks = torch.arange(count, device=triton_device) * 3 % BLOCKS
     if count == 40:
         blocks[:36] = 2
     total = sum(sizes)
     x, weights = draw(count // shared, width), [draw(BLOCKS, n, width) for n in sizes]
     everything = dict(
-        plus=draw(count, width),
+        delta=draw(count, width),
         norm=draw(BLOCKS, width),
         eps=1e-6,
         bias=draw(BLOCKS, total),
         residual=draw(count, total),
     )
     for options in ({}, everything):
-        found = indexed_linear(x, weights, rows_of(blocks, planned), **options)
+        found = indexed_linear(x, weights, rows_of(blocks, is_sorted), **options)
         eager = indexed_linear_reference(x, weights, blocks, **options)
         precise = {name: exact(value) for name, value in options.items()}
         truth = indexed_linear_reference(exact(x), exact(weights), blocks, **precise)
         check(found, eager, truth)
 
 
-@pytest.mark.parametrize("planned", [False, True], ids=["rows", "planned"])
+@pytest.mark.parametrize("is_sorted", [False, True], ids=["rows", "sorted"])
 @pytest.mark.parametrize(
     "activation, gated",
     [("silu", True), ("gelu", False), ("gelu_pytorch_tanh", True), ("relu", False), ("mish", True)],
 )
-def test_feed_forward_layers(draw, triton_device, planned, activation, gated):
+def test_feed_forward_layers(draw, triton_device, is_sorted, activation, gated):
     """mish has no kernel."""
     blocks = torch.tensor([0, 3], device=triton_device)
     x, weights = draw(2, 48), [draw(BLOCKS, 20, 48) for _ in range(1 + gated)]
     options = dict(norm=draw(BLOCKS, 48), eps=1e-6, activation=activation)
-    found = indexed_linear(x, weights, rows_of(blocks, planned), **options)
+    found = indexed_linear(x, weights, rows_of(blocks, is_sorted), **options)
     eager = indexed_linear_reference(x, weights, blocks, **options)
     options["norm"] = exact(options["norm"])
     check(found, eager, indexed_linear_reference(exact(x), exact(weights), blocks, **options))
 
 
 @pytest.mark.parametrize("tokens, slots", [(1, 3), (9, 2)])
-@pytest.mark.parametrize("shares", [False, True])
-def test_combining(draw, triton_device, tokens, slots, shares):
-    """Eighteen rows are planned: the products come first, the sum after them."""
+@pytest.mark.parametrize("gated", [False, True])
+def test_combining(draw, triton_device, tokens, slots, gated):
+    """Eighteen rows are sorted: the products come first, the sum after them."""
     chosen = torch.arange(tokens * slots, device=triton_device).view(tokens, slots) % BLOCKS
-    rows = chosen_rows(chosen, BLOCKS)
-    assert (rows.plan is None) == (tokens < 9)
+    rows = routed_decode_rows(chosen, BLOCKS)
+    assert (rows.by_block is None) == (tokens < 9)
     x, weight, base = draw(tokens * slots, 24), draw(BLOCKS, 40, 24), draw(tokens, 40)
-    share = draw(tokens, slots, dtype=torch.float32) if shares else None
-    found = indexed_combine(x, weight, rows, share, base, 0.5)
-    arguments = (x, weight, rows.blocks, share, base, 0.5)
+    gate = draw(tokens, slots, dtype=torch.float32) if gated else None
+    found = indexed_combine(x, weight, rows, gate, base, 0.5)
+    arguments = (x, weight, rows.blocks, gate, base, 0.5)
     eager = indexed_combine_reference(*arguments)
     check(found, eager, indexed_combine_reference(*map(exact, arguments)))
 
@@ -139,11 +144,11 @@ def test_routing_and_its_ties(draw, top_k):
 
 
 @pytest.mark.parametrize("count, blocks", [(1, 1), (17, 1), (40, 5), (96, 14)])
-def test_plans_sort_stably(triton_device, count, blocks):
+def test_sorting_by_block_is_stable(triton_device, count, blocks):
     generator = torch.Generator().manual_seed(count)
     chosen = torch.randint(blocks, (count,), generator=generator).to(triton_device)
     for found, wanted in zip(
-        block_plan(chosen, blocks), block_plan_reference(chosen, blocks), strict=True
+        sort_by_block(chosen, blocks), sort_by_block_reference(chosen, blocks), strict=True
     ):
         assert torch.equal(found, wanted)
 
@@ -174,11 +179,11 @@ def test_gated_deltanet(draw, triton_device, dim):
 
 
 @pytest.mark.parametrize(
-    "turning, length, filled, settings",
+    "rotary_dim, length, filled, settings",
     [(64, 90, 70, "plain"), (16, 3, 0, "plain"), (64, 3, 2, "biases and norms")],
 )
-def test_attention(draw, triton_device, turning, length, filled, settings):
-    """Two slots, grouped heads, entries of other blocks and of padding (-1) between a row's own."""
+def test_attention(draw, triton_device, rotary_dim, length, filled, settings):
+    """Two slots, grouped heads; entries of other blocks and of padding (-1) between a row's own."""
     heads, kv, dim, slots = 2, 1, 64, 2
     blocks = torch.tensor([0, 3, 1, 2], device=triton_device)
     active = torch.tensor([1, 0], dtype=torch.int32, device=triton_device)
@@ -187,46 +192,46 @@ def test_attention(draw, triton_device, turning, length, filled, settings):
     if settings != "plain":
         biases = [draw(BLOCKS, n * dim) for n in (heads, kv, kv)]
         norms = [draw(BLOCKS, dim) for _ in range(2)]
-    angle = draw(2, turning // 2).repeat(1, 2)
-    owners = (torch.arange(2 * length * slots, device=triton_device) * 7 % (BLOCKS + 1)) - 1
-    owners = owners.view(2, length, slots).int()
-    cache = [draw(2, length, slots, kv, dim), draw(2, length, slots, kv, dim), owners]
+    angle = draw(2, rotary_dim // 2).repeat(1, 2)
+    cache_blocks = (torch.arange(2 * length * slots, device=triton_device) * 7 % (BLOCKS + 1)) - 1
+    cache_blocks = cache_blocks.view(2, length, slots).int()
+    cache = [draw(2, length, slots, kv, dim), draw(2, length, slots, kv, dim), cache_blocks]
     caches = [[x.clone() for x in cache] for _ in range(3)]
     caches[2] = exact(caches[2])
     time = torch.tensor([filled], dtype=torch.int32, device=triton_device)
     inputs = (projected, biases, norms, angle.cos(), angle.sin())
     rest = (time, blocks, active, heads, 1e-6)
-    found = append(*inputs, *caches[0], *rest)
-    eager = append_reference(*inputs, *caches[1], *rest)
-    truth = append_reference(*map(exact, inputs), *caches[2], *rest)
+    found = step_append(*inputs, *caches[0], *rest)
+    eager = step_append_reference(*inputs, *caches[1], *rest)
+    truth = step_append_reference(*map(exact, inputs), *caches[2], *rest)
     check(found, eager, truth, "query")
     for name, *three in zip(("keys", "values"), *caches, strict=False):
         check(*three, name)
     assert torch.equal(caches[0][2], caches[2][2])
-    assert (caches[0][2][1, filled] == -1).all(), "padding owns nothing"
+    assert (caches[0][2][1, filled] == -1).all(), "padding belongs to no block"
     for window in (0, 30):
-        checked = attend(found, *caches[0], time, blocks, BLOCKS, window)
-        reference = attend_reference(eager, *caches[1], time, blocks, window)
-        wanted = attend_reference(truth, *caches[2], time, blocks, window)
+        checked = step_attend(found, *caches[0], time, blocks, BLOCKS, window)
+        reference = step_attend_reference(eager, *caches[1], time, blocks, window)
+        wanted = step_attend_reference(truth, *caches[2], time, blocks, window)
         check(checked, reference, wanted, f"output, window {window}")
-    seen = attend_reference(truth, *caches[2], time, blocks)
+    seen = step_attend_reference(truth, *caches[2], time, blocks)
     assert torch.equal(wanted, seen) == (filled < 30)
 
 
 def test_attention_of_one_block_leaves_out_padding(draw, triton_device):
     blocks = torch.zeros(2, dtype=torch.int64, device=triton_device)
-    owners = torch.zeros(2, 90, 1, dtype=torch.int32, device=triton_device)
-    owners[1, :66] = -1
+    cache_blocks = torch.zeros(2, 90, 1, dtype=torch.int32, device=triton_device)
+    cache_blocks[1, :66] = -1
     q, keys, values = draw(2, 3, 16), draw(2, 90, 1, 3, 16), draw(2, 90, 1, 3, 16)
-    inputs = (q, keys, values, owners, owners.new_tensor([80]), blocks)
-    found, eager = attend(*inputs, 1), attend_reference(*inputs)
-    check(found, eager, attend_reference(*map(exact, inputs)))
+    inputs = (q, keys, values, cache_blocks, cache_blocks.new_tensor([80]), blocks)
+    found, eager = step_attend(*inputs, 1), step_attend_reference(*inputs)
+    check(found, eager, step_attend_reference(*map(exact, inputs)))
 
 
-def test_torch_compile_is_told_the_truth_about_every_operation():
-    """Shapes without data, and which arguments change."""
+def test_every_operator_describes_itself_correctly_to_torch_compile():
+    """Shapes without data, and which arguments are mutated."""
     blocks = torch.tensor([0, 3, 1, 2])
-    order, starts = block_plan(blocks, BLOCKS)
+    order, starts = sort_by_block(blocks, BLOCKS)
     x, weight = torch.randn(2, 24), torch.randn(BLOCKS, 40, 24)
     y, active = torch.randn(4, 40), torch.ones(2, dtype=torch.int32)
     shared = (x, [weight, weight], blocks, order, starts)
@@ -236,7 +241,7 @@ def test_torch_compile_is_told_the_truth_about_every_operation():
     angle = torch.randn(2, 8)
     operations = torch.ops.molcli
     calls = [
-        (operations.block_plan, (blocks, BLOCKS)),
+        (operations.sort_by_block, (blocks, BLOCKS)),
         (operations.route, (x, torch.randn(BLOCKS, 24), torch.zeros(BLOCKS), 3)),
         (operations.indexed_linear, (*shared, None, None, 0.0, None, None, None)),
         (operations.indexed_linear, (*shared, None, None, 0.0, "silu", None, y)),

@@ -20,7 +20,8 @@ SMALL: dict[str, Any] = dict(
     d_ff_thin=24,
     # Large weights: small differences in what a token sees become large ones in the logits.
     initializer_range=0.2,
-    layer_kinds=["softmax", "dense", "gated_deltanet"],
+    layer_structures=["mixture", "dense", "mixture"],
+    layer_mixers=["attention", "attention", "gated_deltanet"],
     bos_token_id=1,
     eos_token_id=2,
     pad_token_id=2,

@@ -11,7 +11,7 @@ from molcli.model.compiled import compile_layers
 def test_the_choice_of_kernels_is_no_cut_in_a_graph():
     @torch.compile(backend="eager", fullgraph=True)
     def chosen(x):
-        return x + backend.on_triton(x)
+        return x + backend.use_triton(x)
 
     assert torch.equal(chosen(torch.zeros(2)), torch.zeros(2))
 
@@ -25,7 +25,7 @@ def test_layers_of_ragged_documents_are_whole_graphs(make_model, monkeypatch, ki
         return segment_attention_reference(q, k, v, cu_seqlens), q.new_zeros(q.shape[:2]).float()
 
     monkeypatch.setattr(kernels, "forward", stand_in)
-    monkeypatch.setattr(backend, "on_triton", lambda x: x.dtype in backend.DTYPES)
+    monkeypatch.setattr(backend, "use_triton", lambda x: x.dtype in backend.DTYPES)
     # One routed block: grouped products of several would go block by block on a CPU.
     blocks = dict(num_blocks=2, num_shared_blocks=1, num_blocks_per_tok=1)
     if kind == "dense":

@@ -5,8 +5,10 @@ import itertools
 import pytest
 import torch
 
-from molcli.kernels.packed_rows import all_rows, routed_rows
+from molcli.kernels.packed_rows import routed_rows
+from molcli.model.context import ForwardContext, rotary_of, rows_of_all
 from molcli.model.layers import MoLLayer
+from molcli.model.mixers import BlockContext
 from molcli.model.tokens import token_stream
 
 KINDS = ["softmax", "gated_deltanet"]
@@ -93,7 +95,7 @@ def test_nothing_looks_ahead(make_model):
 
 
 def layer_inputs(model, embedded, mask=None):
-    """Arguments of a layer: the flat residual, rows of the shared blocks, rotary, stream."""
+    """Arguments of a layer: the flat residual, and its context."""
     stream = token_stream(
         embedded.shape[:2],
         embedded.device,
@@ -103,15 +105,14 @@ def layer_inputs(model, embedded, mask=None):
         document_ids=None,
     )
     x = stream.flatten(embedded)
-    cos, sin = model.model.rotary_emb(x, stream.position[None])
-    shared = max(1, model.config.num_shared_blocks)
-    rows = all_rows(stream.document, stream.num_documents, shared, stream.length)
-    return x, rows, (cos[0], sin[0]), stream
+    rotary = rotary_of(model.model.rotary_emb, stream.position)
+    shared = rows_of_all(stream, model.config.num_shared_blocks)
+    return x, ForwardContext(stream, rotary, rows_of_all(stream, 1), shared)
 
 
-def dense_restricted(layer: MoLLayer, x, rows, rotary, stream):
+def dense_restricted(layer: MoLLayer, x, context):
     """The layer with every block on every token and a mask on its keys, one block at a time."""
-    out = layer.with_shared(x, rows, rotary, stream, None)
+    out, stream, rotary = layer.add_shared(x, context, None), context.stream, context.rotary
     routing = layer.router(x)
     for block in range(routing.logits.shape[1]):
         chose = (routing.blocks == block).any(1)
@@ -127,7 +128,7 @@ def dense_restricted(layer: MoLLayer, x, rows, rotary, stream):
             stream.length,
         )
         turns = rotary[0][kept], rotary[1][kept]
-        part = own.combine(layer.routed(x[kept], own, None, turns, stream, None))
+        part = own.combine(layer.routed(x[kept], None, BlockContext(own, turns, stream)))
         weight = (routing.weights * (routing.blocks == block)).sum(1)[kept] / layer.top_k
         out = out.index_add(0, kept, part * weight[:, None])
     return out
@@ -138,11 +139,11 @@ def dense_restricted(layer: MoLLayer, x, rows, rotary, stream):
 def test_sparse_dispatch_equals_dense_restricted(make_model, kind):
     model = make_model(layer_kinds=[kind] * 3)
     ids, _ = batch(model)
-    x, rows, rotary, stream = layer_inputs(model, model.model.embed_tokens(ids))
+    x, context = layer_inputs(model, model.model.embed_tokens(ids))
     layer = model.model.layers[1]
-    found, routing = layer(x, rows, rotary, stream)
+    found, routing = layer(x, context)
     assert routing.blocks.unique().numel() > 2, "the router must use several blocks"
-    expected = dense_restricted(layer, x, rows, rotary, stream)
+    expected = dense_restricted(layer, x, context)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -151,7 +152,8 @@ def test_restricted_softmax_equals_a_mask_on_all_keys(make_model):
     """The same once more with an explicit attention mask, independent of any row layout."""
     model = make_model(dtype=torch.float64, layer_kinds=["softmax"] * 3, num_shared_blocks=0)
     ids, _ = batch(model, rows=1)
-    x, rows, rotary, stream = layer_inputs(model, model.model.embed_tokens(ids))
+    x, context = layer_inputs(model, model.model.embed_tokens(ids))
+    rotary = context.rotary
     layer, n = model.model.layers[0], len(x)
     routing = layer.router(x)
     out = x
@@ -182,7 +184,7 @@ def test_restricted_softmax_equals_a_mask_on_all_keys(make_model):
         delta = (y + mlp @ block.mlp.down_proj[i].T - thin) @ stack.thin_out[i].T
         weight = (routing.weights * (routing.blocks == i)).sum(1) / 2
         out = out + delta * (weight * chose)[:, None]
-    torch.testing.assert_close(layer(x, rows, rotary, stream)[0], out)
+    torch.testing.assert_close(layer(x, context)[0], out)
 
 
 @torch.no_grad()
@@ -245,10 +247,10 @@ def test_a_layer_on_a_gpu_is_as_exact_as_eager_bf16(make_model, kind):
     embedded = fast.model.embed_tokens(ids)
     outputs, decisions = [], []
     for model in (fast, eager, exact):
-        x, rows, rotary, stream = layer_inputs(
+        x, context = layer_inputs(
             model, embedded.to(model.device, model.dtype), mask.to(model.device)
         )
-        out, routing = model.model.layers[1](x, rows, rotary, stream)
+        out, routing = model.model.layers[1](x, context)
         outputs.append(out.double().cpu())
         decisions.append(routing.blocks.cpu())
     same = (decisions[0] == decisions[2]).all(1) & (decisions[1] == decisions[2]).all(1)

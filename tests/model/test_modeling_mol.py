@@ -116,7 +116,9 @@ def test_a_checkpoint_from_before_shared_shapes_loads_as_it_was(make_model, tmp_
     settings = json.loads(file.read_text())
     file.write_text(json.dumps({k: v for k, v in settings.items() if k not in WIDE_SHARED}))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert loaded.config.shared_spec() == replace(loaded.config.routed_spec(0), num_blocks=2)
+    assert loaded.config.shared_spec() == replace(
+        loaded.config.routed_spec("attention"), num_blocks=2
+    )
     ids = torch.randint(0, 97, (2, 9))
     state = loaded.state_dict()
     assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())

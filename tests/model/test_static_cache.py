@@ -81,7 +81,7 @@ def test_steps_and_pieces_equal_one_forward_pass_padding_included(make_model, ca
 @pytest.mark.parametrize("kind", ["softmax", "gated_deltanet"])
 @torch.no_grad()
 def test_interpreted_kernels_take_the_same_steps(make_model, kind, monkeypatch):
-    """The 6 rows of routed blocks are planned, the shared blocks' 4 are not."""
+    """The 6 rows of routed blocks are sorted by block, the shared blocks' 4 are not."""
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("Triton compiles for the GPU here")
@@ -92,8 +92,8 @@ def test_interpreted_kernels_take_the_same_steps(make_model, kind, monkeypatch):
     mask = torch.ones_like(ids)
     mask[1, :7] = 0
     full = model(ids, attention_mask=mask, use_cache=False).logits
-    monkeypatch.setattr(backend, "on_triton", lambda x: x.dtype in backend.DTYPES)
-    monkeypatch.setattr(block_rows, "PLANNED_FROM", 5)
+    monkeypatch.setattr(backend, "use_triton", lambda x: x.dtype in backend.DTYPES)
+    monkeypatch.setattr(block_rows, "MIN_SORTED_ROWS", 5)
     found = piecewise(model, ids, mask, [0, 6, 7, 8], new_cache(model, 2))
     torch.testing.assert_close(found[mask.bool()], full[mask.bool()], rtol=1e-4, atol=1e-4)
 
@@ -149,14 +149,14 @@ def test_the_tensors_of_a_cache_serve_the_next_one_once_they_are_free(make_model
     model = make_model()
     first = static_cache(model, 2, 100)
     store = first.store
-    assert store.clock.length == 128 and first.max_batch_size == 2
+    assert store.length.length == 128 and first.max_batch_size == 2
     second = static_cache(model, 2, 100)
     assert second.store is not store, "the first cache is still in use"
     store = second.store
-    store.clock.filled += 5
+    store.length.filled += 5
     del first, second
     third = static_cache(model, 2, 90)
-    assert third.store is store and store.clock.filled.item() == 0
+    assert third.store is store and store.length.filled.item() == 0
     del third
     model.lm_head.weight.data = model.lm_head.weight.data.clone()
     assert static_cache(model, 2, 90).store is not store, "a graph knows where weights lay"

@@ -212,7 +212,7 @@ def test_a_stage_with_data_of_its_own_does_without_the_cache(
         (dict(temperature=2.0), "`train.temperature` is 2.0"),
         (dict(stages="auto"), "would choose the context length"),
         (dict(stages=[StageConfig("align")]), "learns from the parent's layers"),
-        (dict(stages=[StageConfig("distill", data="DATA")]), "and there is none"),
+        (dict(stages=[StageConfig("distill", data="DATA")]), "and none is given"),
         (
             dict(stages=[StageConfig("distill"), StageConfig("pretrain", context_length=16)]),
             "context_length of 32, this run one of 16",

@@ -53,7 +53,7 @@ def test_the_name_says_what_runs(name: str) -> None:
         shared, _, routed = shape.rpartition("of")[0].rpartition("+")
         assert found == (int(shape.rpartition("of")[2]), int(shared or 0), int(routed))
         softmax = "softmax" in name or "sparse" in name
-        assert set(config.layer_kinds) == {"softmax" if softmax else "gated_deltanet"}
+        assert set(config.layer_mixers) == {"attention" if softmax else "gated_deltanet"}
         assert config.restrict_attention
     else:
         top_k, restricted = {"active": (5, True), "top3": (3, False)}[shape]

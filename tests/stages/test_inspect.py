@@ -48,8 +48,8 @@ def test_the_report_agrees_with_routing_each_document_alone(tmp_path: Path) -> N
     folder = checkpoint(tmp_path / "model")
     report = inspect_routing(folder, corpus(tmp_path), CONFIG)
     assert [(layer.layer, layer.mixer) for layer in report.layers] == [
-        (0, "softmax"),
-        (2, "gated_deltanet"),
+        (0, "mixture, attention"),
+        (2, "mixture, gated_deltanet"),
     ]
     assert report.tokens == sum(map(len, DOCUMENTS))
     assert (report.num_shared_blocks, report.num_routed_blocks, report.top_k) == (1, 4, 2)
@@ -71,9 +71,12 @@ def test_the_report_agrees_with_routing_each_document_alone(tmp_path: Path) -> N
 def test_the_batch_size_changes_nothing(tmp_path: Path) -> None:
     folder, data = checkpoint(tmp_path / "model"), corpus(tmp_path)
     # Rows of 8 tokens: documents are cut at their ends, in one batch or in four.
-    small = inspect_routing(folder, data, InspectConfig(1000, 8, 1))
-    large = inspect_routing(folder, data, InspectConfig(1000, 8, 4))
-    assert small.to_json() == large.to_json()
+    small = inspect_routing(folder, data, InspectConfig(1000, 8, 1)).to_json()
+    large = inspect_routing(folder, data, InspectConfig(1000, 8, 4)).to_json()
+    # Products of another shape round in another way: weights, in the last digits.
+    for a, b in zip(small["layers"], large["layers"], strict=True):
+        assert a.pop("mean_weight") == pytest.approx(b.pop("mean_weight"), rel=1e-6)
+    assert small == large
 
 
 def test_the_command_prints_a_table_and_writes_json(

@@ -1,4 +1,4 @@
-"""Triton kernel: every row counts the rows that stand before it."""
+"""Triton kernel: every row counts the rows that precede it in the sorted order."""
 
 import torch
 import triton
@@ -28,7 +28,7 @@ def _plan_kernel(
 
 
 def launch(blocks: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
-    """Shapes as `block_plan`."""
+    """Sort rows by block. Arguments and returns are those of `sort_by_block`."""
     rows = blocks.shape[0]
     order, starts = torch.empty_like(blocks), blocks.new_empty(num_blocks + 1)
     _plan_kernel[(1,)](

@@ -1,9 +1,9 @@
-"""The gated delta rule, token by token and in chunks, in float32 or higher."""
+"""The gated delta rule token by token and in chunks, in float32 or higher."""
 
 import torch
 from torch import Tensor
 
-from molcli.kernels.packed_rows import longest_segment, pad_segments, unpad_segments
+from molcli.kernels.segments import longest_segment, pad_segments, unpad_segments
 
 CHUNK = 64
 
@@ -11,11 +11,21 @@ CHUNK = 64
 def recurrent_gated_delta_rule(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The definition (arXiv 2412.06464, eq. 10), a loop over time; for tests.
+    """Run the gated delta rule by its definition, in a loop over time. For tests.
 
-    S_t = a_t S_{t-1} (I - b_t k_t k_t^T) + b_t v_t k_t^T,  o_t = S_t q_t d^-1/2.
-    q, k, v: (N, T, H, d); g = log a, beta: (N, T, H); state: (N, H, d_k, d_v).
-    Returns outputs (N, T, H, d_v) and the last state.
+    S_t = a_t S_{t-1} (I - b_t k_t k_t^T) + b_t v_t k_t^T,  o_t = S_t q_t d_k^-1/2.
+
+    Args:
+        q, k: (N, T, H, d_k), queries and keys of unit length.
+        v: (N, T, H, d_v), values.
+        g: (N, T, H), logarithm of the decay a_t.
+        beta: (N, T, H), write strength b_t.
+        state: (N, H, d_k, d_v), the state before the first token.
+
+    Returns:
+        Outputs, (N, T, H, d_v), and the state after the last token.
+
+    Source: arXiv 2412.06464, equation 10.
     """
     outputs = []
     for t in range(q.shape[1]):
@@ -27,13 +37,25 @@ def recurrent_gated_delta_rule(
 
 
 def gated_delta_rule_reference(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor, state: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    cu_seqlens: Tensor,
+    initial_state: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The same for ragged rows, in chunks of at most 64.
+    """Run the gated delta rule over every segment, in chunks of at most 64 tokens.
 
-    q, k, v: (M, H, d); g, beta: (M, H); state: (segments, H, d_k, d_v) before each segment.
-    Returns (M, H, d_v) in v's dtype and the states after each segment, float32 or higher.
-    Padding has beta 0 and g 0: it leaves the state as it is.
+    Segments are padded to one length. Padding has beta 0 and g 0, which leave the state unchanged.
+
+    Args:
+        q, k, v, g, beta, cu_seqlens: as for `gated_delta_rule`.
+        initial_state: (num_segments, H, d_k, d_v), the state before each segment.
+
+    Returns:
+        Outputs, (M, H, d_v) in the dtype of `v`, and the state after each segment, in float32 or
+        higher.
     """
     exact = torch.promote_types(v.dtype, torch.float32)
     length = longest_segment(cu_seqlens)
@@ -44,7 +66,7 @@ def gated_delta_rule_reference(
         pad_segments(x.to(exact), cu_seqlens, length) for x in (q, k, v, g, beta)
     )
     with torch.autocast(v.device.type, enabled=False):
-        out, state = _chunked(q, k, padded_v, g, beta, state.to(exact), chunk)
+        out, state = _chunked(q, k, padded_v, g, beta, initial_state.to(exact), chunk)
     return unpad_segments(out, cu_seqlens, rows).to(v.dtype), state
 
 
@@ -53,8 +75,8 @@ def _chunked(
 ) -> tuple[Tensor, Tensor]:
     """Chunkwise form (arXiv 2412.06464, section 3.3). q, k, v: (N, L, H, d), L a multiple of chunk.
 
-    Inside a chunk the rank-one updates are solved together: with c the running sum of g and
-    A[i, j] = b_i (k_i . k_j) exp(c_i - c_j) for j < i, the values that are really written are
+    Inside a chunk the rank-one updates are solved together. With c the running sum of g and
+    A[i, j] = b_i (k_i . k_j) exp(c_i - c_j) for j < i, the values that are written to the state are
     (I + A)^-1 applied to b (v - exp(c) k S).
     """
     n, length, heads, _ = q.shape
@@ -65,7 +87,7 @@ def _chunked(
     q, k, v, g, beta = (chunks(x) for x in (q * q.shape[-1] ** -0.5, k, v, g, beta))
     decay = g.cumsum(-1)  # (N, H, chunks, chunk)
     below = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril()
-    # exp only of what is kept: above the diagonal the difference is positive and may overflow.
+    # Mask before exp: above the diagonal the difference is positive and may overflow.
     ratio = (decay[..., :, None] - decay[..., None, :]).masked_fill(~below, -torch.inf).exp()
     a = (beta[..., None] * (k @ k.mT) * ratio).tril(-1)
     right = torch.cat([beta[..., None] * v, (beta * decay.exp())[..., None] * k], dim=-1)

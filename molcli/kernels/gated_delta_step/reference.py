@@ -1,4 +1,4 @@
-"""One token of Gated DeltaNet per row, in plain PyTorch."""
+"""One decoding step of Gated DeltaNet, in plain PyTorch."""
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,11 @@ def gated_delta_step_reference(
     active: Tensor,
     eps: float,
 ) -> Tensor:
-    """Shapes as `gated_delta_step`; rounds to the inputs' dtype where a model would."""
+    """Run a Gated DeltaNet mixer on one new token per row.
+
+    Arguments and returns are those of `gated_delta_step`. Rounds to the inputs' dtype at every step
+    that an eager model would round at.
+    """
     heads, dim = state.shape[2], state.shape[-1]
     inner, exact = heads * dim, state.dtype
     mixed, gate, a, b = projected.split([3 * inner, inner, heads, heads], dim=-1)
@@ -37,7 +41,7 @@ def gated_delta_step_reference(
     error = v.to(exact) - torch.einsum("rhk,rhkv->rhv", k, new)
     new = new + torch.einsum("rhk,rhv->rhkv", k, b.to(exact).sigmoid()[..., None] * error)
     out = torch.einsum("rhk,rhkv->rhv", q, new) * dim**-0.5
-    # Not a masked index: its size would depend on the mask.
+    # where() instead of a masked index, whose size would depend on the mask.
     conv_state[sequence, blocks] = torch.where(live[:, None, None], window[..., 1:], before)
     state[sequence, blocks] = torch.where(live[:, None, None, None], new, old)
     out = out * torch.rsqrt(out.square().mean(-1, keepdim=True) + eps)

@@ -1,4 +1,4 @@
-"""Triton kernel: one program takes one head of one row through the whole step, states in place."""
+"""Triton kernel: one program runs the whole step for one head of one row, states in place."""
 
 import triton
 import triton.language as tl
@@ -7,7 +7,7 @@ from torch import Tensor
 
 @triton.jit
 def _read(projected, weight, conv_state, channel, mask):
-    """The window of every channel, the new input last, and what SiLU makes of its filter's sum."""
+    """Convolution and SiLU of every channel, and its three latest inputs, the new one last."""
     place, taps = conv_state + channel * 3, weight + channel * 4
     x0 = tl.load(place, mask=mask, other=0.0)
     x1 = tl.load(place + 1, mask=mask, other=0.0)
@@ -69,7 +69,7 @@ def _step_kernel(
     read *= tl.load(o_norm + block * D + d, mask=mask, other=0.0).to(tl.float32)
     read *= gate / (1 + tl.exp(-gate))
     tl.store(out + row * INNER + channel, read.to(out.dtype.element_ty), mask=mask)
-    # Several threads may hold one value: all have read before the first one writes.
+    # Several threads may hold one value: wait until all have read, before the first one writes.
     tl.debug_barrier()
     tl.store(state + square, memory, mask=tl.where(live, both, False))
     kept = tl.where(live, mask, False)
@@ -90,7 +90,7 @@ def launch(
     active: Tensor,
     eps: float,
 ) -> Tensor:
-    """Shapes as `gated_delta_step`."""
+    """Run the step. Arguments and returns are those of `gated_delta_step`."""
     rows, (batch, num_blocks, heads, dim) = blocks.shape[0], state.shape[:4]
     out = projected.new_empty(rows, heads * dim)
     block_d = triton.next_power_of_2(dim)

@@ -1,4 +1,4 @@
-"""The way back from thin rows to tokens: a linear layer per row, summed over a token's rows."""
+"""Decoding's way back from thin rows to tokens: a linear layer per row, summed over each token."""
 
 import torch
 from torch import Tensor
@@ -15,19 +15,30 @@ def indexed_combine(
     x: Tensor,
     weight: Tensor,
     rows: DecodeRows,
-    share: Tensor | None,
-    base: Tensor,
+    gate: Tensor | None,
+    residual: Tensor,
     scale: float = 1.0,
 ) -> Tensor:
-    """base + scale * the sum over each token's rows of share * W[block] x.
+    """Return residual + scale * the sum over each token's rows of gate * W[block] x.
 
-    x: (R, in), weight: (B, out, in), share: (n, slots) float32 or None for ones, base: (n, out)
-    -> (n, out). Many rows pass through `indexed_linear`, which reads each block once.
+    Few rows take one Triton kernel on CUDA. Many, those that are sorted by block, first pass
+    through `indexed_linear`, which reads each block's weight once.
+
+    Args:
+        x: (R, in), a value per row, row token * slots + slot.
+        weight: (B, out, in), a weight per block.
+        rows: the layout of R rows in B blocks.
+        gate: (n, slots) float32, a factor per row, or None for ones.
+        residual: (n, out).
+        scale: a factor of all rows.
+
+    Returns:
+        (n, out), in the dtype of `residual`.
     """
-    if rows.plan is None:
-        return _indexed_combine(x, weight, rows.blocks, share, base, scale)
-    wide = indexed_linear(x, [weight], rows)
-    return _indexed_combine(wide, None, rows.blocks, share, base, scale)
+    if rows.by_block is None:
+        return _indexed_combine(x, weight, rows.blocks, gate, residual, scale)
+    products = indexed_linear(x, [weight], rows)
+    return _indexed_combine(products, None, rows.blocks, gate, residual, scale)
 
 
 @torch.library.custom_op("molcli::indexed_combine", mutates_args=())
@@ -35,18 +46,18 @@ def _indexed_combine(
     x: Tensor,
     weight: Tensor | None,
     blocks: Tensor,
-    share: Tensor | None,
-    base: Tensor,
+    gate: Tensor | None,
+    residual: Tensor,
     scale: float,
 ) -> Tensor:
-    """weight: None where x has been multiplied by it."""
-    if backend.on_triton(x):
+    """weight: None if x holds the products already."""
+    if backend.use_triton(x):
         from molcli.kernels.indexed_combine.triton_kernels import launch, launch_sum
 
         if weight is None:
-            return launch_sum(x, share, base, scale)
-        return launch(x, weight, blocks, share, base, scale)
-    return indexed_combine_reference(x, weight, blocks, share, base, scale)
+            return launch_sum(x, gate, residual, scale)
+        return launch(x, weight, blocks, gate, residual, scale)
+    return indexed_combine_reference(x, weight, blocks, gate, residual, scale)
 
 
 @_indexed_combine.register_fake
@@ -54,8 +65,8 @@ def _(
     x: Tensor,
     weight: Tensor | None,
     blocks: Tensor,
-    share: Tensor | None,
-    base: Tensor,
+    gate: Tensor | None,
+    residual: Tensor,
     scale: float,
 ) -> Tensor:
-    return torch.empty_like(base)
+    return torch.empty_like(residual)

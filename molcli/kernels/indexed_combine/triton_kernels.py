@@ -1,4 +1,4 @@
-"""Triton kernels: products and their sum over a token's rows in one launch, or the sum alone."""
+"""Triton kernels: products and their sum over each token's rows in one launch, or the sum alone."""
 
 import torch
 import triton
@@ -54,27 +54,27 @@ def _sum_kernel(
 
 
 def launch(
-    x: Tensor, weight: Tensor, blocks: Tensor, share: Tensor | None, base: Tensor, scale: float
+    x: Tensor, weight: Tensor, blocks: Tensor, gate: Tensor | None, residual: Tensor, scale: float
 ) -> Tensor:
-    """Shapes as `indexed_combine`."""
-    tokens, (_, size, width) = base.shape[0], weight.shape
-    out = torch.empty_like(base)
+    """Multiply and sum. Arguments and returns are those of `indexed_combine_reference`."""
+    tokens, (_, size, width) = residual.shape[0], weight.shape
+    out = torch.empty_like(residual)
     block_k = min(triton.next_power_of_2(width), 2048)
     block_n = max(1, min(_TILE // block_k, triton.next_power_of_2(size)))
     _combine_kernel[(tokens, triton.cdiv(size, block_n))](
-        x, weight, blocks, x if share is None else share, base, out, scale,
-        SLOTS=x.shape[0] // tokens, K=width, N=size, SHARED=share is not None,
+        x, weight, blocks, x if gate is None else gate, residual, out, scale,
+        SLOTS=x.shape[0] // tokens, K=width, N=size, SHARED=gate is not None,
         BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4,
     )  # fmt: skip
     return out
 
 
-def launch_sum(x: Tensor, share: Tensor | None, base: Tensor, scale: float) -> Tensor:
-    """x: (n * slots, out), the products."""
-    tokens, size = base.shape
-    out = torch.empty_like(base)
+def launch_sum(x: Tensor, gate: Tensor | None, residual: Tensor, scale: float) -> Tensor:
+    """Sum products x: (n * slots, out). Other arguments are those of `indexed_combine`."""
+    tokens, size = residual.shape
+    out = torch.empty_like(residual)
     _sum_kernel[(tokens, triton.cdiv(size, 1024))](
-        x, x if share is None else share, base, out, scale,
-        SLOTS=x.shape[0] // tokens, N=size, SHARED=share is not None, BLOCK_N=1024, num_warps=4,
+        x, x if gate is None else gate, residual, out, scale,
+        SLOTS=x.shape[0] // tokens, N=size, SHARED=gate is not None, BLOCK_N=1024, num_warps=4,
     )  # fmt: skip
     return out

@@ -1,4 +1,4 @@
-"""A linear layer in which every row has a block of its own: decoding's matrix products."""
+"""Decoding's linear layers: every row is multiplied by the weight of its own block."""
 
 import torch
 from torch import Tensor
@@ -15,22 +15,36 @@ def indexed_linear(
     weights: list[Tensor],
     rows: DecodeRows,
     *,
-    plus: Tensor | None = None,
+    delta: Tensor | None = None,
     norm: Tensor | None = None,
     eps: float = 0.0,
     activation: str | None = None,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """y[r] = residual[r] + f(W[block] h[r] + bias[block]), h = RMSNorm(x[r // d] + plus[r]).
+    """Return residual + act(W[block] h + bias[block]), with h = RMSNorm(x + delta).
 
-    x: (R / d, in): a row, or one that d neighbouring rows share. weights: up to six of (B, out_i,
-    in), whose outputs stand side by side; with `activation`, of transformers' names, one or two:
-    act(W_0 h), times W_1 h if there is a second. plus: (R, in). norm: (B, in), bias: (B, out),
-    residual: (R, out); what is None is left out. Returns (R, out) in x's dtype.
+    On CUDA one Triton kernel for all of it; elsewhere the reference. Whatever is None is left out.
+
+    Args:
+        x: (R / d, in), a value for every d neighbouring rows; d is 1, or a token's number of rows.
+        weights: up to six of (B, out_i, in), whose outputs are concatenated. With an activation
+            one or two: a second one makes the layer gated, act(W_0 h) * W_1 h.
+        rows: the layout of R rows in B blocks.
+        delta: (R, in), added to `x` before the norm.
+        norm: (B, in), weight of the RMSNorm; None for no norm.
+        eps: added to the mean square in the RMSNorm.
+        activation: name of an activation in transformers' ACT2FN; None for the identity.
+        bias: (B, out), added to the product.
+        residual: (R, out), added to the result.
+
+    Returns:
+        (R, out), in the dtype of `x`.
     """
-    order, starts = (None, None) if rows.plan is None else (rows.plan.order, rows.plan.starts)
-    arguments = (plus, norm, eps, activation, bias, residual)
+    order, starts = None, None
+    if rows.by_block is not None:
+        order, starts = rows.by_block.order, rows.by_block.starts
+    arguments = (delta, norm, eps, activation, bias, residual)
     return _indexed_linear(x, weights, rows.blocks, order, starts, *arguments)
 
 
@@ -41,17 +55,17 @@ def _indexed_linear(
     blocks: Tensor,
     order: Tensor | None,
     starts: Tensor | None,
-    plus: Tensor | None,
+    delta: Tensor | None,
     norm: Tensor | None,
     eps: float,
     activation: str | None,
     bias: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
-    if backend.on_triton(x):
+    if backend.use_triton(x):
         from molcli.kernels.indexed_linear.triton_kernels import ACTIVATIONS, launch
 
-        rows = (x, weights, blocks, order, starts, plus, norm, eps)
+        rows = (x, weights, blocks, order, starts, delta, norm, eps)
         if activation is None or activation in ACTIVATIONS:
             return launch(*rows, activation, bias, residual)
         y = activate(launch(*rows, None, bias, None), activation, weights[0].shape[1])
@@ -60,7 +74,7 @@ def _indexed_linear(
         x,
         weights,
         blocks,
-        plus=plus,
+        delta=delta,
         norm=norm,
         eps=eps,
         activation=activation,
@@ -76,12 +90,12 @@ def _(
     blocks: Tensor,
     order: Tensor | None,
     starts: Tensor | None,
-    plus: Tensor | None,
+    delta: Tensor | None,
     norm: Tensor | None,
     eps: float,
     activation: str | None,
     bias: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
-    kept = weights if activation is None else weights[:1]
-    return x.new_empty(blocks.shape[0], sum(w.shape[1] for w in kept))
+    outputs = weights if activation is None else weights[:1]
+    return x.new_empty(blocks.shape[0], sum(w.shape[1] for w in outputs))

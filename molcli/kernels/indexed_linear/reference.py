@@ -1,4 +1,4 @@
-"""What a linear layer with a block of its own for every row means."""
+"""Decoding's linear layers in plain PyTorch, block by block."""
 
 import torch
 import torch.nn.functional as F
@@ -11,16 +11,26 @@ def indexed_linear_reference(
     weights: list[Tensor],
     blocks: Tensor,
     *,
-    plus: Tensor | None = None,
+    delta: Tensor | None = None,
     norm: Tensor | None = None,
     eps: float = 0.0,
     activation: str | None = None,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """Shapes as `indexed_linear`, block by block; rounds to x's dtype where a model would."""
+    """Return residual + act(W[block] h + bias[block]), with h = RMSNorm(x + delta).
+
+    Rounds to the dtype of `x` at every step that an eager model would round at.
+
+    Args:
+        blocks: (R,) int64, each row's block.
+        Others: as for `indexed_linear`.
+
+    Returns:
+        (R, out), in the dtype of `x`.
+    """
     rows = x.repeat_interleave(blocks.shape[0] // x.shape[0], 0)
-    h = rows if plus is None else rows + plus
+    h = rows if delta is None else rows + delta
     exact = torch.promote_types(x.dtype, torch.float32)
     if norm is not None:
         h = h.to(exact)
@@ -37,7 +47,16 @@ def indexed_linear_reference(
 
 
 def activate(y: Tensor, name: str, size: int) -> Tensor:
-    """y: (R, size), or (R, 2 size) with what multiplies the activations behind them."""
+    """Apply an activation, gated or not.
+
+    Args:
+        y: (R, size), or (R, 2 size) of a gated layer: the gate first, then what it multiplies.
+        name: a name in transformers' ACT2FN.
+        size: width of the output.
+
+    Returns:
+        (R, size).
+    """
     first, *second = y.split(size, dim=-1)
     activated: Tensor = ACT2FN[name](first)
     return activated * second[0] if second else activated

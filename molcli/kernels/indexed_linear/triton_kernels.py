@@ -1,8 +1,8 @@
 """Triton kernels: one program per row and tile of outputs, or per block and tile of outputs.
 
-Both read every weight once, in tiles that are whole in the reduced dimension or long pieces of it,
-and sum in float32. The norm needs no pass of its own: its weight multiplies the inputs, and its
-scale, which needs their sum of squares, the outputs.
+Each program reads its weights once, in tiles that span all of the reduced dimension or a long piece
+of it, and sums in float32. The norm needs no extra pass: its weight multiplies the inputs, and its
+scale, which depends on their sum of squares, multiplies the outputs.
 """
 
 import triton
@@ -43,7 +43,7 @@ def _place(
     N3: tl.constexpr, N4: tl.constexpr, N5: tl.constexpr,
     SEGMENTS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Which weight a tile belongs to: pointer, outputs, first output, and tile within it."""
+    """A tile's weight: pointer, number of outputs, first output, and the tile's number in it."""
     w, size, first, local = w0, tl.full((), N0, tl.int32), tile * 0, tile
     T1: tl.constexpr = (N0 + BLOCK_N - 1) // BLOCK_N
     T2: tl.constexpr = T1 + (N1 + BLOCK_N - 1) // BLOCK_N
@@ -211,14 +211,18 @@ def launch(
     blocks: Tensor,
     order: Tensor | None,
     starts: Tensor | None,
-    plus: Tensor | None,
+    delta: Tensor | None,
     norm: Tensor | None,
     eps: float,
     activation: str | None,
     bias: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
-    """Shapes as `indexed_linear`; order and starts: of a plan, or None for a program per row."""
+    """Run the layer. Arguments and returns are those of `indexed_linear`.
+
+    order, starts: those of a `BlockOrder`, for one program per block and tile of outputs; None for
+    one program per row and tile of outputs.
+    """
     rows, width = blocks.shape[0], x.shape[1]
     pair = activation is not None and len(weights) == 2
     sizes = [w.shape[1] for w in (weights[:1] if pair else weights)]
@@ -226,7 +230,7 @@ def launch(
     out = x.new_empty(rows, total)
     pointers = [*weights, *(weights[:1] * (_SEGMENTS - len(weights)))]
     sizes_padded = [*sizes, *([0] * (_SEGMENTS - len(sizes)))]
-    optional = (plus, norm, bias, residual)
+    optional = (delta, norm, bias, residual)
     settings = dict(
         zip(("N0", "N1", "N2", "N3", "N4", "N5"), sizes_padded, strict=True),
         X_DIV=rows // x.shape[0],
@@ -235,13 +239,13 @@ def launch(
         TOTAL=total,
         PAIR=pair,
         ACT="none" if activation is None else ACTIVATIONS[activation],
-        HAS_PLUS=plus is not None,
+        HAS_PLUS=delta is not None,
         HAS_NORM=norm is not None,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
     )
-    plus, norm, bias, residual = (x if z is None else z for z in optional)
-    head = (x, plus, norm, *pointers, bias, residual)
+    delta, norm, bias, residual = (x if z is None else z for z in optional)
+    head = (x, delta, norm, *pointers, bias, residual)
     if order is None or starts is None:
         block_k = min(triton.next_power_of_2(width), 2048)
         block_n = max(1, min(_TILE // block_k, triton.next_power_of_2(max(sizes))))
@@ -254,9 +258,9 @@ def launch(
         return out
     num_blocks = weights[0].shape[0]
     block_m = 16 if rows <= 16 * num_blocks else 32 if rows <= 32 * num_blocks else 64
-    # Up to 60 KB of shared memory, which GPUs before Hopper have as well.
+    # At most 60 KB of shared memory, which GPUs before Hopper have too.
     block_n, block_k = 32, (256 if block_m < 64 else 128) // x.element_size()
-    if num_blocks * total < 132 * block_n:  # one block's outputs would not keep a GPU busy
+    if num_blocks * total < 132 * block_n:  # too few tiles to keep a GPU busy
         block_n = 16
     tiles = sum(triton.cdiv(n, block_n) for n in sizes)
     _blocks_kernel[(tiles, num_blocks)](

@@ -1,7 +1,7 @@
-"""Triton kernels: a program takes up to 128 rows of one block, for one head of q, k or v.
+"""Triton kernels: a program computes up to 128 rows of one block, for one head of q, k or v.
 
-Rows of a block are neighbours, so its filters are read once and the earlier rows of a filter are
-in the cache.
+Rows of a block are neighbours. So a program reads the block's filters once, and finds a row's
+earlier inputs in the cache.
 """
 
 import torch
@@ -9,16 +9,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from molcli.kernels.packed_rows import chunk_table
 from molcli.kernels.qkv_conv.reference import EPS
+from molcli.kernels.segments import chunk_table
 
 WIDTH = 4
-ROWS, TILE = 128, 32  # rows a program takes, and at once
+ROWS, TILE = 128, 32  # rows of a program, and rows that it computes at a time
 
 
 @triton.jit
 def _rows_of_program(table, offsets, ROWS: tl.constexpr):
-    """The program's block, and the first and the end of its rows there; none for a spare line."""
+    """The program's block, and its first and end row; no rows for an unused line of the table."""
     line = tl.program_id(0)
     block = tl.load(table + line * 2)
     begin = tl.load(offsets + block - 1, mask=block > 0, other=0).to(tl.int64)
@@ -29,7 +29,7 @@ def _rows_of_program(table, offsets, ROWS: tl.constexpr):
 
 @triton.jit
 def _taps(weight, channel, known):
-    """A filter's weights in float32, that of the row itself first; stored oldest first."""
+    """A filter's weights in float32, the one of the row itself first. In memory it is the last."""
     taps = weight + channel * 4
     w0 = tl.load(taps + 3, mask=known, other=0.0).to(tl.float32)
     w1 = tl.load(taps + 2, mask=known, other=0.0).to(tl.float32)
@@ -42,7 +42,7 @@ def _taps(weight, channel, known):
 def _filtered(
     x, stride, column, known, row, real, index, w0, w1, w2, w3, state, start, CHANNELS: tl.constexpr
 ):
-    """(TILE, D) float32: the causal filter of each row; w0 weighs the row itself."""
+    """(TILE, D) float32: the causal filter of each row; w0 is the weight of the row itself."""
     acc = tl.zeros((row.shape[0], column.shape[0]), tl.float32)
     for back in tl.static_range(4):
         mask = (real & (index >= back))[:, None] & known[None, :]
@@ -108,7 +108,7 @@ def _backward_kernel(
     H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of what the filters gave, and each program's share of those of the filters."""
+    """Gradients of the filters' outputs, and partial sums of the filters' gradients."""
     block, first, end = _rows_of_program(table, offsets, ROWS)
     if first >= end:
         return
@@ -173,7 +173,7 @@ def _input_gradient_kernel(
     H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """A row's input reaches itself and the next three of its segment."""
+    """Gradients of the inputs. A row and the next three of its segment read its input."""
     block, first, end = _rows_of_program(table, offsets, ROWS)
     if first >= end:
         return
@@ -194,7 +194,7 @@ def _input_gradient_kernel(
         for ahead in tl.static_range(4):
             later = row + ahead
             place = tl.load(index + later, mask=later < num_rows, other=-1)
-            # A row of another segment has fewer rows before it than lie between the two.
+            # A later row of another segment has an index there that is less than `ahead`.
             inside = ((row < end) & (place >= ahead))[:, None] & known[None, :]
             at = later[:, None] * (3 * H * D) + column[None, :]
             w = tl.load(taps + 3 - ahead, mask=known, other=0.0).to(tl.float32)
@@ -213,7 +213,7 @@ def forward(
     state: Tensor | None,
     head_dim: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Shapes as `qkv_conv`."""
+    """Return q, k and v, as `qkv_conv`. index, offsets: of its rows; starts: its `segment`."""
     x = x if x.stride(1) == 1 else x.contiguous()
     rows, heads = x.shape[0], x.shape[1] // (3 * head_dim)
     q, k, v = (x.new_empty(rows, heads, head_dim) for _ in range(3))
@@ -235,7 +235,7 @@ def backward(
     head_dim: int,
     gradients: tuple[Tensor, Tensor, Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, in its dtype, and of the three weights, in theirs."""
+    """Gradients of x and of the three weights, in their dtypes. gradients: those of q, k and v."""
     x = x if x.stride(1) == 1 else x.contiguous()
     rows, heads = x.shape[0], x.shape[1] // (3 * head_dim)
     weights = tuple(w.contiguous() for w in weights)  # type: ignore[assignment]
@@ -243,15 +243,15 @@ def backward(
     shape["BLOCK_D"] = triton.next_power_of_2(head_dim)
     grid = (table.shape[0], 3 * heads)
     dy, dx = (x.new_empty(rows, x.shape[1]) for _ in range(2))
-    shares = x.new_zeros(table.shape[0], x.shape[1] * WIDTH, dtype=torch.float32)
+    partial = x.new_zeros(table.shape[0], x.shape[1] * WIDTH, dtype=torch.float32)
     _backward_kernel[grid](
-        x, *weights, index, table, offsets, *(g.contiguous() for g in gradients), dy, shares,
+        x, *weights, index, table, offsets, *(g.contiguous() for g in gradients), dy, partial,
         x.stride(0), **shape, EPS=EPS,
     )  # fmt: skip
     _input_gradient_kernel[grid](dy, *weights, index, table, offsets, dx, rows, **shape)
-    # A product with a one-hot matrix adds the shares up in the same order in every run.
+    # A product with a one-hot matrix adds the partial sums in the same order in every run.
     blocks = torch.arange(offsets.shape[0], device=x.device)
-    total = (table[:, 0] == blocks[:, None]).float() @ shares
+    total = (table[:, 0] == blocks[:, None]).float() @ partial
     split = total.view(offsets.shape[0], 3, -1, WIDTH).unbind(1)
     dq, dk, dv = (
         g.to(w.dtype, copy=True).contiguous() for g, w in zip(split, weights, strict=True)

@@ -1,4 +1,4 @@
-"""The routing decision of `molcli.model.routing.router`, over a few tokens."""
+"""Top-k routing in plain PyTorch."""
 
 from torch import Tensor
 
@@ -8,22 +8,31 @@ from molcli.kernels.router_logits import router_logits_reference
 def route_reference(
     x: Tensor, weight: Tensor, correction_bias: Tensor, top_k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x: (n, d) residual, weight: (R, d), correction_bias: (R,) -> logits (n, R) float32 or higher,
-    the chosen blocks (n, k) int64 and their weights (n, k).
+    """Compute logits, and select each token's blocks and their weights.
+
+    Arguments and returns are those of `route`.
     """
     logits = router_logits_reference(x, weight)
-    return logits, *choose(logits, correction_bias, top_k)
+    return logits, *select_blocks(logits, correction_bias, top_k)
 
 
-def choose(logits: Tensor, correction_bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """logits: (n, R), correction_bias: (R,), which takes part in the choice alone -> the chosen
-    blocks (n, k) int64 and their weights (n, k).
+def select_blocks(logits: Tensor, correction_bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Select each token's blocks, and weight them.
 
-    Ties go to the block with the lower index; weights are a softmax over the chosen, with k = 1
-    over all.
+    A tie goes to the block with the lower index. The weights are a softmax over the selected
+    logits; with a k of 1, over all logits.
+
+    Args:
+        logits: (n, R), the router's logits.
+        correction_bias: (R,), added to the logits for the selection, and not for the weights
+            (loss-free balancing, arXiv 2408.15664).
+        top_k: number of blocks k of a token.
+
+    Returns:
+        The selected blocks, (n, k) int64, and their weights, (n, k) in the dtype of `logits`.
     """
     biased = logits.detach() + correction_bias
     blocks = biased.sort(dim=-1, descending=True, stable=True).indices[:, :top_k].contiguous()
-    if top_k == 1:  # renormalising would cut the router off from the loss
+    if top_k == 1:  # a softmax over one logit is 1: the router would get no gradient
         return blocks, logits.softmax(-1).gather(1, blocks)
     return blocks, logits.gather(1, blocks).softmax(-1)

@@ -1,4 +1,4 @@
-"""Triton kernel: one program makes all of a token's routing decision."""
+"""Triton kernel: one program computes a token's logits, and selects and weights its blocks."""
 
 import torch
 import triton
@@ -32,7 +32,7 @@ def _route_kernel(
     chosen = tl.zeros((BLOCK_R,), tl.int1)
     for slot in tl.static_range(TOP_K):
         best = tl.max(left, 0)
-        # The lowest index of the largest value; where all is NaN, still a block that there is.
+        # The lowest index of the largest value; a valid index even if all values are NaN.
         block = tl.minimum(tl.min(tl.where(left == best, r, BLOCK_R), 0), R - 1)
         tl.store(blocks_out + token * TOP_K + slot, block.to(tl.int64))
         chosen = chosen | (r == block)
@@ -55,7 +55,7 @@ def _route_kernel(
 def launch(
     x: Tensor, weight: Tensor, correction_bias: Tensor, top_k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Shapes as `route_reference`."""
+    """Route tokens. Arguments and returns are those of `route`."""
     tokens, width = x.shape
     count = weight.shape[0]
     logits = x.new_empty(tokens, count, dtype=torch.float32)

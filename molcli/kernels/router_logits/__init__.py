@@ -1,4 +1,4 @@
-"""The router's logits: the residual at unit mean square, times one row for each block."""
+"""The router's logits: the residual, scaled to unit mean square, times the router's weight."""
 
 from typing import Any
 
@@ -10,18 +10,26 @@ from molcli.kernels.router_logits.reference import router_logits_reference
 
 __all__ = ["router_logits", "router_logits_reference"]
 
-# For more, sums do not fit into a thread's registers, and fill the tiles of a library's product.
-MOST_BLOCKS = 32
+# With more blocks, the sums no longer fit into a thread's registers, and a library's product is no
+# longer slow: it fills its tiles.
+MAX_BLOCKS = 32
 
 
 def router_logits(x: Tensor, weight: Tensor) -> Tensor:
-    """x: (n, d) residual, weight: (R, d) -> (n, R), float32, or float64 for such an x.
+    """Return W x / rms(x), computed in float32 or higher, under autocast too.
 
-    On CUDA, up to MOST_BLOCKS, one Triton kernel that reads x once; one and a sum for gradients:
-    cuBLAS multiplies float32 by so few columns at a tenth of the speed of reading. Elsewhere
-    elementary operations, which autocast does not touch.
+    On CUDA, up to MAX_BLOCKS blocks, this is one Triton kernel that reads `x` once; its backward
+    pass is one kernel and a sum. cuBLAS would multiply float32 by so few columns at a tenth of the
+    memory's speed. Elsewhere it is the reference.
+
+    Args:
+        x: (n, d), the residual.
+        weight: (R, d), the router's weight for R blocks.
+
+    Returns:
+        (n, R), in float32, or float64 if `x` is.
     """
-    if backend.on_triton(x) and weight.shape[0] <= MOST_BLOCKS:
+    if backend.use_triton(x) and weight.shape[0] <= MAX_BLOCKS:
         return _router_logits(x, weight)[0]
     with torch.autocast(x.device.type, enabled=False):
         return router_logits_reference(x, weight)
@@ -33,7 +41,7 @@ def router_logits(x: Tensor, weight: Tensor) -> Tensor:
     schema="(Tensor x, Tensor weight) -> (Tensor, Tensor)",
 )
 def _router_logits(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The logits, and what each row was multiplied by to have unit mean square, (n,)."""
+    """The logits, (n, R), and the scale of each row, 1 / rms(x), (n,)."""
     from molcli.kernels.router_logits.triton_kernels import forward
 
     return forward(x, weight)
@@ -65,15 +73,15 @@ def _(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs, *output)
-    ctx.set_materialize_grads(False)  # that of the scale, which nothing reads, would be zeros
+    ctx.set_materialize_grads(False)  # else the gradient of the scale is allocated, as zeros
 
 
-def _differentiate(ctx: Any, d_logits: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, d_logits: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     if d_logits is None:
         return None, None
     return _router_logits_backward(*ctx.saved_tensors, d_logits)
 
 
-_router_logits.register_autograd(_differentiate, setup_context=_keep)
+_router_logits.register_autograd(_gradients, setup_context=_setup_context)

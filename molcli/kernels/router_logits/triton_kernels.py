@@ -1,8 +1,9 @@
-"""Triton kernels: products on the CUDA cores, whose float32 matrix units would round.
+"""Triton kernels of the router's logits.
 
-A tile is (rows, blocks, channels). Channels are side by side across the threads, so that sums over
-them stay inside a thread until the last one, and those over rows or blocks always do. Every sum
-has one order: no atomics, the same bits in every run.
+Products run on the CUDA cores, because the matrix units would round float32. A tile is (rows,
+blocks, channels). Neighbouring threads hold neighbouring channels: sums over rows and over blocks
+stay inside a thread, and so do sums over channels until the last one. Every sum has a fixed order,
+without atomics, hence the same bits in every run.
 """
 
 import torch
@@ -12,10 +13,11 @@ from torch import Tensor
 
 from molcli.kernels.router_logits.reference import EPS
 
-CHANNELS = 128  # of a tile: four, or 16 bytes, for each thread of a warp
-SUMMED = tl.constexpr(4)  # neighbouring channels, those of one thread
-# Rows whose share of the weight's gradient one program sums, as long as there are few shares.
-ROWS, SHARES = 128, 512
+CHANNELS = 128  # of a tile: four of them, 16 bytes, for each thread of a warp
+SUMMED = tl.constexpr(4)  # neighbouring channels, which one thread holds
+# A program of the backward pass sums the weight's gradient over this many rows, or over more rows
+# where there would be too many such partial sums.
+ROWS, MAX_PARTS = 128, 512
 
 
 @triton.jit
@@ -49,7 +51,8 @@ def _backward_kernel(
     D: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """With u = x / rms: dx = (g W - u (g . logits) / d) / rms, and g^T u of the program's rows."""
+    """With u = x / rms(x) and g the logits' gradient: dx = (g W - u (g . logits) / d) / rms(x), and
+    the partial sum g^T u of the program's rows."""
     part = tl.program_id(0).to(tl.int64)
     r, d = tl.arange(0, BLOCK_R), tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     block, known = r < R, (d < D)[None, None, :]
@@ -76,13 +79,13 @@ def _backward_kernel(
 
 
 def forward(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """x: (n, d), weight: (R, d) -> logits (n, R) and 1 / rms of x (n,), both float32."""
+    """Return the logits, (n, R), and 1 / rms(x), (n,), both float32. x: (n, d), weight: (R, d)."""
     x, weight = _with_dense_channels(x), weight.contiguous()
     rows, width, blocks = *x.shape, weight.shape[0]
     logits = x.new_empty(rows, blocks, dtype=torch.float32)
     scales = x.new_empty(rows, dtype=torch.float32)
     padded = triton.next_power_of_2(blocks)
-    # At most 64 sums a thread, which its registers hold.
+    # At most 64 sums per thread: they fit into its registers.
     tile, warps = (32 if padded < 16 else 16), (4 if padded <= 16 else 8)
     _forward_kernel[(triton.cdiv(rows, tile),)](
         x, weight, logits, scales, rows, x.stride(0), D=width, R=blocks, EPS=EPS,
@@ -94,24 +97,24 @@ def forward(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 def backward(
     x: Tensor, weight: Tensor, logits: Tensor, scales: Tensor, d_logits: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x and weight, in their dtypes; logits, scales: as `forward` returned them."""
-    # Threads would take eight channels of half precision at a time, and share their sums.
+    """Gradients of x and weight, in their dtypes. logits, scales: as `forward` returned them."""
+    # In half precision a thread would load eight channels, and sums would cross threads.
     exact, weight = _with_dense_channels(x.float()), weight.contiguous()
     rows, width, blocks = *x.shape, weight.shape[0]
-    share = max(min(rows, ROWS), triton.cdiv(rows, SHARES), 1)
-    share = triton.next_power_of_2(share)  # so that few lengths need a binary of their own
-    parts = triton.cdiv(rows, share)
+    part_rows = max(min(rows, ROWS), triton.cdiv(rows, MAX_PARTS), 1)
+    part_rows = triton.next_power_of_2(part_rows)  # so that few lengths compile a new binary
+    parts = triton.cdiv(rows, part_rows)
     dx = exact.new_empty(x.shape)
-    shares = exact.new_empty(parts, blocks, width)
+    partial = exact.new_empty(parts, blocks, width)
     padded = triton.next_power_of_2(blocks)
-    # The same here, beside as many weights.
+    # The same limit of 64 here, beside as many weights.
     tile, channels = (4, CHANNELS) if padded <= 16 else (2, CHANNELS // 2)
     _backward_kernel[(parts, triton.cdiv(width, channels))](
-        exact, weight, logits, scales, d_logits.contiguous(), dx, shares, rows, exact.stride(0),
-        D=width, R=blocks, ROWS=share, BLOCK_M=tile, BLOCK_R=padded, BLOCK_D=channels,
+        exact, weight, logits, scales, d_logits.contiguous(), dx, partial, rows, exact.stride(0),
+        D=width, R=blocks, ROWS=part_rows, BLOCK_M=tile, BLOCK_R=padded, BLOCK_D=channels,
         num_warps=1,
     )  # fmt: skip
-    return dx.to(x.dtype), shares.sum(0).to(weight.dtype)
+    return dx.to(x.dtype), partial.sum(0).to(weight.dtype)
 
 
 def _with_dense_channels(x: Tensor) -> Tensor:

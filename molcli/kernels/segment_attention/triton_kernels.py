@@ -1,10 +1,10 @@
 """Triton kernels for short segments: a tile holds rows of as many neighbouring segments as fit.
 
-Rows of a segment are side by side, so one that sees its own segment alone sees one stretch of rows:
-from the segment's start to itself as a query, from itself to the segment's end as a key. A program
-takes a tile of rows of one head and walks over the stretch that they see together. Inside a
-program, rows count from the tile's first one. Every sum has one order: no atomics, the same bits in
-every run. Products are of the inputs' dtype with float32 sums; the softmax is in float32, base 2.
+Rows of a segment are neighbours. So a query sees one range of rows, from its segment's start to
+itself, and a key is seen by one range, from itself to its segment's end. A program takes a tile of
+rows of one head and loops over the union of their ranges. Inside a program, rows count from the
+tile's first one. Products are in the inputs' dtype with float32 sums; the softmax is in float32,
+base 2. Every sum has a fixed order, without atomics, hence the same bits in every run.
 """
 
 import math
@@ -14,12 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Rows that a program takes, the least that Hopper's matrix units do at once, and rows that it walks
-# over at a time: 64 would need twice the registers, hence leave a processor half the programs.
+# TILE: rows of a program, the fewest that Hopper's matrix units multiply in one instruction.
+# STEP: rows of one iteration of its loop. 64 would need twice the registers, so that a
+# multiprocessor would hold half as many programs.
 TILE, STEP = 64, 32
-# Any number of heads has the same binary: parent and blocks differ in it.
+# One binary for any number of heads, in which parent and blocks differ.
 _HEADS = ["H", "GROUP"]
-LOWEST = tl.constexpr(-1e30)  # below every score, yet finite: its difference from itself is zero
+LOWEST = tl.constexpr(-1e30)  # below every score but finite, so that LOWEST - LOWEST is 0
 
 
 @triton.jit
@@ -43,7 +44,7 @@ def _forward_kernel(
     H, GROUP, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """scale: of the scores in base 2. lse: (M, H), the logarithm of each row's sum in base 2."""
+    """scale: of the scores, in base 2. lse: (M, H), base-2 logarithm of each row's softmax sum."""
     head = tl.program_id(0) % H
     first = (tl.program_id(0) // H).to(tl.int64) * BLOCK_M
     count = tl.minimum(num_rows - first, BLOCK_M).to(tl.int32)
@@ -81,8 +82,8 @@ def _query_gradient_kernel(
     H, GROUP, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """natural: the scores' scale in base e. Writes delta, too, (M, H): each row's product of the
-    output and its gradient."""
+    """natural: the scores' scale in base e. Writes delta as well, (M, H): the dot product of each
+    row's output and its gradient."""
     head = tl.program_id(0) % H
     first = (tl.program_id(0) // H).to(tl.int64) * BLOCK_M
     count = tl.minimum(num_rows - first, BLOCK_M).to(tl.int32)
@@ -119,7 +120,7 @@ def _key_gradients_kernel(
     H, GROUP, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A program sums over all heads that share its key-value head. Scores are keys × queries."""
+    """A program sums over all query heads of its key-value head. Scores are keys × queries."""
     kv = tl.program_id(0) % (H // GROUP)
     first = (tl.program_id(0) // (H // GROUP)).to(tl.int64) * BLOCK_N
     count = tl.minimum(num_rows - first, BLOCK_N).to(tl.int32)
@@ -137,7 +138,7 @@ def _key_gradients_kernel(
     v_acc = tl.zeros((BLOCK_N, D), tl.float32)
     stretch = tl.max(end, 0)
     steps = tl.cdiv(stretch, BLOCK_M)
-    for step in range(steps * GROUP):  # one loop over heads and rows: pipelined as a whole
+    for step in range(steps * GROUP):  # one loop over heads and rows, to be pipelined as a whole
         head = step // steps
         shift = (step - head * steps) * BLOCK_M
         row = shift + m
@@ -167,10 +168,16 @@ def forward(
     tile: int = TILE,
     step: int = STEP,
 ) -> tuple[Tensor, Tensor]:
-    """q: (M, h, d), k and v: (M, kv, d), d a power of two >= 16; segments: (M,), ascending.
+    """Attend inside segments.
 
-    tile, step: as TILE and STEP, powers of two >= 16. Returns the output, (M, h, d), and the
-    logarithm of each row's sum in base 2, (M, h) float32.
+    Args:
+        q, k, v: as for `segment_attention`; d is a power of two, at least 16.
+        segments: (M,) int64, each row's segment; ascending.
+        cu_seqlens: (num_segments + 1,) int32, bounds of the segments.
+        tile, step: as TILE and STEP, powers of two, at least 16.
+
+    Returns:
+        The output, (M, H, d), and the base-2 logarithm of each row's softmax sum, (M, H) float32.
     """
     q, k, v = (_with_dense_channels(x) for x in (q, k, v))
     rows, heads, _ = q.shape
@@ -195,7 +202,7 @@ def backward(
     tile: int = TILE,
     step: int = STEP,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; out, lse: as `forward` returned them."""
+    """Gradients of q, k and v. out, lse: as `forward` returned them. Others: as for `forward`."""
     q, k, v = (_with_dense_channels(x) for x in (q, k, v))
     d_out = d_out.contiguous()
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))

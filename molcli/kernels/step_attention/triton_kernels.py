@@ -1,11 +1,11 @@
-"""Triton kernels: rotate and append; attend over pieces of the cache; put the pieces together."""
+"""Triton kernels: rotate and append; attend to pieces of the cache; merge the pieces."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_PROGRAMS = 512  # enough for every GPU's processors to hold a few
+_PROGRAMS = 512  # enough for a few on each of a GPU's multiprocessors
 _PIECE = 64  # entries of the cache that a program reads at a time
 
 
@@ -36,7 +36,7 @@ def _append_kernel(
     source = projected + row.to(tl.int64) * ((H + 2 * KV) * D) + head * D
     time = tl.load(filled)
     entry = (token.to(tl.int64) * length + time) * slots + row % slots
-    # Channel d turns together with its partner, half of the turning channels away.
+    # Channel d rotates with its partner, which is half of the rotary channels away.
     half: tl.constexpr = TURN // 2
     turning = d < TURN
     partner = tl.where(turning, tl.where(d < half, d + half, d - half), d)
@@ -81,7 +81,7 @@ def _attend_kernel(
     block = tl.load(blocks + row)
     first = (row // slots).to(tl.int64) * length * slots
     entries = (tl.load(filled) + 1) * slots
-    oldest = 0  # entry that is still in the window
+    oldest = 0  # the first entry inside the window
     if window > 0:
         oldest = tl.maximum(entries - window * slots, 0)
     share = tl.cdiv(tl.cdiv(entries - oldest, SPLITS), PIECE) * PIECE
@@ -99,7 +99,7 @@ def _attend_kernel(
         owner = tl.load(owners + first + index, mask=index < end, other=-1)
         seen = owner.to(tl.int64) == block
         wanted = seen
-        if EVERY:  # not waiting for the owners
+        if EVERY:  # start loading before the entries' blocks are known
             wanted = index < end
         mask = wanted[:, None] & real[None, :]
         place = ((first + index) * KV + kv)[:, None] * D + d[None, :]
@@ -147,20 +147,20 @@ def launch_append(
     sin: Tensor,
     keys: Tensor,
     values: Tensor,
-    owners: Tensor,
+    cache_blocks: Tensor,
     filled: Tensor,
     blocks: Tensor,
     active: Tensor,
-    heads: int,
+    num_heads: int,
     eps: float,
 ) -> Tensor:
-    """Shapes as `append`."""
+    """Append. Arguments and returns are those of `step_append`."""
     _, length, slots, kv, dim = keys.shape
-    out = projected.new_empty(blocks.shape[0], heads, dim)
-    _append_kernel[(blocks.shape[0], heads + 2 * kv)](
+    out = projected.new_empty(blocks.shape[0], num_heads, dim)
+    _append_kernel[(blocks.shape[0], num_heads + 2 * kv)](
         projected, *(biases or [projected] * 3), *(norms or [projected] * 2), cos, sin,
-        keys, values, owners, filled, blocks, active, out, length, slots, eps,
-        H=heads, KV=kv, D=dim, TURN=cos.shape[-1], HAS_BIAS=bool(biases), HAS_NORM=bool(norms),
+        keys, values, cache_blocks, filled, blocks, active, out, length, slots, eps,
+        H=num_heads, KV=kv, D=dim, TURN=cos.shape[-1], HAS_BIAS=bool(biases), HAS_NORM=bool(norms),
         BLOCK_D=triton.next_power_of_2(dim), num_warps=1,
     )  # fmt: skip
     return out
@@ -170,13 +170,13 @@ def launch_attend(
     q: Tensor,
     keys: Tensor,
     values: Tensor,
-    owners: Tensor,
+    cache_blocks: Tensor,
     filled: Tensor,
     blocks: Tensor,
     num_blocks: int,
     window: int,
 ) -> Tensor:
-    """Shapes as `attend`."""
+    """Attend. Arguments and returns are those of `step_attend`."""
     _, length, slots, kv, dim = keys.shape
     rows, heads = q.shape[:2]
     wanted = triton.next_power_of_2(triton.cdiv(_PROGRAMS, rows * heads))
@@ -186,7 +186,8 @@ def launch_attend(
     out = q.new_empty(rows, heads * dim)
     block_d = triton.next_power_of_2(dim)
     _attend_kernel[(rows * heads, splits)](
-        q, keys, values, owners, filled, blocks, partial, best, total, length, slots, dim**-0.5,
+        q, keys, values, cache_blocks, filled, blocks, partial, best, total, length, slots,
+        dim**-0.5,
         window, H=heads, KV=kv, D=dim, SPLITS=splits, PIECE=_PIECE, BLOCK_D=block_d,
         EVERY=num_blocks == 1, num_warps=4,
     )  # fmt: skip

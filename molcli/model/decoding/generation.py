@@ -35,7 +35,7 @@ class StepGraph:
     """One step of a model on a store's tensors, recorded once and repeated."""
 
     def __init__(self, model: Any, store: StaticStore) -> None:
-        counts = store.clock.counts
+        counts = store.length.counts
         self.ids, self.position = counts.new_zeros(len(counts), 1), torch.zeros_like(counts)
         self.active = torch.ones_like(counts, dtype=torch.int32)
         self.graph = torch.cuda.CUDAGraph()
@@ -163,12 +163,12 @@ class MoLGenerationMixin(GenerationMixin):
                     **kwargs,
                 )
             assert input_ids is not None
-            cache.clock.room_for(*input_ids.shape)
+            cache.length.check_room(*input_ids.shape)
             store = cache.store
             if store.graph is None:
                 store.graph = StepGraph(model, store)
-            logits = store.graph(input_ids, position_ids, attention_mask, store.clock.counts)
-            cache.clock.seen += 1
+            logits = store.graph(input_ids, position_ids, attention_mask, store.length.counts)
+            cache.length.seen += 1
             found: dict[str, Any] = {CACHE_FIELD: cache}
             return CausalLMOutputWithPast(logits=logits, **found)
 
@@ -185,15 +185,15 @@ def static_cache(model: Any, batch_size: int, length: int) -> MoLStaticCache:
     weights = tuple(p.data_ptr() for p in model.parameters())
     kept = _KEPT.get(model)
     if kept is not None:
-        clock = kept.store.clock
-        same = kept.weights == weights and len(clock.counts) == batch_size
-        if same and kept.user() is None and clock.length >= length:
+        held = kept.store.length
+        same = kept.weights == weights and len(held.counts) == batch_size
+        if same and kept.user() is None and held.length >= length:
             cache = MoLStaticCache.of(kept.store)
             kept.user = weakref.ref(cache)
             return cache
         del _KEPT[model]
         if same:  # one that grows now and then is not to be recorded for every length
-            length = max(length, clock.length)
+            length = max(length, held.length)
     length = -(-length // _LENGTHS) * _LENGTHS
     embedding = model.get_input_embeddings().weight
     store = StaticStore(model.config, batch_size, length, embedding.dtype, embedding.device)

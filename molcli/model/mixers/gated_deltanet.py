@@ -1,32 +1,57 @@
-"""Gated DeltaNet blocks with stacked weights (arXiv 2412.06464)."""
+"""Gated DeltaNet (arXiv 2412.06464), for the stacked weights of B blocks."""
+
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from molcli.kernels.gated_delta_rule import gated_delta_rule
+from molcli.kernels.gated_delta_step import gated_delta_step
 from molcli.kernels.grouped_linear import grouped_linear, grouped_linears
+from molcli.kernels.indexed_linear import indexed_linear
 from molcli.kernels.packed_rows import PackedRows
-from molcli.kernels.qkv_conv import qkv_conv
-from molcli.kernels.qkv_conv.reference import short_conv_state
-from molcli.model.configuration_mol import BlockSpec, MoLConfig
-from molcli.model.decoding.cache import RecurrentState
+from molcli.kernels.qkv_conv import qkv_conv, short_conv_state
+from molcli.model.mixers.base import (
+    BlockContext,
+    CacheLength,
+    Mixer,
+    State,
+    StaticState,
+    StepContext,
+)
 from molcli.model.tokens import TokenStream
 
-CONV_WIDTH = 4
+if TYPE_CHECKING:
+    from molcli.model.configuration_mol import BlockSpec, MoLConfig
+
+CONV_WIDTH = 4  # inputs that the short convolutions see
+# Operations of a step of the gated delta rule, per entry of its state: decay 1, read at the key 2,
+# rank-one update 2, read at the query 2.
+DELTA_RULE_FLOPS = 7
 
 
-class GatedDeltaNet(nn.Module):
+class GatedDeltaNet(Mixer):
     """The Gated DeltaNet of every block over its own rows.
 
-    q, k and v pass a causal convolution and SiLU, q and k are brought to unit length; the read-out
-    is normalised per head and gated by SiLU. There is no rotary embedding: order comes from the
+    q, k and v pass a causal convolution and SiLU; q and k are brought to unit length. The read-out
+    is normalised per head and gated by SiLU. There are no rotary positions: order comes from the
     convolution and the decay, which advance with the block's own tokens.
     """
 
-    def __init__(self, spec: BlockSpec, config: MoLConfig) -> None:
-        super().__init__()
-        self.eps, self.shape = config.rms_norm_eps, (spec.num_heads, spec.head_dim)
+    name = "gated_deltanet"
+    is_recurrent = True
+    float32_parameters = ("A_log", "dt_bias")
+    no_decay_parameters = ("A_log", "dt_bias")
+    new_parameters = (
+        *("a_proj", "b_proj", "g_proj", "A_log", "dt_bias"),
+        *("q_conv", "k_conv", "v_conv", "o_norm"),
+    )
+
+    def __init__(self, spec: "BlockSpec", config: "MoLConfig") -> None:
+        super().__init__(spec, config)
+        self.shape = (spec.num_heads, spec.head_dim)
         b, d, h = spec.num_blocks, spec.width, spec.num_heads
         inner = h * spec.head_dim
         for name in ("q_proj", "k_proj", "v_proj", "g_proj"):
@@ -49,65 +74,140 @@ class GatedDeltaNet(nn.Module):
         self.a_proj: nn.Parameter
         self.b_proj: nn.Parameter
 
-    def forward(
-        self,
-        x: Tensor,
-        rows: PackedRows,
-        rotary: tuple[Tensor, Tensor],
-        stream: TokenStream,
-        state: RecurrentState | None,
-    ) -> Tensor:
-        """x: (M, d) normalised rows -> (M, d). `rotary` is not used."""
-        out = self.heads(x, rows, rotary, stream, state)
-        return grouped_linear(out.flatten(1), self.o_proj, rows)
+    def initialize(self, std: float) -> None:
+        """Draw the weights of an untrained model; decay as in arXiv 2412.06464: A from U(0, 16), dt
+        log-uniform in [1e-3, 0.1]."""
+        super().initialize(std)
+        bound = self.q_conv.shape[-1] ** -0.5
+        for conv in (self.q_conv, self.k_conv, self.v_conv):
+            init.uniform_(conv, -bound, bound)
+        init.copy_(self.A_log, torch.empty_like(self.A_log).uniform_(1e-3, 16).log())
+        low, high = torch.tensor([1e-3, 0.1]).log().tolist()
+        dt = torch.empty_like(self.dt_bias).uniform_(low, high).exp()
+        init.copy_(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # softplus^-1(dt)
 
-    def heads(
-        self,
-        x: Tensor,
-        rows: PackedRows,
-        rotary: tuple[Tensor, Tensor],
-        stream: TokenStream,
-        state: RecurrentState | None,
-    ) -> Tensor:
-        """Gated read-out before the output projection. x: (M, d) -> (M, h, head_dim)."""
+    def forward(self, x: Tensor, context: BlockContext) -> Tensor:
+        """Mix the rows: (M, width) -> (M, width)."""
+        return grouped_linear(self.heads(x, context).flatten(1), self.o_proj, context.rows)
+
+    def heads(self, x: Tensor, context: BlockContext) -> Tensor:
+        """Compute the gated read-out, before the output projection.
+
+        Args:
+            x: (M, width), normalised rows.
+
+        Returns:
+            (M, num_heads, head_dim).
+        """
+        rows, stream, state = context.rows, context.stream, context.state
         exact = torch.promote_types(x.dtype, torch.float32)
-        places = _Places(rows, stream)
+        segments = _Segments(rows, stream)
         qkv = torch.cat([self.q_proj, self.k_proj, self.v_proj], dim=1)
         mixed, gate = grouped_linears(x, (qkv, self.g_proj), rows)
-        before = None if state is None else self._states(state, places, mixed)
+        before = None if state is None else self._states(state, segments, mixed)
         conv = None if before is None else before["conv"]
         filters = (self.q_conv, self.k_conv, self.v_conv)
-        q, k, v = qkv_conv(mixed, filters, rows, places.of_row, places.index, conv, self.shape[1])
+        q, k, v = qkv_conv(
+            mixed, filters, rows, segments.of_row, segments.index, conv, self.shape[1]
+        )
         a, b = (z.to(exact) for z in grouped_linears(x, (self.a_proj, self.b_proj), rows))
-        decay = -rows.per_row(self.A_log).to(exact).exp()
-        g = decay * F.softplus(a + rows.per_row(self.dt_bias).to(exact))
+        decay = -rows.gather_per_block(self.A_log).to(exact).exp()
+        g = decay * F.softplus(a + rows.gather_per_block(self.dt_bias).to(exact))
         recurrent = None if before is None else before["recurrent"]
         out, last = gated_delta_rule(
-            q, k, v, g, b.sigmoid(), places.cu_seqlens, places.max_seqlen, recurrent
+            q, k, v, g, b.sigmoid(), segments.cu_seqlens, segments.max_seqlen, recurrent
         )
         if state is not None and before is not None and last is not None:
-            after = short_conv_state(mixed, places.cu_seqlens, before["conv"])
-            state.write("conv", places.segments, stream.batch_size, after)
-            state.write("recurrent", places.segments, stream.batch_size, last)
+            assert isinstance(state, RecurrentState)
+            after = short_conv_state(mixed, segments.cu_seqlens, before["conv"])
+            state.write("conv", segments.numbers, stream.batch_size, after)
+            state.write("recurrent", segments.numbers, stream.batch_size, last)
         gate = F.silu(gate).unflatten(1, self.shape)
         norm = out.to(exact) * torch.rsqrt(out.to(exact).square().mean(-1, keepdim=True) + self.eps)
-        return norm.to(gate.dtype) * rows.per_row(self.o_norm)[:, None].to(gate.dtype) * gate
+        return (
+            norm.to(gate.dtype) * rows.gather_per_block(self.o_norm)[:, None].to(gate.dtype) * gate
+        )
 
-    def _states(self, state: RecurrentState, places: "_Places", mixed: Tensor) -> dict[str, Tensor]:
-        """What the cache holds before every segment; zeros where it is new."""
+    def _states(self, state: State, segments: "_Segments", mixed: Tensor) -> dict[str, Tensor]:
+        """What the cache holds before every segment; zeros where a segment is new."""
+        assert isinstance(state, RecurrentState)
         heads, dim = self.shape
         exact = torch.promote_types(mixed.dtype, torch.float32)
         sizes = {"conv": (mixed.shape[1], CONV_WIDTH - 1), "recurrent": (heads, dim, dim)}
         dtypes = {"conv": mixed.dtype, "recurrent": exact}
-        batch, blocks = places.batch_size, self.A_log.shape[0]
+        batch, blocks = segments.batch_size, self.A_log.shape[0]
         if not state.tensors:
             state.tensors = {
                 n: mixed.new_zeros(batch, blocks, *s, dtype=dtypes[n]) for n, s in sizes.items()
             }
-        return {n: state.read(n, places.segments, batch) for n in sizes}
+        return {n: state.read(n, segments.numbers, batch) for n in sizes}
+
+    def step(self, x: Tensor, norm: Tensor | None, context: StepContext) -> Tensor:
+        """Advance convolution and state by one token, in place: (R, width) -> (R, width)."""
+        weights = [self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.a_proj, self.b_proj]
+        projected = indexed_linear(x, list(weights), context.rows, norm=norm, eps=self.eps)
+        heads = gated_delta_step(
+            projected,
+            [self.q_conv, self.k_conv, self.v_conv],
+            self.A_log,
+            self.dt_bias,
+            self.o_norm,
+            context.state.tensors["conv"],
+            context.state.tensors["recurrent"],
+            context.rows.blocks,
+            context.active,
+            self.eps,
+        )
+        return indexed_linear(heads, [self.o_proj], context.rows)
+
+    @staticmethod
+    def new_state(spec: "BlockSpec") -> State:
+        """Make an empty `RecurrentState`."""
+        return RecurrentState()
+
+    @staticmethod
+    def new_static_state(
+        spec: "BlockSpec",
+        slots: int,
+        length: CacheLength,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> StaticState:
+        """Make an empty `StaticRecurrentState`."""
+        return StaticRecurrentState(spec, len(length.counts), dtype, device)
+
+    @staticmethod
+    def count_parameters(spec: "BlockSpec", config: "MoLConfig") -> int:
+        """Count projections, convolutions, decay and the read-out's norm."""
+        inner = spec.num_heads * spec.head_dim
+        # q, k, v, g and o; a and b
+        projections = 5 * inner * spec.width + 2 * spec.num_heads * spec.width
+        return projections + 3 * CONV_WIDTH * inner + 2 * spec.num_heads + spec.head_dim
+
+    @staticmethod
+    def count_flops(spec: "BlockSpec", tokens: float) -> tuple[float, float]:
+        """Count projections and convolutions, and 7 * head_dim^2 a head for the delta rule."""
+        inner = spec.num_heads * spec.head_dim
+        weights = 5 * inner * spec.width + 2 * spec.num_heads * spec.width + 3 * CONV_WIDTH * inner
+        return 2.0 * weights, DELTA_RULE_FLOPS * inner * spec.head_dim
+
+    @staticmethod
+    def activation_bytes(spec: "BlockSpec", product_bytes: int, compiled: bool) -> int:
+        """Estimate queries, keys, values and outputs, and besides them convolutions, unit lengths,
+        decay, gate and its norm; compiled, what precedes the convolution, the gate, and the linear
+        systems of chunks of 64 tokens."""
+        inner, p = spec.num_heads * spec.head_dim, product_bytes
+        kept = 4 * inner * p
+        if compiled:
+            return kept + p * (4 * inner + 64 * spec.num_heads)
+        conv = 3 * inner * (5 * _FP32_BYTES + 4 * p)
+        return kept + conv + inner * (4 * _FP32_BYTES + 3 * p) + p * spec.width
 
 
-class _Places:
+_FP32_BYTES = 4
+
+
+class _Segments:
     """Where segments begin, and which of the cache's states each one continues.
 
     One new token per sequence is the common case of generation: its rows are segments of their
@@ -118,10 +218,46 @@ class _Places:
         self.batch_size = stream.batch_size
         if stream.length == 1:
             row = torch.arange(rows.tokens.shape[0] + 1, device=rows.tokens.device)
-            self.segments, self.cu_seqlens, self.max_seqlen = rows.segments, row.int(), 1
+            self.numbers, self.cu_seqlens, self.max_seqlen = rows.segments, row.int(), 1
             self.of_row, self.index = row[:-1], torch.zeros_like(row[:-1])
         else:
             count = rows.cu_seqlens.shape[0] - 1
-            self.segments = torch.arange(count, device=rows.tokens.device)
+            self.numbers = torch.arange(count, device=rows.tokens.device)
             self.cu_seqlens, self.max_seqlen = rows.cu_seqlens, rows.max_seqlen
             self.of_row, self.index = rows.segments, rows.index_in_segment
+
+
+class RecurrentState(State):
+    """Convolution inputs and delta-rule states of every block of every sequence.
+
+    Padding, and tokens that are routed elsewhere, leave them unchanged.
+
+    Attributes:
+        tensors: conv, (B, blocks, C, W - 1), the last inputs that each block saw; recurrent,
+            (B, blocks, H, d_k, d_v), float32.
+    """
+
+    def read(self, name: str, segments: Tensor, num_sequences: int) -> Tensor:
+        """Return the states of segments, (s,) int64, block * B + sequence -> (s, ...)."""
+        return self.tensors[name][segments % num_sequences, segments // num_sequences]
+
+    def write(self, name: str, segments: Tensor, num_sequences: int, value: Tensor) -> None:
+        """Store value, (s, ...), as the states of segments that are all different."""
+        tensor = self.tensors[name]
+        tensor[segments % num_sequences, segments // num_sequences] = value.to(tensor.dtype)
+
+
+class StaticRecurrentState(StaticState, RecurrentState):
+    """conv and recurrent of all blocks, allocated at the start; zeros for what was not seen."""
+
+    def __init__(
+        self, spec: "BlockSpec", batch_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        heads, dim = spec.num_heads, spec.head_dim
+        shape, exact = (batch_size, spec.num_blocks), torch.promote_types(dtype, torch.float32)
+        conv = (*shape, 3 * heads * dim, CONV_WIDTH - 1)
+        self.tensors = {
+            "conv": torch.zeros(conv, dtype=dtype, device=device),
+            "recurrent": torch.zeros(*shape, heads, dim, dim, dtype=exact, device=device),
+        }

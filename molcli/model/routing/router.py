@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from molcli.kernels.route import choose
+from molcli.kernels.route import select_blocks
 from molcli.kernels.router_logits import router_logits
 
 
@@ -42,4 +42,4 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> Routing:
         """x: (n, d_model) residual. Ties go to the block with the lower index."""
         logits = router_logits(x, self.weight)
-        return Routing(logits, *choose(logits, self.correction_bias, self.top_k))
+        return Routing(logits, *select_blocks(logits, self.correction_bias, self.top_k))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from molcli.kernels.gated_delta_rule import gated_delta_rule
-from molcli.kernels.gated_delta_rule.fla import fla_is_sound
+from molcli.kernels.gated_delta_rule.fla_check import fla_is_correct
 from molcli.kernels.grouped_linear import grouped_linear
 from molcli.kernels.packed_rows import PackedRows, routed_rows
 from molcli.stages.bench.measure import Row, Sizes, fitting, seconds
@@ -90,7 +90,7 @@ def deltanet(contest: BenchmarkPair, sizes: Sizes) -> Iterator[Row]:
         contest.config.head_dim,
         contest.device,
     )
-    fla = device.type == "cuda" and fla_is_sound(device.index or 0, dim)
+    fla = device.type == "cuda" and fla_is_correct(device.index or 0, dim)
     for kind, rows in layouts(contest, sizes):
         count, segments = rows.tokens.shape[0], rows.cu_seqlens.shape[0] - 1
         shape = (count, heads, dim)

@@ -30,7 +30,8 @@ class Plan:
 def plan_layers(config: MoLConfig, choice: LayerChoice) -> Plan:
     """Raises MolError for a choice that the model has no such layers for."""
     routed = config.num_routed_blocks > 0
-    candidates = [i for i, kind in enumerate(config.layer_kinds) if routed and kind == "softmax"]
+    with_attention = [i for i, mixer in enumerate(config.layer_mixers) if mixer == "attention"]
+    candidates = [i for i in with_attention if routed and not config.is_dense(i)]
     if isinstance(choice, str):
         if choice != "none" and not candidates:
             raise MolError(
@@ -39,10 +40,10 @@ def plan_layers(config: MoLConfig, choice: LayerChoice) -> Plan:
             )
         return Plan(None if choice == "auto" else chosen_layers(choice, candidates), candidates)
     refuse_beyond(NAME, choice, config.num_hidden_layers)
-    dense = [i for i, kind in enumerate(config.layer_kinds) if kind == "dense"]
+    dense = [i for i in with_attention if config.is_dense(i)]
     for i in choice:
         if i not in candidates and i not in dense:
-            linear = config.layer_kinds[i].endswith("gated_deltanet")
+            linear = i not in with_attention
             why = "uses Gated DeltaNet already" if linear else "has shared blocks alone"
             raise MolError(
                 f"`{NAME}` names layer {i}, which {why}",
@@ -55,7 +56,7 @@ def converted_config(config: MoLConfig, layers: set[int]) -> MoLConfig:
     """A copy in which these layers use Gated DeltaNet, routed or dense."""
     after = copy.deepcopy(config)
     for i in layers:
-        after.layer_kinds[i] = "dense_gated_deltanet" if config.is_dense(i) else "gated_deltanet"
+        after.layer_mixers[i] = "gated_deltanet"
     return after
 
 

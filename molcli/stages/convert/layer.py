@@ -12,10 +12,10 @@ from molcli.fitting.gated_deltanet import Regress, Site, set_gated_deltanet, uns
 from molcli.kernels.grouped_linear import grouped_linear
 from molcli.maths.least_squares import ridge
 from molcli.maths.moments import Sample, regression_moments
-from molcli.model.blocks import Attention, BlockStack
+from molcli.model.blocks import BlockStack
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.layers import DenseLayer, Layer, new_layer
-from molcli.model.mixers.gated_deltanet import GatedDeltaNet
+from molcli.model.mixers import Attention, GatedDeltaNet
 
 TOKENS = 4096  # in a step, at most, where rows are not longer
 INHERITED = ("q_proj", "k_proj", "v_proj")
@@ -116,14 +116,14 @@ def _site(layer: Layer, mixer: Attention, x: Tensor, context: Context) -> Site:
         rows, _ = layer.route(layer.router(x), context.stream)
         thin = grouped_linear(rows.gather(x), layer.routed.thin_in, rows)
     read = block.norm(thin, block.input_norm, rows)
-    return Site(read, rows, context, mixer.heads(read, rows, context.rotary, context.stream, None))
+    return Site(read, rows, context, mixer.heads(read, context.blocks(rows)))
 
 
 def _outputs(old: Attention, new: GatedDeltaNet, sites: Sequence[Site]) -> Iterator[Sample]:
     """What the new heads give, and what the old output projection makes of the old ones."""
     for site in sites:
         rows, context = site.rows, site.context
-        out = new.heads(site.read, rows, context.rotary, context.stream, None)
+        out = new.heads(site.read, context.blocks(rows))
         wanted = grouped_linear(site.wanted.flatten(1), old.o_proj, rows, old.o_bias)
         yield out.flatten(1), wanted, rows.offsets
 

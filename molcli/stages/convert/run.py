@@ -189,10 +189,9 @@ def _converted(
     if options.steps:
         align(after, layer, softmax, x, text.fit, options, recipe.calibrate.seed)
         end = _delta_error(heldout, softmax, layer)
-    kind = after.layer_kinds[index]
     return layer, {
         "layer": index,
-        "kind": kind,
+        "kind": after.layer_labels[index],
         "delta_error_start": start,
         "delta_error": end,
     }

@@ -1,4 +1,4 @@
-"""The rows of a stage, and the share of each process in a step."""
+"""The data of a stage: checked, opened, and cut into micro-batches for each rank."""
 
 import math
 from collections.abc import Sequence
@@ -10,36 +10,38 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from molcli.config.sections import TrainConfig
-from molcli.config.stages import Stage
+from molcli.config.stages import Stage, section
 from molcli.data.logits import LogitCache, open_logits
-from molcli.data.mixture import Corpus, load_rows
+from molcli.data.mixture import Corpus, check_data, load_rows
 from molcli.data.packing import Batch, RowSource
 from molcli.data.tokenizer import open_tokenizer
+from molcli.errors import MolError
 from molcli.progress import Progress
 
 
-def steps_of(config: TrainConfig) -> int:
-    """Optimiser steps of a stage."""
-    return math.ceil(config.tokens / step_tokens(config))
+def num_steps(config: TrainConfig) -> int:
+    """Return the optimiser steps of a stage."""
+    return math.ceil(config.tokens / tokens_per_step(config))
 
 
-def step_tokens(config: TrainConfig) -> int:
-    """Tokens in an optimiser step."""
+def tokens_per_step(config: TrainConfig) -> int:
+    """Return the tokens of an optimiser step, on all ranks."""
     return config.batch_size * config.context_length
 
 
-def rows_at_once(config: TrainConfig, ranks: int) -> int:
-    """Rows in a forward pass of one of `ranks` processes: no more than its share of the batch."""
+def micro_batch_rows(config: TrainConfig, ranks: int) -> int:
+    """Return the rows in a forward pass on one rank, at most its part of the batch."""
     return min(config.micro_batch_size, config.batch_size // ranks)
 
 
 @dataclass(frozen=True)
 class MicroBatches:
-    """This rank's share of a step's rows, on its device.
+    """The rows of one step that this rank processes, on its device.
 
-    batches: one after another, each with the indices of its rows. tokens, predicted: in the rows of
-    all ranks, without padding; predicted are those that another one of their document and row
-    precedes.
+    Attributes:
+        batches: micro-batches in order, each with the (rows,) indices of its rows.
+        tokens: in the rows of all ranks, without padding.
+        predicted: those of them that follow another token of their document in their row.
     """
 
     batches: list[tuple[Tensor, Batch]]
@@ -53,19 +55,29 @@ class MicroBatches:
 def micro_batches(
     rows: RowSource, index: Tensor, size: int, accelerator: Accelerator
 ) -> MicroBatches:
-    """The rows `index`, (batch_size,), of which a rank takes at most `size` at once.
+    """Load the rows of a step and take this rank's part. Does not synchronise with the device.
 
-    A GPU may still be at other work, for which nothing here waits.
+    Args:
+        rows: of the stage.
+        index: (batch_size,) int64, the rows of the step, the same on all ranks.
+        size: rows of a micro-batch, at most.
+        accelerator: gives rank and device.
     """
-    packed = rows.rows(index)  # by every rank, so that none has to ask the others for its counts
+    packed = rows.rows(index)  # all rows on every rank: counting them needs no communication
     places = torch.arange(len(index)).view(accelerator.num_processes, -1)
-    mine = places[accelerator.process_index].split(size)
-    batches = [(index[part], packed.batch(part, accelerator.device)) for part in mine]
+    own = places[accelerator.process_index].split(size)
+    batches = [(index[part], packed.batch(part, accelerator.device)) for part in own]
     return MicroBatches(batches, packed.tokens, packed.predicted)
 
 
-def open_cache(stages: Sequence[Stage], checkpoint: Path, vocab_size: int) -> LogitCache | None:
-    """What train.logits names, if a stage uses it. Raises MolError unless it fits all that do."""
+def open_logit_cache(
+    stages: Sequence[Stage], checkpoint: Path, vocab_size: int
+) -> LogitCache | None:
+    """Open the cached logits of the parent that `train.logits` names, if a stage uses them.
+
+    Raises:
+        MolError: if they do not fit tokenizer, vocabulary and context length of every such stage.
+    """
     cache, tokenizer = None, open_tokenizer(checkpoint)
     for stage in stages:
         folder, length = stage.settings.logits, stage.settings.context_length
@@ -74,14 +86,25 @@ def open_cache(stages: Sequence[Stage], checkpoint: Path, vocab_size: int) -> Lo
     return cache
 
 
-def stage_rows(
+def open_rows(
     config: TrainConfig,
     cache: LogitCache | None,
     checkpoint: Path,
     vocab_size: int,
     progress: Progress,
 ) -> Corpus:
-    """config: the stage's own. Raises MolError for data that cannot be read."""
+    """Open the rows of a stage.
+
+    Args:
+        config: of the stage.
+        cache: has the rows of stages with `logits`.
+        checkpoint: has the tokenizer.
+        vocab_size: of the model.
+        progress: shows the reading of text.
+
+    Raises:
+        MolError: for data that cannot be read.
+    """
     if config.logits is not None:
         assert cache is not None
         return cache.corpus()
@@ -91,7 +114,74 @@ def stage_rows(
         open_tokenizer(checkpoint),
         vocab_size=vocab_size,
         length=config.context_length,
-        limit=steps_of(config) * step_tokens(config),
+        limit=num_steps(config) * tokens_per_step(config),
         seed=config.seed,
         progress=progress,
     )
+
+
+def check_stages(config: TrainConfig, stages: list[Stage], ranks: int, *, has_parent: bool) -> None:
+    """Check that every stage has what it learns from, and a batch that divides.
+
+    Args:
+        config: the train section.
+        stages: of `config`.
+        ranks: processes that share a batch.
+        has_parent: whether a parent model is given.
+
+    Raises:
+        MolError: for a stage without its parent or data, a stage that cannot learn from cached
+            logits, or a batch that the ranks cannot share.
+    """
+    for number, stage in enumerate(stages):
+        settings, name = stage.settings, section(config, number)
+        if settings.logits is not None:
+            _check_cached_logits(name, stage)
+        elif stage.kind != "pretrain" and not has_parent:
+            raise MolError(
+                f"a stage of kind {stage.kind} learns from the parent, and none is given",
+                allowed="--parent PARENT, or stages of kind pretrain",
+            )
+        elif settings.data is None:
+            raise MolError(
+                f"`{name}.data` is null: a stage of kind {stage.kind} has no data",
+                allowed="--data SOURCE, train.data, or data in every stage",
+            )
+        else:
+            check_data(settings.data)
+    check_batches(config, stages, ranks)
+
+
+def check_batches(config: TrainConfig, stages: list[Stage], ranks: int) -> None:
+    """Check that `ranks` processes can share the batch of every stage of `config`.
+
+    Raises:
+        MolError: if they cannot.
+    """
+    for number, stage in enumerate(stages):
+        settings, name = stage.settings, section(config, number)
+        rows, at_most = settings.batch_size, micro_batch_rows(settings, ranks)
+        if rows % ranks or rows // ranks % at_most:
+            step = settings.micro_batch_size * ranks
+            raise MolError(
+                f"`{name}.batch_size` is {rows}, for {ranks} processes with a "
+                f"`{name}.micro_batch_size` of {settings.micro_batch_size}",
+                allowed="the same number of rows for each process, in micro-batches of one size",
+                hint=f"--set {name}.batch_size={-(-rows // step) * step}",
+            )
+
+
+def _check_cached_logits(name: str, stage: Stage) -> None:
+    if stage.kind == "align":
+        raise MolError(
+            "a stage of kind align learns from the parent's layers, and `train.logits` has only "
+            "its predictions",
+            allowed="stages of kind distill and pretrain, or --data and --parent",
+        )
+    if stage.kind == "distill" and stage.settings.temperature != 1:
+        raise MolError(
+            f"`{name}.temperature` is {stage.settings.temperature}, and `train.logits` holds the "
+            "largest probabilities at 1",
+            allowed="1 with cached logits, or --data and --parent",
+            hint=f"--set {name}.temperature=1",
+        )

@@ -1,17 +1,24 @@
-"""The log of a run: one JSON line per window of steps, a few words for the bar, forecasts."""
+"""The log of a run: log.jsonl, the note of the progress bar, train.html, and trackers.
+
+Trackers (TensorBoard, Weights & Biases, Trackio) show the log elsewhere, through accelerate.
+"""
 
 import json
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from torch import Tensor
 
 from molcli.config.sections import TrainConfig
 from molcli.config.stages import Stage
+from molcli.errors import MolError
 from molcli.estimate.flops import training_flops
 from molcli.estimate.gpus import bf16_peak
 from molcli.maths.recovery import tokens_to_recovery
@@ -21,31 +28,176 @@ from molcli.report.machine import device_name
 from molcli.report.training_page import train_page
 from molcli.stages.train.balance import RouterLoads
 from molcli.stages.train.state import TrainState
-from molcli.stages.train.trackers import show, tracked
 
-GOALS = (0.5, 0.75, 0.9, 0.95, 0.99)
-"""Recoveries, 1 - KL / KL at the start, of which the next one ahead is forecast."""
+LOG, PAGE = "log.jsonl", "train.html"
+# Recoveries, 1 - KL / KL at the start; the next one that is not reached is forecast.
+_GOALS = (0.5, 0.75, 0.9, 0.95, 0.99)
+_LOSSES = ("loss", "ce", "kl", "balance")
+_TRACKED = (
+    *(*_LOSSES, "learning_rate", "gradient_norm", "tokens", "tokens_per_second", "mfu", "skipped"),
+)
+_PROJECT = "molcli"  # in every tracker
+_RUN = "tracked.json"  # in the output folder: the run's name in all trackers
+
+
+class TrainLog:
+    """Writes one JSON line for each window of steps.
+
+    A line has:
+        step, tokens, seconds: so far.
+        stage: its number and kind, such as "0 align".
+        loss: what is minimised, mean over the steps of the window.
+        ce, kl: nats for each token; null where the stage has none.
+        balance: CV^2, mean over layers.
+        learning_rate: of inherited weights.
+        gradient_norm: before clipping, of the last step.
+        tokens_per_second: in the window.
+        mfu: model FLOPs utilisation, of active blocks; null where the device's peak is not known.
+        routing: for the number of each layer that routes, the tokens of its least and its most used
+            block, where 1 is an even load; null without a router.
+        skipped: steps skipped so far.
+        not_finite: where the first non-finite value of the window's last skipped step is, or null.
+        passes: over each source of the stage's data, since the stage began.
+
+    Attributes:
+        out: folder of the run.
+        note: a few words about the last line, for the progress bar.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        accelerator: Accelerator,
+        state: TrainState,
+        config: TrainConfig,
+        loads: RouterLoads,
+    ) -> None:
+        self.out, self.accelerator = out, accelerator
+        self.config, self.loads = config, loads
+        self.note = ""
+        self._not_finite = ""
+        self._mfu_scale: float | None = None
+        self._recovery = RecoveryCurve()
+        self._sums = torch.zeros(len(_LOSSES), device=accelerator.device)
+        self._steps, self._tokens, self._seconds = 0, state.tokens, state.seconds
+        if accelerator.is_main_process:
+            self._drop_lines_after(state.step)
+            for line in self._lines():
+                self._recovery.add(line)
+
+    @contextmanager
+    def open_stage(self, state: TrainState, mfu_scale: float | None) -> Iterator[None]:
+        """Log the steps of a stage inside this context; write the page at its end, on errors, too.
+
+        Args:
+            state: at the beginning of the steps.
+            mfu_scale: from the function of this name.
+
+        Raises:
+            MolError: for a tracker that cannot be started.
+        """
+        self._mfu_scale = mfu_scale
+        with open_trackers(self.accelerator, self.config, self.out, state.step):
+            try:
+                yield
+            finally:
+                if self.accelerator.is_main_process:
+                    # A full disk raises elsewhere, before or after this.
+                    with suppress(OSError):
+                        page = train_page(self._lines(), self.config)
+                        (self.out / PAGE).write_text(page, encoding="utf-8")
+
+    def add_step(self, means: Tensor) -> None:
+        """Add a step. means: (4,) this rank's part of its mean loss, ce, kl and balance."""
+        self._sums = self._sums + means
+        self._steps += 1
+
+    def skip_step(self, not_finite: str) -> None:
+        """Record a skipped step. not_finite: where its first non-finite value is."""
+        self._not_finite = not_finite
+
+    def write(
+        self,
+        state: TrainState,
+        stage: str,
+        norm: Tensor,
+        learning_rate: float,
+        metrics: tuple[str, ...],
+        passes: dict[str, float],
+    ) -> None:
+        """End a window and write its line on the main rank. Collective.
+
+        Args:
+            state: after the last step; its `loss` is updated.
+            stage: number and kind.
+            norm: 0-d, of the gradients of the last step.
+            learning_rate: of inherited weights.
+            metrics: which of loss, ce, kl and balance are not null.
+            passes: over each source of the data.
+        """
+        sums = self.accelerator.reduce(self._sums, "sum")
+        routing = _routing(self.loads.layers, self.loads.pop_window(self.accelerator))
+        means = [total / self._steps if self._steps else None for total in sums.tolist()]
+        losses = {n: x if n in metrics else None for n, x in zip(_LOSSES, means, strict=True)}
+        rate = (state.tokens - self._tokens) / max(state.seconds - self._seconds, 1e-9)
+        state.loss = losses["loss"] if losses["loss"] is not None else state.loss
+        if self.accelerator.is_main_process:
+            line = {
+                "step": state.step,
+                "tokens": state.tokens,
+                "seconds": state.seconds,
+                "stage": stage,
+                **losses,
+                "learning_rate": learning_rate,
+                "gradient_norm": float(norm) if torch.isfinite(norm) else None,
+                "tokens_per_second": rate,
+                "mfu": None if self._mfu_scale is None else self._mfu_scale * rate,
+                "routing": routing,
+                "skipped": state.skipped,
+                "not_finite": self._not_finite or None,
+                "passes": passes,
+            }
+            with (self.out / LOG).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            _send_to_trackers(self.accelerator, line)
+            self._recovery.add(line)
+            self.note = _note(line, self._recovery.forecast() if losses["kl"] is not None else "")
+        self._not_finite = ""
+        self._sums = torch.zeros_like(self._sums)
+        self._steps, self._tokens, self._seconds = 0, state.tokens, state.seconds
+
+    def _drop_lines_after(self, step: int) -> None:
+        """Steps after the checkpoint are logged again; a kill may have cut the last line."""
+        if (self.out / LOG).is_file():
+            kept = [json.dumps(line) for line in self._lines() if line["step"] <= step]
+            (self.out / LOG).write_text("".join(line + "\n" for line in kept))
+
+    def _lines(self) -> list[dict[str, Any]]:
+        if not (self.out / LOG).is_file():
+            return []
+        lines = (self.out / LOG).read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines if _is_complete(line)]
 
 
 class RecoveryCurve:
-    """The KL of all stages that measure it; tokens count from where the first of them begins."""
+    """The KL in all stages that measure it; tokens count from the beginning of the first one."""
 
     def __init__(self) -> None:
-        self._before = 0
+        self._first_token = 0
         self._tokens: list[float] = []
         self._kl: list[float] = []
 
     def add(self, line: dict[str, Any]) -> None:
-        """line: of the log, in its order."""
+        """Add the next line of the log."""
         if line["kl"] is not None:
-            self._tokens.append(line["tokens"] - self._before)
+            self._tokens.append(line["tokens"] - self._first_token)
             self._kl.append(line["kl"])
         elif not self._kl:
-            self._before = line["tokens"]
+            self._first_token = line["tokens"]
 
-    def words(self) -> str:
-        """Such as "50% recovered in 1.2M tokens"; empty where nothing can be forecast."""
-        for goal in GOALS:
+    def forecast(self) -> str:
+        """Return words such as "50% recovered in 1.2M tokens", "" where there is no forecast."""
+        for goal in _GOALS:
             left = tokens_to_recovery(self._tokens, self._kl, goal)
             if left is None:
                 return ""
@@ -54,21 +206,23 @@ class RecoveryCurve:
         return ""
 
 
-def _short(count: float) -> str:
-    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if count >= unit:
-            return f"{count / unit:.3g}{letter}"
-    return f"{count:.0f}"
-
-
-def flops_share(
+def mfu_scale(
     stage: Stage, model: MoLForCausalLM, parent: MoLForCausalLM | None, ranks: int
 ) -> float | None:
-    """Model FLOPs utilisation at one token a second; None unless the devices' peak is known.
+    """Return the model FLOPs utilisation at one token a second.
 
-    Counts active blocks, at the checkpoint's own number, and forward passes once: what gradient
-    checkpointing repeats is no use. A trained weight counts 6, a frozen one 4 or 2, as
-    `training_flops` says. parent: that the stage runs.
+    Counts active blocks, at the checkpoint's own number, and each forward pass once: what gradient
+    checkpointing repeats is not counted. A trained weight counts 6, a frozen one 4 or 2, as in
+    `training_flops`.
+
+    Args:
+        stage: that runs.
+        model: that is trained.
+        parent: if the stage runs it.
+        ranks: processes, each with one device.
+
+    Returns:
+        None if the peak of the devices is not known, or if matrix products are not in bf16.
     """
     device = next(model.parameters()).device
     peak = bf16_peak(device_name(device))
@@ -84,123 +238,83 @@ def flops_share(
     return flops / (peak * ranks)
 
 
-LOG, PAGE = "log.jsonl", "train.html"
+def check_trackers(config: TrainConfig) -> None:
+    """Check that the packages of all trackers are installed.
 
-
-class TrainLog:
-    """Means over the steps since the last line.
-
-    A line has: step, tokens, seconds, stage (its number and kind, such as "0 align"), loss (what is
-    minimised), ce and kl (nats a token; null where the stage has none), balance (CV^2, mean of
-    layers), learning_rate (inherited weights'), gradient_norm (before clipping, of the last step),
-    tokens_per_second, mfu (of active FLOPs; null where the devices' peak is not known), routing
-    (by the number of each layer that routes, the tokens of its least and its most used block, where
-    1 is an even load; null without a router), skipped (in all), not_finite (where that began in the
-    window's last skipped step, or null), passes (over each source of the stage's data, since the
-    stage began).
+    Raises:
+        MolError: if one is not.
     """
-
-    def __init__(
-        self,
-        out: Path,
-        accelerator: Accelerator,
-        state: TrainState,
-        config: TrainConfig,
-        loads: RouterLoads,
-    ) -> None:
-        self.out, self.accelerator = out, accelerator
-        self.config, self.loads = config, loads
-        self.note = ""
-        self._trouble = ""
-        self._flops_share: float | None = None
-        self._recovery = RecoveryCurve()
-        self._sums = torch.zeros(4, device=accelerator.device)
-        self._steps, self._tokens, self._seconds = 0, state.tokens, state.seconds
-        if accelerator.is_main_process:
-            self._drop_lines_after(state.step)
-            for line in self._lines():
-                self._recovery.add(line)
-
-    @contextmanager
-    def following(self, state: TrainState, flops_share: float | None) -> Iterator[None]:
-        """Around the steps of a stage: trackers follow them, and the page shows them at the end,
-        of whatever kind it is. flops_share: `molcli.stages.train.log.flops_share`."""
-        self._flops_share = flops_share
-        with tracked(self.accelerator, self.config, self.out, state.step):
-            try:
-                yield
-            finally:
-                if self.accelerator.is_main_process:
-                    # A full disk has an error of its own on the way, or will have.
-                    with suppress(OSError):
-                        page = train_page(self._lines(), self.config)
-                        (self.out / PAGE).write_text(page, encoding="utf-8")
-
-    def add(self, means: Tensor) -> None:
-        """means: (4,) this rank's part of a step's mean loss, ce, kl and balance."""
-        self._sums = self._sums + means
-        self._steps += 1
-
-    def skip(self, trouble: str) -> None:
-        """A step was left out. trouble: where the first value that is not finite came up."""
-        self._trouble = trouble
-
-    def write(
-        self,
-        state: TrainState,
-        stage: str,
-        norm: Tensor,
-        learning_rate: float,
-        measures: tuple[str, ...],
-        passes: dict[str, float],
-    ) -> None:
-        """Ends a window; every rank calls it, the main one writes. measures: those not null."""
-        sums = self.accelerator.reduce(self._sums, "sum")
-        routing = _routing(self.loads.layers, self.loads.take_window(self.accelerator))
-        values = [total / self._steps if self._steps else None for total in sums.tolist()]
-        names = ("loss", "ce", "kl", "balance")
-        line = {n: x if n in measures else None for n, x in zip(names, values, strict=True)}
-        rate = (state.tokens - self._tokens) / max(state.seconds - self._seconds, 1e-9)
-        state.loss = line["loss"] if line["loss"] is not None else state.loss
-        if self.accelerator.is_main_process:
-            whole = {
-                "step": state.step,
-                "tokens": state.tokens,
-                "seconds": state.seconds,
-                "stage": stage,
-                **line,
-                "learning_rate": learning_rate,
-                "gradient_norm": float(norm) if torch.isfinite(norm) else None,
-                "tokens_per_second": rate,
-                "mfu": None if self._flops_share is None else self._flops_share * rate,
-                "routing": routing,
-                "skipped": state.skipped,
-                "not_finite": self._trouble or None,
-                "passes": passes,
-            }
-            with (self.out / LOG).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(whole) + "\n")
-            show(self.accelerator, whole)
-            self._recovery.add(whole)
-            self.note = _note(whole, self._recovery.words() if line["kl"] is not None else "")
-        self._trouble = ""
-        self._sums = torch.zeros_like(self._sums)
-        self._steps, self._tokens, self._seconds = 0, state.tokens, state.seconds
-
-    def _drop_lines_after(self, step: int) -> None:
-        """What came after the checkpoint is written again; a kill may have cut the last line."""
-        if (self.out / LOG).is_file():
-            kept = [json.dumps(line) for line in self._lines() if line["step"] <= step]
-            (self.out / LOG).write_text("".join(line + "\n" for line in kept))
-
-    def _lines(self) -> list[dict[str, Any]]:
-        if not (self.out / LOG).is_file():
-            return []
-        lines = (self.out / LOG).read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines if _is_whole(line)]
+    installed = {kind.value for kind in get_available_trackers()}
+    for name in config.trackers:  # each is named as its package
+        if name not in installed:
+            raise MolError(
+                f"`train.trackers` names {name}, and the package {name} is not installed",
+                allowed="trackers whose packages are installed",
+                hint=f"pip install {name}",
+            )
 
 
-def _is_whole(line: str) -> bool:
+@contextmanager
+def open_trackers(
+    accelerator: Accelerator, config: TrainConfig, out: Path, steps: int
+) -> Iterator[None]:
+    """Start config.trackers on the main rank, and close them at the end, on errors, too.
+
+    Args:
+        accelerator: holds the trackers.
+        config: the train section.
+        out: folder of the run.
+        steps: done. Where a run in `out` went further, TensorBoard drops the later steps; the other
+            trackers keep them, and the repeated steps give the same values.
+
+    Raises:
+        MolError: for a tracker that cannot be started.
+    """
+    if not config.trackers or not accelerator.is_main_process:
+        yield
+        return
+    name = _run_name(out)
+    options: dict[str, dict[str, Any]] = {
+        "tensorboard": {"purge_step": steps + 1},
+        "wandb": {"id": name, "name": name, "resume": "allow", "dir": str(out)},
+        "trackio": {"name": name, "resume": "allow"},
+    }
+    for tracker in ("wandb", "trackio"):
+        options[tracker]["config"] = asdict(config)
+    try:
+        accelerator.init_trackers(_PROJECT, init_kwargs=options)
+    except Exception as error:  # of any of the packages: no login, no network, no space
+        raise MolError(
+            f"the trackers {', '.join(config.trackers)} could not be started: {error}",
+            allowed="trackers that work here; log.jsonl and train.html are always written",
+            hint="the same command with --resume --set train.trackers=[]",
+        ) from error
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        accelerator.trackers = []
+
+
+def _send_to_trackers(accelerator: Accelerator, line: dict[str, Any]) -> None:
+    values = {key: line[key] for key in _TRACKED if line[key] is not None}
+    for tracker in accelerator.trackers:
+        tracker.log(values, step=line["step"])
+
+
+def _run_name(out: Path) -> str:
+    """The same for a run and its resumptions, another one for the next run in a folder."""
+    path = out / _RUN
+    if path.is_file():
+        name: str = json.loads(path.read_text())["run"]
+        return name
+    name = f"{out.resolve().name}-{secrets.token_hex(4)}"
+    path.write_text(json.dumps({"run": name}))
+    return name
+
+
+def _is_complete(line: str) -> bool:
     try:
         json.loads(line)
     except ValueError:
@@ -209,12 +323,12 @@ def _is_whole(line: str) -> bool:
 
 
 def _routing(layers: list[int], counts: Tensor) -> dict[str, list[float]] | None:
-    """counts: (layers, blocks) tokens."""
+    """The entry `routing` of a line. counts: (layers, blocks) tokens."""
     counts = counts.double().cpu()
     if not counts.any():
         return None
-    even = counts / counts.mean(-1, keepdim=True)
-    ends = torch.stack([even.amin(-1), even.amax(-1)], dim=-1).tolist()
+    relative = counts / counts.mean(-1, keepdim=True)
+    ends = torch.stack([relative.amin(-1), relative.amax(-1)], dim=-1).tolist()
     return {str(n): [round(x, 3) for x in pair] for n, pair in zip(layers, ends, strict=True)}
 
 
@@ -229,11 +343,18 @@ def _note(line: dict[str, Any], recovery: str) -> str:
     if recovery:
         words.append(recovery)
     if line["skipped"]:
-        trouble = f" for {line['not_finite']}" if line["not_finite"] else ""
-        words.append(f"{line['skipped']} steps skipped{trouble}")
+        cause = f" for {line['not_finite']}" if line["not_finite"] else ""
+        words.append(f"{line['skipped']} steps skipped{cause}")
     words += [
         f"{count:.1f} passes over {Path(source).name}"
         for source, count in line["passes"].items()
         if count > 1
     ]
     return ", ".join(words)
+
+
+def _short(count: float) -> str:
+    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= unit:
+            return f"{count / unit:.3g}{letter}"
+    return f"{count:.0f}"

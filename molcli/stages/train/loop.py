@@ -1,13 +1,19 @@
-"""A training run: its stages one after another, and the model at their end."""
+"""A training run: its stages one after another, the steps of each, and the model at the end."""
 
+import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 
-from molcli.config.sections import Data, Recipe
+from molcli.config.sections import Data, Recipe, TrainConfig
 from molcli.config.stages import Stage, resolve
 from molcli.data.logits import LogitCache
+from molcli.data.mixture import Corpus
+from molcli.errors import Interrupted, MolError
 from molcli.families.parent import Parent
 from molcli.files.tensors import TensorReader
 from molcli.model import MoLForCausalLM
@@ -16,33 +22,66 @@ from molcli.model.compiled import compile_layers
 from molcli.model.parent import open_teacher
 from molcli.model.precision import matmul_dtype
 from molcli.progress import Progress, silent
-from molcli.stages.train.align import Alignment, check_alignable
-from molcli.stages.train.balance import set_top_k
-from molcli.stages.train.batches import open_cache, stage_rows, step_tokens, steps_of
-from molcli.stages.train.distributed import make_student, open_ranks
-from molcli.stages.train.gradient_graph import GradientGraph, worth_compiling, worth_recording
-from molcli.stages.train.log import TrainLog
-from molcli.stages.train.objective import Objective, Student, Weights
-from molcli.stages.train.optimizer import make_optimizer, set_trainable
-from molcli.stages.train.output import RECEIPT, refuse_folder, save_model
-from molcli.stages.train.plan import Situation, check_stages, check_top_k, plan
-from molcli.stages.train.saver import DATA, open_saver, refuse_another_run, run_identity
-from molcli.stages.train.sharding import keeps_whole
-from molcli.stages.train.state import (
-    TrainState,
-    load_checkpoint,
-    newest_checkpoint,
-    restore_counters,
+from molcli.stages.train.balance import RouterLoads, check_top_k, scheduled_top_k, set_top_k
+from molcli.stages.train.batches import (
+    MicroBatches,
+    check_stages,
+    micro_batches,
+    num_steps,
+    open_logit_cache,
+    open_rows,
+    tokens_per_step,
 )
-from molcli.stages.train.steps import Run, run_stage
-from molcli.stages.train.trackers import check_trackers
+from molcli.stages.train.checkpoints import (
+    DATA,
+    Saver,
+    check_same_run,
+    describe_newest,
+    load_checkpoint,
+    make_saver,
+    newest_checkpoint,
+    run_identity,
+)
+from molcli.stages.train.distributed import (
+    StopSignals,
+    create_accelerator,
+    uses_optimizer_sharding,
+)
+from molcli.stages.train.gradient_graph import GradientGraph, should_capture, should_compile
+from molcli.stages.train.log import TrainLog, check_trackers, mfu_scale
+from molcli.stages.train.nonfinite import find_nonfinite
+from molcli.stages.train.objective import (
+    AlignmentObjective,
+    LossWeights,
+    Objective,
+    PredictionObjective,
+    Student,
+    check_alignable,
+    make_student,
+)
+from molcli.stages.train.optimizer import (
+    learning_rate_ratio,
+    make_optimizer,
+    set_learning_rates,
+    set_trainable,
+    update,
+)
+from molcli.stages.train.output import RECEIPT, check_output, save_model
+from molcli.stages.train.plan import Situation, plan
+from molcli.stages.train.state import TrainState
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """steps: of the optimiser, `skipped` of them left out for a gradient that was not finite.
-    tokens, seconds: of the whole run, resumptions included. loss: what was minimised, mean over
-    the last logged window; nan if every step of it was skipped.
+    """What a run did.
+
+    Attributes:
+        steps: of the optimiser, skipped ones included.
+        skipped: steps skipped because their gradient was not finite.
+        tokens: of the whole run, resumptions included.
+        seconds: of the whole run, resumptions included.
+        loss: what was minimised, mean over the last logged window; nan if all its steps were
+            skipped.
     """
 
     steps: int
@@ -66,89 +105,99 @@ def train(
     resume: bool = False,
     progress: Progress = silent,
 ) -> TrainResult:
-    """Trains the model in `checkpoint` as recipe.train says, and leaves it in `out`.
+    """Train the model in `checkpoint` as recipe.train says, and write it to `out`.
 
-    data: takes the place of train.data and train.logits where given. parent: None where those
-    logits stand for it. While it runs, `out` holds log.jsonl and
-    checkpoints/, from which resume=True goes on bit for bit; config.json appears there last. Under
-    torchrun each rank takes its share of model and batch; another number of ranks may resume.
-    SIGINT and SIGTERM end it after the step at hand, with a checkpoint and Interrupted.
-    Raises MolError for a checkpoint, parent, data or output folder that cannot be used, after
-    train.max_skipped steps in a row without a finite gradient, and where the disk takes no more.
+    During the run, `out` holds log.jsonl and checkpoints/; config.json is written last. Under
+    torchrun every rank calls this and processes its part of each batch.
+
+    Args:
+        checkpoint: folder of a Mixture of Layers model.
+        out: folder of the run.
+        data: replaces train.data and train.logits if given.
+        recipe: the section `train` counts.
+        parent: dense model to learn from; None without one, or with its cached logits.
+        resume: continue from the newest checkpoint in `out`, bit for bit; another number of ranks
+            may continue.
+        progress: called after each step with tokens done, tokens in all, and a note.
+
+    Returns:
+        Counts and the last loss.
+
+    Raises:
+        MolError: for a checkpoint, parent, data or output folder that cannot be used, after
+            train.max_skipped steps in a row without a finite gradient, and if the disk is full.
+        Interrupted: after SIGINT or SIGTERM, when the step at hand is done and saved.
     """
     config = recipe.train if data is None else replace(recipe.train, data=data, logits=None)
     assert parent is None or config.logits is None
     check_trackers(config)
-    accelerator = open_ranks(config, out)
+    accelerator = create_accelerator(config, out)
+    device, ranks = accelerator.device, accelerator.num_processes
     if config.stages == "auto":
-        situation = Situation(
-            parent is not None, (checkpoint / RECEIPT).is_file(), accelerator.num_processes
-        )
+        situation = Situation(parent is not None, (checkpoint / RECEIPT).is_file(), ranks)
         config = plan(config, open_config(checkpoint), situation)
     stages = resolve(config, has_parent=parent is not None)
-    check_stages(config, stages, accelerator.num_processes, has_parent=parent is not None)
-    refuse_folder(out, resume=resume)  # no rank makes it before all have come to share the model
+    check_stages(config, stages, ranks, has_parent=parent is not None)
+    # No rank creates the folder before all have passed this check: sharding synchronises them.
+    check_output(out, resume=resume)
     torch.manual_seed(config.seed)
 
-    # Where processes share the weights, none of their GPUs ever holds all of them.
-    device = accelerator.device if accelerator.num_processes == 1 else torch.device("cpu")
-    model = open_checkpoint(checkpoint, device).train()
-    model.to(torch.float32)  # master weights: bf16 would swallow small updates
+    # Where ranks shard the weights, none of their GPUs ever holds all of them.
+    model = open_checkpoint(checkpoint, device if ranks == 1 else torch.device("cpu")).train()
+    model.to(torch.float32)  # master weights: bf16 would round small updates away
     check_top_k(config, model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    dtype = matmul_dtype(config, accelerator.device)
-    whole = keeps_whole(config, model.config, accelerator.device, accelerator.num_processes)
-    student = make_student(model, dtype, accelerator, whole=whole)
+    dtype = matmul_dtype(config, device)
+    optimizer_sharding = uses_optimizer_sharding(config, model.config, device, ranks)
+    student = make_student(model, dtype, accelerator, optimizer_sharding=optimizer_sharding)
     teacher = None if parent is None else open_teacher(parent, model, dtype)
     if teacher is not None and any(stage.kind == "align" for stage in stages):
         check_alignable(model, teacher)
-    cache = open_cache(stages, checkpoint, model.config.vocab_size)
-    taught = parent if cache is None else cache
+    cache = open_logit_cache(stages, checkpoint, model.config.vocab_size)
+    source = parent if cache is None else cache
     identity = run_identity(
         config,
         stages,
         checkpoint=TensorReader(checkpoint).fingerprint(),
-        parent="" if taught is None else taught.fingerprint(),
+        parent="" if source is None else source.fingerprint(),
     )
-    state = TrainState(model, _optimizer(model, stages[0]))
+    state = TrainState(model, _fresh_optimizer(model, stages[0]))
     saved = newest_checkpoint(out / "checkpoints")
     if saved is not None:
-        refuse_another_run(saved, identity)
-        restore_counters(state, saved)
+        check_same_run(saved, identity)
+        state.restore_counters(saved.counters)
+    total_tokens = sum(num_steps(s.settings) * tokens_per_step(s.settings) for s in stages)
     log = TrainLog(out, accelerator, state, config, student.loads)
-    total = sum(steps_of(stage.settings) * step_tokens(stage.settings) for stage in stages)
-    saver = open_saver(accelerator, out / "checkpoints")
-    run = Run(accelerator, state, saver, log, student.loads, total, progress)
-    compiled = worth_compiling(config, total, accelerator.device)
-    for taking_part in (model, teacher) if compiled else ():
-        if taking_part is not None:
-            compile_layers(taking_part)  # once for all stages
+    saver = make_saver(accelerator, out / "checkpoints")
+    run = Run(accelerator, state, saver, log, student.loads, total_tokens, progress)
+    compiled = should_compile(config, total_tokens, device)
+    for network in (model, teacher) if compiled else ():
+        if network is not None:
+            compile_layers(network)  # once for all stages
 
     for number in range(state.stage, len(stages)):
         stage = stages[number]
         if number > state.stage:
             state.next_stage()
-        state.optimizer = _optimizer(model, stage)
-        here = saved if saved is not None and state.stage == saved.counters["stage"] else None
-        if here is not None:
-            load_checkpoint(state, here)
-        if state.stage_step == steps_of(stage.settings):
+        state.optimizer = _fresh_optimizer(model, stage)
+        resumed = saved if saved is not None and state.stage == saved.counters["stage"] else None
+        if resumed is not None:
+            load_checkpoint(state, resumed)
+        if state.stage_step == num_steps(stage.settings):
             continue
-        rows = stage_rows(stage.settings, cache, checkpoint, model.config.vocab_size, progress)
+        rows = open_rows(stage.settings, cache, checkpoint, model.config.vocab_size, progress)
         identity[DATA] = rows.fingerprint()
-        if here is not None:
-            refuse_another_run(here, identity)
-        learned = teacher if stage.settings.logits is None else cache
-        graphs = compiled and worth_recording(
-            stage.settings, model.config, accelerator.device, accelerator.num_processes
-        )
-        objective = _objective(stage, student, learned, compiled=compiled, graphs=graphs)
+        if resumed is not None:
+            check_same_run(resumed, identity)
+        targets = teacher if stage.settings.logits is None else cache
+        captured = compiled and should_capture(stage.settings, model.config, device, ranks)
+        objective = _make_objective(stage, student, targets, compiled=compiled, captured=captured)
         if accelerator.is_main_process:
             out.mkdir(parents=True, exist_ok=True)
         run_stage(run, stage, objective, rows, identity)
         if config.checkpoint_every and number + 1 < len(stages):
-            # What the next stage fails on may come late.
+            # The next stage may fail before its first checkpoint.
             saver.save(state, identity)
         accelerator.free_memory()
 
@@ -159,31 +208,154 @@ def train(
     return TrainResult(state.step, state.skipped, state.tokens, state.seconds, state.loss)
 
 
-def _objective(
+@dataclass(frozen=True)
+class Run:
+    """What all stages of a run share.
+
+    Attributes:
+        accelerator: ranks and device.
+        state: everything that changes.
+        saver: writes checkpoints.
+        log: writes log.jsonl.
+        loads: counts the routing.
+        total_tokens: of all stages.
+        progress: called after each step.
+    """
+
+    accelerator: Accelerator
+    state: TrainState
+    saver: Saver
+    log: TrainLog
+    loads: RouterLoads
+    total_tokens: int
+    progress: Progress
+
+
+def run_stage(
+    run: Run, stage: Stage, objective: Objective, rows: Corpus, identity: dict[str, Any]
+) -> None:
+    """Train from state.stage_step to the end of the stage.
+
+    Args:
+        run: what all stages share.
+        stage: kind and settings.
+        objective: what is minimised.
+        rows: of the stage.
+        identity: of the run, for its checkpoints.
+
+    Raises:
+        Interrupted: after a signal.
+        MolError: after too many steps in a row without a finite gradient.
+    """
+    state, config, accelerator = run.state, stage.settings, run.accelerator
+    model, name, steps = state.model, f"{state.stage} {stage.kind}", num_steps(config)
+    order = rows.order(config.seed + state.stage)
+    start = time.perf_counter() - state.seconds
+
+    def load(row: int) -> MicroBatches:
+        index = order.take(row, config.batch_size)
+        return micro_batches(rows, index, config.micro_batch_size, accelerator)
+
+    parent = objective.parent if isinstance(objective.parent, MoLForCausalLM) else None
+    scale = mfu_scale(stage, model, parent, accelerator.num_processes)
+    with StopSignals() as stop, run.log.open_stage(state, scale):
+        next_batches = load(state.row)
+        while state.stage_step < steps:
+            ratio = learning_rate_ratio(state.stage_step, steps, config)
+            set_learning_rates(state.optimizer, ratio)
+            _anneal_top_k(run, config)
+            batches = next_batches
+            means = objective.backward(batches, accelerator)
+            norm, is_finite = update(model, state.optimizer, config.clip_norm, accelerator)
+            # `is_finite` is the only synchronisation with a GPU in a step, and waits for the norm.
+            # Work that can run before it does, and while the GPU updates the weights, the host goes
+            # on to the next step.
+            next_batches = load(state.row + config.batch_size)
+            finite = is_finite()
+            if finite:
+                run.log.add_step(means)
+                run.loads.add_step_to_window()
+                if config.balance == "bias":
+                    run.loads.update_biases(config.bias_update_rate, accelerator)
+                state.skipped_in_a_row = 0
+            else:
+                check = partial(objective.losses_are_finite, batches, accelerator)
+                cause = find_nonfinite(model, check, accelerator)
+                run.log.skip_step(cause)
+                state.skipped += 1
+                state.skipped_in_a_row += 1
+            run.loads.reset_step()
+            state.optimizer.zero_grad()
+            state.step += 1
+            state.stage_step += 1
+            state.row += config.batch_size
+            state.tokens += tokens_per_step(config)
+            state.seconds = time.perf_counter() - start
+
+            last = state.stage_step == steps
+            if state.step % config.log_every == 0 or last or not finite:
+                rate = ratio * config.learning_rate
+                passes = rows.passes(state.row)
+                run.log.write(state, name, norm, rate, objective.metrics, passes)
+            if accelerator.is_main_process:
+                run.progress(state.tokens, run.total_tokens, run.log.note)
+            if config.checkpoint_every and state.step % config.checkpoint_every == 0:
+                run.saver.save(state, identity)
+            if state.skipped_in_a_row >= config.max_skipped:
+                run.saver.finish()
+                raise _too_many_skipped(state, run.saver.folder, cause)
+            if number := stop.agree(accelerator):
+                run.saver.save(state, identity)
+                run.saver.finish()
+                accelerator.wait_for_everyone()  # torchrun kills the rest when one process ends
+                place = f"step {state.stage_step} of {steps} of stage {name}"
+                raise Interrupted(number, f"{place} is saved in {run.saver.folder}")
+
+
+def _make_objective(
     stage: Stage,
     student: Student,
     parent: MoLForCausalLM | LogitCache | None,
     *,
     compiled: bool,
-    graphs: bool,
-) -> Objective | Alignment:
+    captured: bool,
+) -> Objective:
     config = stage.settings
     balance_weight = config.balance_weight if config.balance == "loss" else 0.0
     if stage.kind == "align":
         assert isinstance(parent, MoLForCausalLM)
-        return Alignment(student.model, parent, student.dtype, balance_weight, student.loads)
-    weights = Weights(
+        return AlignmentObjective(
+            student.model, parent, student.dtype, balance_weight, student.loads
+        )
+    weights = LossWeights(
         ce=1.0 if stage.kind == "pretrain" else config.ce_weight,
         kl=config.kl_weight,
         temperature=config.temperature,
         compiled=compiled,
     )
-    taught = parent if stage.kind == "distill" else None
-    graph = GradientGraph(student.model) if graphs else None
-    return Objective(student, taught, weights, balance_weight, graph)
+    targets = parent if stage.kind == "distill" else None
+    graph = GradientGraph(student.model) if captured else None
+    return PredictionObjective(student, targets, weights, balance_weight, graph)
 
 
-def _optimizer(model: MoLForCausalLM, stage: Stage) -> torch.optim.Optimizer:
-    """A fresh one: moments of another loss, and of other learning rates, would mislead it."""
+def _fresh_optimizer(model: MoLForCausalLM, stage: Stage) -> torch.optim.Optimizer:
+    """Moments of another loss, and of other learning rates, would mislead the next stage."""
     set_trainable(model, "mol" if stage.kind == "align" else stage.settings.trainable)
     return make_optimizer(model, stage.settings)
+
+
+def _anneal_top_k(run: Run, config: TrainConfig) -> None:
+    if config.start_top_k is not None:
+        total, model = int(config.top_k_fraction * run.total_tokens), run.state.model
+        end = model.config.num_blocks_per_tok
+        set_top_k(model, scheduled_top_k(run.state.tokens, total, config.start_top_k, end))
+
+
+def _too_many_skipped(state: TrainState, checkpoints: Path, cause: str) -> MolError:
+    return MolError(
+        f"the gradients of {state.skipped_in_a_row} steps in a row were not finite, up to step "
+        f"{state.step}; the first value that is not finite is in {cause}",
+        allowed="fewer than train.max_skipped such steps in a row",
+        hint="another output folder with smaller learning rates, or train.precision=fp32; the last "
+        f"good checkpoint is {describe_newest(checkpoints)}",
+    )

@@ -1,4 +1,4 @@
-"""Learning rates and decay of each parameter, and the update by clipped, finite gradients."""
+"""Parameter groups, learning-rate schedule, and the update by clipped, finite gradients."""
 
 import math
 from collections import defaultdict
@@ -14,37 +14,38 @@ from molcli.config.sections import TrainConfig
 from molcli.errors import MolError
 from molcli.model import MoLForCausalLM
 from molcli.model.layers import MoLLayer
-from molcli.stages.train.distributed import is_shared, local
+from molcli.model.mixers import parameter_names
+from molcli.stages.train.distributed import is_sharded, local_shard
 
-# Last parts of parameter names. Norms, biases and the decay's parameters are not matrices that
-# act on the residual: weight decay would pull them towards a value that means something.
-_NO_DECAY = ("_norm", "_bias", "A_log", "dt_bias")
-# No dense parent has these. thin_in and thin_out touch the residual as it is, a few of whose
-# coordinates are a hundred times larger than the rest: they want smaller steps than what stands
-# behind a norm. Gated DeltaNet's own parts start from an initialisation.
-_NEW = (
-    *("thin_in", "thin_out"),
-    *("a_proj", "b_proj", "g_proj", "A_log", "dt_bias"),
-    *("q_conv", "k_conv", "v_conv", "o_norm"),
-)
+# Suffixes of parameter names. Norms, biases and the parameters of the decay are not matrices that
+# act on the residual: weight decay would pull them away from values that have a meaning.
+_NO_DECAY = ("_norm", "_bias")
+# Last parts of parameter names that no dense parent has. thin_in and thin_out act on the residual
+# before any norm, where a few coordinates are a hundred times larger than the rest: they need
+# smaller steps than weights behind a norm. Mixers name their own in `Mixer.new_parameters`.
+_NEW = ("thin_in", "thin_out")
 
 
 def is_new(name: str) -> bool:
-    """Whether the parameter has no counterpart in a dense parent: router, the projections to and
-    from the thin width, DeltaNet's own parts."""
+    """Return whether a parameter has no counterpart in a dense parent.
+
+    True for routers, the projections to and from the thin width, and DeltaNet's own parts.
+    """
     parts = name.split(".")
-    return "router" in parts or parts[-1] in _NEW
+    return "router" in parts or parts[-1] in (*_NEW, *parameter_names("new_parameters"))
 
 
 def has_decay(name: str) -> bool:
-    """Whether AdamW's weight decay applies: to matrices, convolutions and embeddings."""
-    return not name.endswith(_NO_DECAY) and name != "model.norm.weight"
+    """Return whether AdamW's weight decay applies: to matrices, convolutions and embeddings."""
+    exempt = (*_NO_DECAY, *parameter_names("no_decay_parameters"))
+    return not name.endswith(exempt) and name != "model.norm.weight"
 
 
 def set_trainable(model: MoLForCausalLM, part: str) -> None:
-    """Leaves gradients to all ("all") or to the Mixture of Layers layers alone ("mol").
+    """Let all parameters take gradients ("all"), or only Mixture of Layers layers ("mol").
 
-    Raises MolError if there are none of those.
+    Raises:
+        MolError: for "mol" if the model has no such layer.
     """
     model.requires_grad_(part == "all")
     if part == "all":
@@ -61,9 +62,10 @@ def set_trainable(model: MoLForCausalLM, part: str) -> None:
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with up to four groups, new or inherited, decayed or not; `peak` is a group's lr.
+    """Make AdamW with up to four parameter groups: new or inherited, with decay or without.
 
-    Every parameter that takes a gradient is in exactly one of them.
+    Every parameter that takes a gradient is in exactly one of them. The key `peak` of a group is
+    its largest learning rate.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -84,14 +86,21 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, ratio: float) -> None:
-    """Sets each group's lr to `ratio` of its peak."""
+    """Set the learning rate of each group to `ratio` of its peak."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * ratio
 
 
 def learning_rate_ratio(step: int, steps: int, config: TrainConfig) -> float:
-    """Of the peak, at `step` of 0 to steps - 1: linear warm-up from above 0, then a cosine that
-    reaches min_learning_rate_ratio in the last step.
+    """Return the learning rate of a step relative to its peak.
+
+    A linear warm-up from above 0, then a cosine that reaches min_learning_rate_ratio in the last
+    step.
+
+    Args:
+        step: 0 to steps - 1.
+        steps: of the stage.
+        config: of the stage.
     """
     warmup = math.ceil(config.warmup_fraction * steps)
     if step < warmup:
@@ -102,52 +111,61 @@ def learning_rate_ratio(step: int, steps: int, config: TrainConfig) -> float:
 
 
 def update(
-    model: nn.Module, optimizer: torch.optim.Optimizer, largest: float, accelerator: Accelerator
+    model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float, accelerator: Accelerator
 ) -> tuple[Tensor, Callable[[], bool]]:
-    """Steps by gradients whose norm, of all of them together, is at most `largest`. If the norm is
-    not finite, weights, moments, step counts and gradients stay as they are.
+    """Clip gradients and take an optimiser step, unless a gradient is not finite.
 
-    Returns the norm before, 0-d, and what says whether it is finite, the same on every rank. In one
-    process with a fused optimiser that alone waits for the device: for the norm, not for the step.
+    Then weights, moments, step counts and gradients stay as they are. Collective.
+
+    Args:
+        model: with the gradients of a step.
+        optimizer: of the model.
+        max_norm: bound of the norm of all gradients together.
+        accelerator: gives ranks.
+
+    Returns:
+        The 0-d norm before clipping, and a function that returns whether it is finite, the same on
+        every rank. In one process with a fused optimiser, only that function synchronises with the
+        device, and only up to the norm, not up to the end of the step.
     """
     with torch.no_grad():
-        mine = [_own_part(p) for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in mine if p.grad is not None])
+        shards = [_local_parameter(p) for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in shards if p.grad is not None])
     if accelerator.num_processes > 1:
         norm = accelerator.reduce(norm.square(), "sum").sqrt()
     flag = norm.isfinite()
-    finite = _asked(flag)
+    is_finite = _read_later(flag)
     if accelerator.num_processes == 1 and all(g["fused"] for g in optimizer.param_groups):
-        # As torch's GradScaler does: the kernels divide gradients by the first, and where the
-        # second is 1 they write nothing. The bound is clip_grads_with_norm_'s.
-        optimizer.grad_scale = ((norm + 1e-6) / largest).clamp(min=1)  # type: ignore[attr-defined]
+        # As in torch's GradScaler: the kernels divide gradients by the first, and where the second
+        # is 1 they write nothing. The bound is that of clip_grads_with_norm_.
+        optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1)  # type: ignore[attr-defined]
         optimizer.found_inf = flag.logical_not().float()  # type: ignore[attr-defined]
         optimizer.step()
-    elif finite():  # clipping would spread what is not, and hide where it began
-        torch.nn.utils.clip_grads_with_norm_(mine, largest, norm)
+    elif is_finite():  # clipping would spread non-finite values, and hide where they began
+        torch.nn.utils.clip_grads_with_norm_(shards, max_norm, norm)
         optimizer.step()
-    return norm, finite
+    return norm, is_finite
 
 
-def _asked(flag: Tensor) -> Callable[[], bool]:
-    """Says what the flag is, and waits only for what the device was given before this call."""
+def _read_later(flag: Tensor) -> Callable[[], bool]:
+    """Return a function that reads `flag`, and waits only for work queued before this call."""
     if not flag.is_cuda:
         return partial(bool, flag)
-    told, here = flag.to("cpu", non_blocking=True), torch.cuda.Event()  # into pinned memory
-    here.record()
+    copy, copied = flag.to("cpu", non_blocking=True), torch.cuda.Event()  # into pinned memory
+    copied.record()
 
-    def answer() -> bool:
-        here.synchronize()
-        return bool(told)
+    def read() -> bool:
+        copied.synchronize()
+        return bool(copy)
 
-    return answer
+    return read
 
 
-def _own_part(parameter: Tensor) -> Tensor:
-    """This rank's part with that of the gradient: no DTensor, whose operations cost more."""
-    if not is_shared(parameter):
+def _local_parameter(parameter: Tensor) -> Tensor:
+    """This rank's shard, with that of the gradient: operations on DTensors cost more."""
+    if not is_sharded(parameter):
         return parameter
     assert parameter.grad is not None
-    part = local(parameter).detach()
-    part.grad = local(parameter.grad)
+    part = local_shard(parameter).detach()
+    part.grad = local_shard(parameter.grad)
     return part

@@ -1,4 +1,4 @@
-"""The folder of a training run: what it may find there, and the model that it leaves."""
+"""The output folder of a run: checked before it, and filled with the trained model after it."""
 
 import shutil
 from itertools import chain
@@ -14,10 +14,10 @@ from molcli.data.tokenizer import open_tokenizer
 from molcli.errors import MolError
 from molcli.files.tensors import ShardedWriter, TensorReader
 from molcli.model import MoLForCausalLM
-from molcli.stages.train.distributed import first_message, whole
+from molcli.stages.train.distributed import first_error, full_tensor
 
 _CONFIG = "config.json"
-RECEIPT = "receipt.json"  # what `upcycle` leaves beside a converted model
+RECEIPT = "receipt.json"  # written by `upcycle` beside a converted model
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -26,14 +26,18 @@ _DTYPES = {
 }
 
 
-def refuse_folder(out: Path, *, resume: bool) -> None:
-    """Raises MolError if `out` holds something that this run would mix with."""
+def check_output(out: Path, *, resume: bool) -> None:
+    """Check that `out` is free for this run, or holds the run to resume.
+
+    Raises:
+        MolError: if not.
+    """
     if (out / _CONFIG).is_file():
         raise MolError(f"{out} holds a finished model", hint="another output folder")
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not resume):
         raise MolError(
             f"{out} exists and is not empty",
-            allowed="a path that does not exist yet, or --resume to go on with the run in it",
+            allowed="a path that does not exist yet, or --resume to continue the run in it",
         )
     if resume and not out.is_dir():
         raise MolError(f"there is no run to resume in {out}", hint="the command without --resume")
@@ -42,11 +46,18 @@ def refuse_folder(out: Path, *, resume: bool) -> None:
 def save_model(
     model: MoLForCausalLM, checkpoint: Path, recipe: Recipe, out: Path, accelerator: Accelerator
 ) -> None:
-    """Writes the trained model into `out`, as the run's last act; `config.json` comes last.
+    """Write the trained model into `out`, `config.json` last. Collective; the main rank writes.
 
-    Each tensor is cast to the dtype that it has in `checkpoint`, the model that the run began
-    with, whose tokenizer and receipt are copied. Every rank calls this; the main one writes.
-    Raises MolError, on all ranks, if the disk does not take it.
+    Args:
+        model: its tensors are cast to their dtypes in `checkpoint`; in one process the model itself
+            is changed.
+        checkpoint: the model that the run began with; its tokenizer and receipt are copied.
+        recipe: of the run, saved beside the weights.
+        out: folder of the run.
+        accelerator: gives ranks.
+
+    Raises:
+        MolError: on all ranks, if the disk is full.
     """
     dtypes = {name: _DTYPES[info.dtype] for name, info in TensorReader(checkpoint).tensors.items()}
     staging, found = out / ".final", ""
@@ -55,18 +66,18 @@ def save_model(
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir()
         if accelerator.num_processes == 1:
-            _write_whole(model, dtypes, staging)
+            _write_unsharded(model, dtypes, staging)
         else:
-            found = _write_shared(model, dtypes, staging, main=accelerator.is_main_process)
+            found = _write_sharded(model, dtypes, staging, main=accelerator.is_main_process)
         if accelerator.is_main_process and not found:
-            _write_beside(checkpoint, recipe, staging)
+            _write_small_files(checkpoint, recipe, staging)
     except (OSError, SafetensorError) as error:
         found = str(error)
-    if found := first_message(found, accelerator):
+    if found := first_error(found, accelerator):
         shutil.rmtree(staging, ignore_errors=True)
         raise MolError(
             f"the trained model could not be written to {out}: {found}",
-            allowed="room for the whole model",
+            allowed="room for all of the model",
             hint="free some space, then the same command with --resume",
         )
     if accelerator.is_main_process:
@@ -75,27 +86,27 @@ def save_model(
         staging.rmdir()
 
 
-def _write_whole(model: MoLForCausalLM, dtypes: dict[str, torch.dtype], folder: Path) -> None:
+def _write_unsharded(model: MoLForCausalLM, dtypes: dict[str, torch.dtype], folder: Path) -> None:
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if name in dtypes:
             tensor.data = tensor.data.to(dtypes[name])
     model.save_pretrained(folder)
 
 
-def _write_shared(
+def _write_sharded(
     model: MoLForCausalLM, dtypes: dict[str, torch.dtype], folder: Path, *, main: bool
 ) -> str:
-    """One tensor at a time is brought together. Returns what the main rank's disk said, or ""."""
+    """Gather and write one tensor at a time. Returns the main rank's error message, or ""."""
     writer, found = ShardedWriter(folder), ""
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if name not in dtypes:
             continue
-        tensor = whole(tensor.detach())
+        tensor = full_tensor(tensor.detach())
         try:
             if main and not found:
                 writer.add(name, tensor.to(dtypes[name]))
         except (OSError, SafetensorError) as error:
-            found = str(error)  # the others are waiting for the next tensor
+            found = str(error)  # continue: other ranks wait for the next tensor
     if main and not found:
         writer.close()
         model.config.dtype = dtypes[next(iter(dtypes))]
@@ -105,7 +116,7 @@ def _write_shared(
     return found
 
 
-def _write_beside(checkpoint: Path, recipe: Recipe, folder: Path) -> None:
+def _write_small_files(checkpoint: Path, recipe: Recipe, folder: Path) -> None:
     tokenizer = open_tokenizer(checkpoint)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

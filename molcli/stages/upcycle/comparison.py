@@ -97,7 +97,7 @@ class Comparison:
         pairs = zip(source.x.split(CHUNK_ROWS), fit_after.split(CHUNK_ROWS), strict=True)
         alike = torch.cat([F.cosine_similarity(a, b, dim=-1) for a, b in pairs])
         self._influence.append(1 - alike.mean().item())
-        if self._config.layer_kinds[source.index] == "dense":
+        if self._config.is_dense(source.index):
             self._residuals = self._through(source.dense, before)
             return
         for method in self._methods:
@@ -117,18 +117,18 @@ class Comparison:
         params_active; of depth_pruned also which `layers` are left out."""
         count = count_parameters(self._config)
         full = {"params_total": count.total, "params_active": count.active}
-        kinds = self._config.layer_kinds
+        structures = self._config.layer_structures
         sizes = dict.fromkeys(self._methods, full) | {
-            "skipped": self._dense_size(kinds.count("dense"))
+            "skipped": self._dense_size(structures.count("dense"))
         }
         found: dict[str, dict[str, Any]] = {
             name: _losses(ending, self._heldout, x) | sizes[name]
             for name, x in self._residuals.items()
         }
         kept = self._affordable(count.active)
-        if kept < len(kinds):
-            order = sorted(range(len(kinds)), key=lambda i: self._influence[i])
-            dropped = sorted(order[: len(kinds) - kept])
+        if kept < len(structures):
+            order = sorted(range(len(structures)), key=lambda i: self._influence[i])
+            dropped = sorted(order[: len(structures) - kept])
             found["depth_pruned"] = (
                 _losses(ending, self._heldout, self._pruned(set(dropped)))
                 | self._dense_size(kept)
@@ -155,7 +155,7 @@ class Comparison:
             **kwargs
             | {
                 "num_hidden_layers": layers,
-                "layer_kinds": ["dense"] * layers,
+                "layer_structures": ["dense"] * layers,
                 "sliding_windows": None,
             }
         )

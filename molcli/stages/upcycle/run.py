@@ -77,7 +77,7 @@ def upcycle(
         if auto and text is not None:
             costs = deltanet_costs(parent, config, text, recipe, progress)
             for i in cheapest(costs, recipe.upcycle.gated_deltanet_budget):
-                config.layer_kinds[i] = "gated_deltanet"
+                config.layer_mixers[i] = "gated_deltanet"
         writer.add("model.embed_tokens.weight", parent.embedding())
         if text is None:
             measured = Measured(convert_without_text(parent, config, recipe, writer, progress))
@@ -131,7 +131,7 @@ def _convert(
         dense = dense_layer(parent, config, i, device)
         layer, row = _layer(i, config, dense, text, streams, recipe, generator, comparison)
         add_layer(writer, config, i, layer.state_dict())
-        report.append({"layer": i, "kind": config.layer_kinds[i]} | row)
+        report.append({"layer": i, "kind": config.layer_labels[i]} | row)
         del dense, layer  # the next layer needs their room
         progress(i + 1, count)
     heldout = streams[1]
@@ -163,7 +163,7 @@ def _layer(
     if comparison is not None:  # the fit moves the residual in place, which baselines start from
         source = ParentLayer(index, dense, share, fit.parent.clone(), text)
     fitted = None
-    if config.layer_kinds[index] != "dense":
+    if not config.is_dense(index):
         if is_copy(config, recipe.upcycle):
             fitted = copy_layer(config, index, dense)
         elif method != "fitted":

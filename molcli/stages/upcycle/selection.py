@@ -18,7 +18,7 @@ from molcli.model.layers import Layer
 from molcli.model.parent import dense_layer
 from molcli.progress import Progress
 
-KINDS = ("softmax", "gated_deltanet")
+MIXERS = ("attention", "gated_deltanet")
 
 
 def layer_costs(
@@ -27,8 +27,9 @@ def layer_costs(
     """KL(parent || parent with one layer converted), nats a token: of every layer of the parent,
     with softmax attention."""
     config = copy.deepcopy(config)
-    config.layer_kinds = ["softmax"] * config.num_hidden_layers
-    (costs,) = _costs_alone(parent, config, text, recipe, ["softmax"], progress)
+    config.layer_structures = ["mixture"] * config.num_hidden_layers
+    config.layer_mixers = ["attention"] * config.num_hidden_layers
+    (costs,) = _costs_alone(parent, config, text, recipe, ["attention"], progress)
     return costs
 
 
@@ -37,7 +38,7 @@ def deltanet_costs(
 ) -> dict[int, float]:
     """KL(parent || parent with one layer converted), nats a token: by layer, how much more of it
     there is with Gated DeltaNet than with softmax."""
-    softmax, deltanet = _costs_alone(parent, config, text, recipe, KINDS, progress)
+    softmax, deltanet = _costs_alone(parent, config, text, recipe, MIXERS, progress)
     return {i: deltanet[i] - softmax[i] for i in softmax}
 
 
@@ -59,14 +60,14 @@ def _costs_alone(
     fit, kept = split_rows(text.fit)
     embedding = parent.embedding()
     streams = open_streams(fit, config, embedding, device)
-    kinds = {kind: Sensitivity(kept, config, embedding, device) for kind in mixers}
+    by_mixer = {mixer: Sensitivity(kept, config, embedding, device) for mixer in mixers}
     for i in range(config.num_hidden_layers):
         dense = dense_layer(parent, config, i, device)
         past = streams
-        for kind, sensitivity in kinds.items():
+        for mixer, sensitivity in by_mixer.items():
             layer: Layer = dense
             if i in converted:
-                config.layer_kinds[i] = kind
+                config.layer_mixers[i] = mixer
                 past = replace(streams)  # whose residual is the student's, too: it stays as it is
                 layer = fit_layer(
                     config,
@@ -86,4 +87,4 @@ def _costs_alone(
         del past
         progress(i + 1, config.num_hidden_layers, "measuring each layer alone")
     ending = open_output_head(parent, device)
-    return [kinds[kind].figures(ending) for kind in mixers]
+    return [by_mixer[mixer].figures(ending) for mixer in mixers]

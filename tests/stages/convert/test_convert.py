@@ -16,7 +16,7 @@ from molcli.config.sections import CalibrateConfig, ConvertConfig, Recipe
 from molcli.errors import MolError
 from molcli.fitting.calibration import split_text, text_hash
 from molcli.fitting.streams import open_streams, split_rows
-from molcli.model import MoLForCausalLM
+from molcli.model import MoLConfig, MoLForCausalLM
 from molcli.model.checkpoint import default_device
 from molcli.stages.convert import Text, convert, open_source, plan_layers
 from molcli.stages.convert.choice import converted_config, layer_costs
@@ -87,7 +87,10 @@ def test_with_no_layer_to_convert_the_model_stays_as_it_is(
         assert all(
             torch.equal(before[n], x) and before[n].dtype == x.dtype for n, x in after.items()
         )
-        assert done.model().config.layer_kinds == SOFTMAX["layer_kinds"]
+        assert (
+            done.model().config.layer_labels
+            == MoLConfig(num_hidden_layers=3, **SOFTMAX).layer_labels
+        )
     assert without.report["heldout"] is None
     assert measured.report["heldout"]["kl"] == pytest.approx(0, abs=1e-6)
 
@@ -95,7 +98,7 @@ def test_with_no_layer_to_convert_the_model_stays_as_it_is(
 def test_only_the_routed_mixers_change(mol: Callable[..., Path], run: Callable[..., Done]) -> None:
     folder = mol(dtype=torch.bfloat16)
     done = run(folder)
-    assert done.model().config.layer_kinds == ["dense", "gated_deltanet", "gated_deltanet"]
+    assert done.model().config.layer_mixers == ["attention", "gated_deltanet", "gated_deltanet"]
     before, after = load_file(folder / "model.safetensors"), done.tensors
     rest = [{n for n in tensors if not n.startswith(MIXERS)} for tensors in (before, after)]
     assert rest[0] == rest[1]
@@ -141,7 +144,7 @@ def test_the_checkpoint_is_what_the_report_says(
     assert kl > 1e-6
     assert heldout["tokens"] == int(seen.sum())
     kinds = {row["layer"]: row["kind"] for row in done.report["layers"]}
-    assert kinds == {i: k for i, k in enumerate(ours.config.layer_kinds) if "delta" in k}
+    assert kinds == {i: k for i, k in enumerate(ours.config.layer_labels) if "delta" in k}
     # A cache gives the same logits, step by step, as one pass.
     ids = batch.input_ids[:2, :12]
     full, cache, steps = ours(ids, use_cache=False).logits, None, []

@@ -1,4 +1,4 @@
-"""Layers aligned one by one: the loss, its gradient, and that copies have nothing to learn."""
+"""Layers aligned one by one: the loss, its gradient, and that copies have a loss of 0."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +16,9 @@ from molcli.model import MoLConfig, MoLForCausalLM
 from molcli.model.checkpoint import open_checkpoint
 from molcli.model.layers import MoLLayer
 from molcli.model.parent import load_dense
-from molcli.stages.train.align import Alignment, check_alignable
 from molcli.stages.train.balance import RouterLoads
 from molcli.stages.train.batches import micro_batches
+from molcli.stages.train.objective import AlignmentObjective, check_alignable
 
 CPU, ONE = torch.device("cpu"), Accelerator(cpu=True)
 
@@ -32,9 +32,9 @@ def rows() -> TokenRows:
     return pack(documents, 16, seed=None, keep_short=True)
 
 
-def alignment(student: MoLForCausalLM, parent: Parent, weight: float = 0.0) -> Alignment:
+def alignment(student: MoLForCausalLM, parent: Parent, weight: float = 0.0) -> AlignmentObjective:
     teacher = load_dense(parent, torch.float32, CPU)
-    return Alignment(student, teacher, torch.float32, weight, RouterLoads(student))
+    return AlignmentObjective(student, teacher, torch.float32, weight, RouterLoads(student))
 
 
 def residuals(model: MoLForCausalLM, rows: TokenRows, index: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -67,7 +67,7 @@ def test_the_loss_is_the_relative_error_on_the_parents_own_residuals(
             swap.remove()
             error = (out - wanted).square().sum(-1) / wanted.square().sum(-1)
             errors.append(error.mean())
-    assert rows.tokens == len(pairs[0][0]) == 43  # padding is in neither
+    assert rows.tokens == len(pairs[0][0]) == 43  # without padding
     torch.testing.assert_close(parts[0], torch.stack(errors).mean().detach())
     gradients = {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
     assert {name.split(".")[2] for name in gradients} == {"1", "2"}
@@ -93,7 +93,7 @@ def test_micro_batches_add_up(
 
 
 def test_a_copy_of_the_parent_has_nothing_to_learn(dense_parent: Parent, rows: TokenRows) -> None:
-    whole = dict(
+    full_width = dict(
         layer_kinds=["softmax"] * 3,
         num_blocks=1,
         num_shared_blocks=1,
@@ -103,7 +103,7 @@ def test_a_copy_of_the_parent_has_nothing_to_learn(dense_parent: Parent, rows: T
         num_heads_thin=4,
         num_kv_heads_thin=2,
     )
-    config = MoLConfig(**(dense_parent.mol_config_kwargs() | whole))
+    config = MoLConfig(**(dense_parent.mol_config_kwargs() | full_width))
     student = MoLForCausalLM(config)
     task = alignment(student, dense_parent)
     for i, dense in enumerate(task.parent.model.layers):

@@ -19,7 +19,7 @@ from molcli.model.checkpoint import open_checkpoint
 from molcli.model.routing.balance import block_counts
 from molcli.model.routing.router import Router, Routing
 from molcli.stages.train import train
-from molcli.stages.train.balance import RouterLoads, routers, set_top_k, top_k_at
+from molcli.stages.train.balance import RouterLoads, routers, scheduled_top_k, set_top_k
 
 ONE = Accelerator(cpu=True)
 
@@ -30,11 +30,11 @@ def model(tiny_mol: Callable[..., Path]) -> MoLForCausalLM:
 
 
 def balance(loads: RouterLoads, router: Router, x: Tensor, steps: int, rate: float) -> Tensor:
-    """Loads after so many updates on the same tokens, in two micro-batches."""
+    """Loads after `steps` updates on the same tokens, in two micro-batches each."""
     for _ in range(steps):
         for part in x.chunk(2):
             loads.add(router(part).blocks[None])
-        loads.update(rate, ONE)
+        loads.update_biases(rate, ONE)
     return block_counts(router(x).blocks, len(router.weight))
 
 
@@ -43,7 +43,7 @@ def test_a_skewed_router_is_balanced(model: MoLForCausalLM) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(400, 32, generator=generator) + 0.5
     router.weight.data.copy_(torch.randn(8, 32, generator=generator) * 0.1)
-    router.weight.data[2] += 0.1  # everybody's favourite
+    router.weight.data[2] += 0.1  # most tokens prefer it
     before = block_counts(router(x).blocks, 8)
     with torch.no_grad():
         assert before.max() > 3 * before.float().mean()
@@ -72,22 +72,22 @@ def test_clones_stay_together(model: MoLForCausalLM) -> None:
     assert torch.equal(families, torch.tensor([0, 1]).expand(400, 2))
 
 
-def test_what_takes_no_gradient_is_not_counted(model: MoLForCausalLM) -> None:
+def test_forward_passes_without_gradients_are_not_counted(model: MoLForCausalLM) -> None:
     loads, router = RouterLoads(model), routers(model)[0]
     with torch.no_grad():
         loads.add(router(torch.randn(5, 32)).blocks[None])
-    loads.update(1.0, ONE)
+    loads.update_biases(1.0, ONE)
     assert not router.correction_bias.any()
     loads.add(router(torch.randn(5, 32)).blocks[None])
-    loads.clear()
-    loads.update(1.0, ONE)
+    loads.reset_step()
+    loads.update_biases(1.0, ONE)
     assert not router.correction_bias.any()
 
 
 @given(start=st.integers(1, 12), end=st.integers(1, 12), steps=st.integers(1, 50))
 def test_the_number_of_blocks_falls_evenly(start: int, end: int, steps: int) -> None:
     start = max(start, end)
-    values = [top_k_at(step, steps, start, end) for step in range(steps + 5)]
+    values = [scheduled_top_k(step, steps, start, end) for step in range(steps + 5)]
     assert values == sorted(values, reverse=True)
     assert values[0] == start
     assert set(values[steps:]) == {end}

@@ -1,4 +1,4 @@
-"""Micro-batches from a CUDA graph: which are played back, and that they say what the model says."""
+"""Micro-batches from a CUDA graph: which are replayed, and that they give what the model gives."""
 
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -17,8 +17,8 @@ from molcli.model.compiled import compile_layers
 from molcli.stages.train import gradient_graph
 from molcli.stages.train.balance import RouterLoads
 from molcli.stages.train.batches import micro_batches
-from molcli.stages.train.gradient_graph import GradientGraph, worth_recording
-from molcli.stages.train.objective import Objective, Student, Weights
+from molcli.stages.train.gradient_graph import GradientGraph, should_capture
+from molcli.stages.train.objective import LossWeights, PredictionObjective, Student
 
 
 def batch(rows: int, documents: int, *, padded: bool = False) -> Batch:
@@ -26,63 +26,64 @@ def batch(rows: int, documents: int, *, padded: bool = False) -> Batch:
     return Batch(ids, ids, ids, ids, documents, torch.ones_like(ids) if padded else None)
 
 
-def played(
+def how_each_ran(
     monkeypatch: pytest.MonkeyPatch, *batches: Batch, waits: bool = False
 ) -> list[tuple[str, int]]:
-    """What became of each micro-batch, and for how many documents it had room. waits: of a model
-    that does so for the device."""
+    """How each micro-batch ran, and its room for documents. waits: the model synchronises."""
     model = torch.nn.Linear(1, 1)
     graph = GradientGraph(model)
 
-    def both(given: Batch, count: Tensor) -> Any:
+    def add_gradient(given: Batch, count: Tensor) -> Any:
         return "run", given.num_documents
 
     def record(_: object, given: Batch, count: Tensor) -> Any:
-        class Playback(SimpleNamespace):
+        class Replay(SimpleNamespace):
             def __call__(self, given: Batch, count: Tensor) -> tuple[str, int]:
-                return "played", given.num_documents
+                return "replayed", given.num_documents
 
-        return Playback(batch=given)
+        return Replay(batch=given)
 
-    monkeypatch.setattr(graph, "_record", record)
-    monkeypatch.setattr(gradient_graph, "_watched", lambda run: (run(), waits))
-    return [graph(both, given, torch.ones(())) for given in batches]  # type: ignore[misc]
-
-
-def test_the_third_micro_batch_of_a_shape_is_played_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = played(monkeypatch, batch(4, 40), batch(4, 30), batch(4, 50), batch(3, 30), batch(4, 9))
-    assert found == [("run", 64), ("run", 64), ("played", 64), ("run", 64), ("played", 64)]
+    monkeypatch.setattr(graph, "_capture", record)
+    monkeypatch.setattr(gradient_graph, "_detect_synchronisation", lambda run: (run(), waits))
+    return [graph(add_gradient, given, torch.ones(())) for given in batches]  # type: ignore[misc]
 
 
-def test_more_documents_than_there_is_room_for_are_recorded_anew(
+def test_the_third_micro_batch_of_a_shape_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = how_each_ran(
+        monkeypatch, batch(4, 40), batch(4, 30), batch(4, 50), batch(3, 30), batch(4, 9)
+    )
+    assert found == [("run", 64), ("run", 64), ("replayed", 64), ("run", 64), ("replayed", 64)]
+
+
+def test_more_documents_than_there_is_room_for_are_captured_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    found = played(monkeypatch, *[batch(4, n) for n in (4, 4, 4, 30, 30, 30, 64, 65, 65, 65)])
-    assert found[:3] == [("run", 4), ("run", 4), ("played", 4)]  # rows of one document each
-    assert found[3:7] == [("run", 64), ("run", 64), ("played", 64), ("played", 64)]
-    assert found[7:] == [("run", 128), ("run", 128), ("played", 128)]
+    found = how_each_ran(monkeypatch, *[batch(4, n) for n in (4, 4, 4, 30, 30, 30, 64, 65, 65, 65)])
+    assert found[:3] == [("run", 4), ("run", 4), ("replayed", 4)]  # rows of one document each
+    assert found[3:7] == [("run", 64), ("run", 64), ("replayed", 64), ("replayed", 64)]
+    assert found[7:] == [("run", 128), ("run", 128), ("replayed", 128)]
 
 
-def test_what_is_left_of_a_batch_is_not_taken_for_its_shape(
+def test_the_remainder_of_a_batch_does_not_count_for_its_shape(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    found = played(monkeypatch, *[batch(4, 40), batch(2, 20)] * 3)
-    assert [kind for kind, _ in found] == ["run", "run", "run", "run", "played", "run"]
+    found = how_each_ran(monkeypatch, *[batch(4, 40), batch(2, 20)] * 3)
+    assert [kind for kind, _ in found] == ["run", "run", "run", "run", "replayed", "run"]
 
 
-def test_padded_rows_run_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padded_rows_run_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
     padded = batch(4, 40, padded=True)
-    found = played(monkeypatch, batch(4, 40), batch(4, 40), padded, batch(4, 40))
-    assert [kind for kind, _ in found] == ["run", "run", "run", "played"]
+    found = how_each_ran(monkeypatch, batch(4, 40), batch(4, 40), padded, batch(4, 40))
+    assert [kind for kind, _ in found] == ["run", "run", "run", "replayed"]
 
 
-def test_a_model_that_waits_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = played(monkeypatch, *[batch(4, 40)] * 4, waits=True)
+def test_a_model_that_synchronises_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = how_each_ran(monkeypatch, *[batch(4, 40)] * 4, waits=True)
     assert [kind for kind, _ in found] == ["run"] * 4
 
 
 @pytest.mark.parametrize(
-    ("kind", "processes", "settings", "worth"),
+    ("kind", "processes", "settings", "expected"),
     [
         ("cuda", 1, {}, True),
         ("cpu", 1, {}, False),
@@ -92,12 +93,12 @@ def test_a_model_that_waits_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> 
         ("cuda", 1, {"start_top_k": 4}, False),
     ],
 )
-def test_what_changes_or_waits_is_not_recorded(
-    kind: str, processes: int, settings: dict[str, Any], worth: bool
+def test_what_changes_or_synchronises_is_not_captured(
+    kind: str, processes: int, settings: dict[str, Any], expected: bool
 ) -> None:
     model = MoLConfig(num_hidden_layers=2, layer_kinds=["softmax", "dense"])
     device = torch.device(kind)
-    assert worth_recording(TrainConfig(**settings), model, device, processes) is worth
+    assert should_capture(TrainConfig(**settings), model, device, processes) is expected
 
 
 @pytest.mark.parametrize(
@@ -108,10 +109,10 @@ def test_what_changes_or_waits_is_not_recorded(
         {"layer_kinds": ["softmax", "dense_gated_deltanet"]},
     ],
 )
-def test_models_that_are_not_recorded(settings: dict[str, Any]) -> None:
+def test_models_that_are_not_captured(settings: dict[str, Any]) -> None:
     shape = {"num_hidden_layers": 2, "layer_kinds": ["softmax", "dense"]}
     model = MoLConfig(**(shape | settings))
-    assert not worth_recording(TrainConfig(), model, torch.device("cuda"), 1)
+    assert not should_capture(TrainConfig(), model, torch.device("cuda"), 1)
 
 
 def packed_rows(vocabulary: int) -> TokenRows:
@@ -144,7 +145,7 @@ def small_model(kind: str, **blocks: int) -> MoLForCausalLM:
 
 @pytest.fixture
 def on_gpu() -> Iterator[Accelerator]:
-    """Accelerators share one state, which those that other tests make on a CPU have filled."""
+    """All Accelerators have one state in common, which other tests have set to a CPU."""
     states = [AcceleratorState._shared_state, PartialState._shared_state]
     before = [dict(state) for state in states]
     for state in states:
@@ -170,9 +171,9 @@ def test_a_graph_adds_the_gradients_that_the_model_adds(on_gpu: Accelerator) -> 
         model.load_state_dict(start)
         loads = RouterLoads(model)
         student = Student(model, torch.bfloat16 if low else torch.float32, loads)
-        weights = Weights(ce=0.3, kl=0.7, compiled=low)
-        recorded = GradientGraph(model) if graph else None
-        objective = Objective(student, parent, weights, balance_weight=0.01, graph=recorded)
+        weights = LossWeights(ce=0.3, kl=0.7, compiled=low)
+        replay = GradientGraph(model) if graph else None
+        objective = PredictionObjective(student, parent, weights, balance_weight=0.01, graph=replay)
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         means, gradients = [], []
         for step in range(5):
@@ -183,19 +184,19 @@ def test_a_graph_adds_the_gradients_that_the_model_adds(on_gpu: Accelerator) -> 
             flat = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
             gradients.append(torch.cat(flat).clone())
             optimizer.step()
-            loads.keep()
-            loads.clear()
+            loads.add_step_to_window()
+            loads.reset_step()
             optimizer.zero_grad()
-        assert recorded is None or recorded.recorded is not None
-        return means, gradients, loads.take_window(accelerator)
+        assert replay is None or replay.captured is not None
+        return means, gradients, loads.pop_window(accelerator)
 
     exact = run(low=False, graph=False)
     compile_layers(model)
     compile_layers(parent)
-    eager, played_back = run(low=True, graph=False), run(low=True, graph=True)
-    assert int(played_back[2].sum()) == int(exact[2].sum())
+    eager, replayed = run(low=True, graph=False), run(low=True, graph=True)
+    assert int(replayed[2].sum()) == int(exact[2].sum())
     for part in (0, 1):
-        for right, slow, fast in zip(exact[part], eager[part], played_back[part], strict=True):
+        for right, slow, fast in zip(exact[part], eager[part], replayed[part], strict=True):
             errors = [float((x - right).norm() / right.norm()) for x in (slow, fast)]
             print(f"error from a graph {errors[1]:.4f}, without {errors[0]:.4f}")
             assert errors[1] < 2 * errors[0] + 1e-3

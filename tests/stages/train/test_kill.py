@@ -17,7 +17,7 @@ from molcli.config.recipe import save_recipe
 from molcli.config.sections import Recipe, TrainConfig
 from molcli.errors import Interrupted, MolError
 from molcli.model import MoLForCausalLM
-from molcli.stages.train import state, train
+from molcli.stages.train import checkpoints, train
 
 # A process of its own forks a child for every kill: the imports are paid for once. It computes
 # nothing before the last kill, and so has no threads, whose locks a fork would copy as they are.
@@ -26,9 +26,9 @@ import os, shutil, signal, sys
 from pathlib import Path
 import torch
 from molcli.config.recipe import load_recipe
-from molcli.stages.train import state
+from molcli.stages.train import checkpoints
 from molcli.stages.train import train
-from molcli.stages.train.objective import Objective
+from molcli.stages.train.objective import PredictionObjective
 
 torch.set_num_threads(1)
 checkpoint, out, data, recipe = sys.argv[1:]
@@ -53,10 +53,10 @@ def half_a_folder(folder):
     next(Path(folder).iterdir()).unlink()
 
 moments = [
-    lambda: at_call(Objective, "backward", 2),
+    lambda: at_call(PredictionObjective, "backward", 2),
     lambda: at_call(torch, "save", 1, half_a_file),
     lambda: at_call(torch.optim.AdamW, "step", 4),
-    lambda: at_call(state.shutil, "rmtree", 1, half_a_folder),
+    lambda: at_call(checkpoints.shutil, "rmtree", 1, half_a_folder),
     lambda: at_call(sys.modules["molcli.stages.train.loop"], "save_model", 1),
 ]
 for number, arm in enumerate(moments):
@@ -168,7 +168,7 @@ def test_an_ignored_signal_stays_ignored(
     assert result.steps == 10
 
 
-def test_a_full_disk_costs_no_checkpoint(
+def test_a_full_disk_leaves_earlier_checkpoints(
     tiny_mol: Callable[..., Path],
     corpus: Callable[..., str],
     tmp_path: Path,
@@ -185,7 +185,7 @@ def test_a_full_disk_costs_no_checkpoint(
             raise OSError(28, "No space left on device")
         real(tensors, path)
 
-    monkeypatch.setattr(state.torch, "save", full_at_the_third)
+    monkeypatch.setattr(checkpoints.torch, "save", full_at_the_third)
     with pytest.raises(MolError, match=r"step-00000006 could not be written.*No space") as stopped:
         train(checkpoint, out, data, recipe())
     assert "step-00000004" in stopped.value.hint
@@ -195,7 +195,7 @@ def test_a_full_disk_costs_no_checkpoint(
     assert equal(tmp_path / "whole", out)
 
 
-def test_a_disk_that_is_full_at_the_end_costs_the_steps_since_the_last_checkpoint(
+def test_a_disk_full_at_the_end_loses_only_the_steps_since_the_last_checkpoint(
     tiny_mol: Callable[..., Path],
     corpus: Callable[..., str],
     tmp_path: Path,

@@ -1,4 +1,4 @@
-"""What a run tells while it trains, and after."""
+"""What a run logs: lines, notes, the page, trackers."""
 
 import json
 import re
@@ -22,29 +22,29 @@ from molcli.model.checkpoint import open_checkpoint
 from molcli.report.training_page import train_page
 from molcli.stages.train import train
 from molcli.stages.train.balance import RouterLoads
-from molcli.stages.train.log import RecoveryCurve, flops_share
+from molcli.stages.train.log import RecoveryCurve, mfu_scale
 
 Make = Callable[..., Path]
 Corpus = Callable[..., str]
-# A package as far as accelerate's Trackio tracker calls it. It writes down what it is told.
+# A stand-in for trackio, with what accelerate's tracker calls. It writes the calls to a file.
 TRACKIO = """
 import json, pathlib
 FILE = pathlib.Path({file!r})
 
-def _tell(*what):
+def _record(*what):
     with FILE.open("a") as file:
         file.write(json.dumps(what) + "\\n")
 
 class Run:
     def log(self, values, step):
-        _tell("log", step, values)
+        _record("log", step, values)
     def finish(self):
-        _tell("finish")
+        _record("finish")
 
 def init(**options):
     if options["config"]["seed"] == 13:
         raise RuntimeError("no room")
-    _tell("init", options["project"], options["name"], options["resume"])
+    _record("init", options["project"], options["name"], options["resume"])
     return Run()
 """
 
@@ -94,13 +94,13 @@ def test_the_page_and_the_note_say_what_the_log_says(
     note = notes[-1][0]
     assert note.startswith(f"0 distill, loss {last['loss']:.3f}, kl {last['kl']:.3f}, ")
     assert note.endswith(f" tokens/s, balance {last['balance']:.3f}")
-    assert last["mfu"] is None  # of a CPU no peak is known
+    assert last["mfu"] is None  # the peak of a CPU is not known
 
 
 def test_routing_is_that_of_all_steps_of_a_window(
     tiny_mol: Make, corpus: Corpus, tmp_path: Path
 ) -> None:
-    """With frozen weights, a window of six steps is a mean of six windows of one."""
+    """With frozen weights, a window of six steps is the mean of six windows of one."""
     checkpoint, data = tiny_mol(), corpus()
     still = dict(learning_rate=1e-12, new_learning_rate=1e-12, balance="none")
     for every in (1, 6):
@@ -112,16 +112,16 @@ def test_routing_is_that_of_all_steps_of_a_window(
         assert 1 <= most <= max(line["routing"][layer][1] for line in single)
 
 
-def test_windows_count_what_is_kept(tiny_mol: Make) -> None:
+def test_windows_count_steps_that_were_not_skipped(tiny_mol: Make) -> None:
     loads = RouterLoads(open_checkpoint(tiny_mol(), torch.device("cpu")))
     one = Accelerator(cpu=True)
     loads.add(torch.tensor([[[0, 1], [0, 2]], [[3, 1], [3, 0]]]))
-    loads.keep()
-    loads.clear()
+    loads.add_step_to_window()
+    loads.reset_step()
     loads.add(torch.tensor([[[0, 1]], [[3, 1]]]))
-    loads.clear()  # a step that was left out
-    assert loads.take_window(one).tolist() == [[2, 1, 1, 0], [1, 1, 0, 2]]
-    assert not loads.take_window(one).any()
+    loads.reset_step()  # a skipped step
+    assert loads.pop_window(one).tolist() == [[2, 1, 1, 0], [1, 1, 0, 2]]
+    assert not loads.pop_window(one).any()
 
 
 def test_an_interrupted_run_has_its_page_and_goes_on(
@@ -145,8 +145,8 @@ def test_the_forecast_counts_from_where_the_kl_begins() -> None:
     for i in range(1, 31):
         curve.add({"kl": 3 * i**-0.5, "tokens": 1000 + 1000 * i})
     # 1 - 30**-0.5 is 82%; 90% are reached at 100 * 1000 of its tokens.
-    assert curve.words() == "90% recovered in 70k tokens"
-    assert RecoveryCurve().words() == ""
+    assert curve.forecast() == "90% recovered in 70k tokens"
+    assert RecoveryCurve().forecast() == ""
 
 
 def test_utilisation_is_of_the_bf16_peak_of_all_devices(
@@ -154,20 +154,20 @@ def test_utilisation_is_of_the_bf16_peak_of_all_devices(
 ) -> None:
     model = open_checkpoint(tiny_mol(), torch.device("cpu"))
     stage = Stage("pretrain", recipe(precision="bf16").train)
-    assert flops_share(stage, model, None, ranks=2) is None
+    assert mfu_scale(stage, model, None, ranks=2) is None
     monkeypatch.setattr(
         "molcli.stages.train.log.device_name", lambda device: "NVIDIA H100 80GB HBM3"
     )
     flops = training_flops(model.config, 16, parent=None)
-    assert flops_share(stage, model, None, ranks=2) == flops / (2 * 989.4e12)
+    assert mfu_scale(stage, model, None, ranks=2) == flops / (2 * 989.4e12)
     half = Stage("align", stage.settings)
     both = training_flops(model.config, 16, parent=model.config, layerwise=True)
-    assert flops_share(half, model, model, ranks=1) == both / 989.4e12
+    assert mfu_scale(half, model, model, ranks=1) == both / 989.4e12
     frozen = Stage("pretrain", recipe(precision="bf16", trainable="mol").train)
     less = training_flops(model.config, 16, parent=None, trainable="mol")
-    assert flops_share(frozen, model, None, ranks=1) == less / 989.4e12 < flops / 989.4e12
+    assert mfu_scale(frozen, model, None, ranks=1) == less / 989.4e12 < flops / 989.4e12
     fp32 = Stage("pretrain", recipe(precision="fp32").train)
-    assert flops_share(fp32, model, None, ranks=1) is None
+    assert mfu_scale(fp32, model, None, ranks=1) is None
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
@@ -192,10 +192,10 @@ def test_unknown_trackers_are_refused() -> None:
 def test_trackers_get_every_line_and_are_closed(
     tiny_mol: Make, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = tmp_path / "told.jsonl"
+    calls = tmp_path / "calls.jsonl"
     package = tmp_path / "site" / "trackio"
     package.mkdir(parents=True)
-    (package / "__init__.py").write_text(TRACKIO.format(file=str(told)))
+    (package / "__init__.py").write_text(TRACKIO.format(file=str(calls)))
     monkeypatch.syspath_prepend(tmp_path / "site")
     monkeypatch.delitem(__import__("sys").modules, "trackio", raising=False)
     monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.TRACKIO])
@@ -206,7 +206,7 @@ def test_trackers_get_every_line_and_are_closed(
         train(checkpoint, out, data, settings, progress=stop_at(3 * 32))
     train(checkpoint, out, data, settings, resume=True)
 
-    events = [json.loads(line) for line in told.read_text().splitlines()]
+    events = [json.loads(line) for line in calls.read_text().splitlines()]
     kinds = [event[0] for event in events]
     assert kinds == ["init", *["log"] * 3, "finish", "init", *["log"] * 4, "finish"]
     starts = [event for event in events if event[0] == "init"]

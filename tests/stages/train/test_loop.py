@@ -18,7 +18,7 @@ from molcli.errors import MolError
 from molcli.families.parent import open_parent
 from molcli.stages.evaluate import evaluate
 from molcli.stages.train import train
-from molcli.stages.train.objective import Objective
+from molcli.stages.train.objective import PredictionObjective
 
 Make = Callable[..., Path]
 Corpus = Callable[..., str]
@@ -188,9 +188,7 @@ def test_another_run_is_not_resumed(tiny_mol: Make, corpus: Corpus, tmp_path: Pa
     assert train(checkpoint, out, str(moved), recipe(log_every=1), resume=True).steps == 8
 
 
-def test_output_folders_that_would_be_mixed_are_refused(
-    tiny_mol: Make, corpus: Corpus, tmp_path: Path
-) -> None:
+def test_output_folders_in_use_are_refused(tiny_mol: Make, corpus: Corpus, tmp_path: Path) -> None:
     checkpoint, data, out = tiny_mol(), corpus(), tmp_path / "out"
     with pytest.raises(MolError, match="no run to resume"):
         train(checkpoint, out, data, recipe(), resume=True)
@@ -203,12 +201,12 @@ def test_output_folders_that_would_be_mixed_are_refused(
         train(checkpoint, out, data, recipe(), resume=True)
 
 
-def test_a_step_without_a_finite_gradient_is_left_out(
+def test_a_step_without_a_finite_gradient_is_skipped(
     tiny_mol: Make, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = Objective.backward, []
+    real, calls = PredictionObjective.backward, []
 
-    def poisoned(self: Objective, *args: Any) -> torch.Tensor:
+    def poisoned(self: PredictionObjective, *args: Any) -> torch.Tensor:
         means = real(self, *args)
         calls.append(means)
         if len(calls) == 3:
@@ -216,7 +214,7 @@ def test_a_step_without_a_finite_gradient_is_left_out(
             return means * math.nan
         return means
 
-    monkeypatch.setattr(Objective, "backward", poisoned)
+    monkeypatch.setattr(PredictionObjective, "backward", poisoned)
     result = train(tiny_mol(), tmp_path / "out", corpus(), recipe(log_every=1))
     assert (result.steps, result.skipped) == (8, 1)
     assert math.isfinite(result.loss)
@@ -228,7 +226,7 @@ def test_a_step_without_a_finite_gradient_is_left_out(
 
 
 def test_micro_batches_add_up(tiny_mol: Make, corpus: Corpus, tmp_path: Path) -> None:
-    """Without the CV^2 loss, which is taken by micro-batch, their number changes nothing."""
+    """Their number changes nothing but the CV^2 loss, which is computed for each of them."""
     checkpoint, data = tiny_mol(), corpus()
     for size in (1, 4):
         settings = recipe(tokens=2 * 4 * 32, micro_batch_size=size)
@@ -274,9 +272,7 @@ def test_gradient_checkpointing_changes_nothing(
     assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
 
 
-def test_the_inherited_rest_can_stay_as_it_is(
-    tiny_mol: Make, corpus: Corpus, tmp_path: Path
-) -> None:
+def test_dense_layers_can_be_frozen(tiny_mol: Make, corpus: Corpus, tmp_path: Path) -> None:
     checkpoint = tiny_mol(layer_kinds=["dense", "softmax", "dense"])
     train(checkpoint, tmp_path / "out", corpus(), recipe(trainable="mol"))
     before, after = weights(checkpoint), weights(tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Stages planned from a model's size and a budget, and what they would take."""
+"""Stages planned from a model's size and a budget, and estimates of what they take."""
 
 import sys
 from collections.abc import Callable
@@ -16,9 +16,8 @@ from molcli.config.stages import resolve
 from molcli.errors import MolError
 from molcli.families.parent import Parent
 from molcli.model import MoLConfig
-from molcli.stages.train.batches import step_tokens
-from molcli.stages.train.estimate import estimate, launch_seconds
-from molcli.stages.train.plan import Situation, plan
+from molcli.stages.train.batches import tokens_per_step
+from molcli.stages.train.plan import Situation, estimate, launch_seconds, plan
 
 SOFTMAX = MoLConfig(num_hidden_layers=2, layer_kinds=["softmax"] * 2)
 DELTANET = MoLConfig(num_hidden_layers=2, max_position_embeddings=8192)
@@ -42,16 +41,16 @@ def test_every_plan_is_a_valid_recipe_that_spends_the_budget(
     assert sum(stage.settings.tokens for stage in stages) == tokens
     for stage in stages:
         assert stage.settings.context_length <= model.max_position_embeddings
-        rows, share = stage.settings.batch_size, stage.settings.micro_batch_size * ranks
-        assert rows % share == 0 or rows < ranks
-        # Two hundred steps, unless even a row is too much.
-        assert step_tokens(stage.settings) <= max(tokens // 200, stage.settings.context_length)
+        rows, at_once = stage.settings.batch_size, stage.settings.micro_batch_size * ranks
+        assert rows % at_once == 0 or rows < ranks
+        # Two hundred steps, unless one row is too much.
+        assert tokens_per_step(stage.settings) <= max(tokens // 200, stage.settings.context_length)
     kinds = [stage.kind for stage in stages]
     assert ("align" in kinds) == (has_parent and deltanet and tokens >= 10)
     assert kinds[-1] == ("distill" if has_parent else "pretrain")
 
 
-def test_larger_models_learn_slower_and_fresh_ones_faster() -> None:
+def test_learning_rates_fall_with_size() -> None:
     small = MoLConfig(hidden_size=256, num_hidden_layers=2)
     large = MoLConfig(hidden_size=4096, num_hidden_layers=32, d_thin=1024, d_ff_thin=4096)
     config = TrainConfig(tokens=10**9)
@@ -78,7 +77,7 @@ def test_an_estimate_has_every_stage(tiny_mol: Callable[..., Path], dense_parent
     assert frozen.memory.gradients == 4 * frozen.trainable < one.memory.gradients
 
 
-def test_a_step_is_launched_once_for_each_micro_batch_of_a_process() -> None:
+def test_launching_takes_time_for_each_micro_batch_of_a_rank() -> None:
     settings = TrainConfig(batch_size=32, micro_batch_size=8)
     assert launch_seconds(settings, 30, 1) == 2 * launch_seconds(settings, 30, 2)
     assert launch_seconds(settings, 30, 4) == launch_seconds(settings, 30, 8) > 0
@@ -118,9 +117,9 @@ def test_without_a_recipe_the_plan_is_printed_and_carried_out(
     ran = load_recipe(out / "recipe.yaml").train
     assert [stage.kind for stage in ran.stages or []] == ["align", "distill"]
 
-    # One word about how to train, and the train section counts as it stands.
+    # With one setting of how to train, nothing is planned.
     words[2] = tmp_path / "plain"
-    told = ["--set", "train.context_length=16", "--set", "train.learning_rate=1e-3"]
-    assert molcli(monkeypatch, *words, *told) == 0
+    settings = ["--set", "train.context_length=16", "--set", "train.learning_rate=1e-3"]
+    assert molcli(monkeypatch, *words, *settings) == 0
     assert "planned" not in capsys.readouterr().out
     assert load_recipe(tmp_path / "plain" / "recipe.yaml").train.stages is None

@@ -80,8 +80,8 @@ def test_two_ranks_learn_what_one_learns(
     tmp_path: Path,
 ) -> None:
     """Same global batch, same micro-batches: the same sums, in another order. So for every kind of
-    stage, for runs that begin with one rank and go on with two or the other way round, and for one
-    in which one rank got a signal."""
+    stage, for runs that begin with one rank and continue with two or the other way round, and for a
+    run in which one rank got a signal."""
     checkpoint, data = tiny_mol(), corpus()
     recipe = short_recipe()
     steps = 2 * 4 * 32
@@ -99,10 +99,10 @@ def test_two_ranks_learn_what_one_learns(
 
     save_recipe(recipe, tmp_path / "recipe.yaml")
     save_recipe(staged, tmp_path / "stages.yaml")
-    # Two micro-batches a step on each rank, of which the first exchanges nothing.
+    # Two micro-batches for each step and rank; the first reduces no gradients.
     once = replace(recipe, train=replace(again, sharding="optimizer"))
     save_recipe(once, tmp_path / "once-stages.yaml")
-    # A process's share is fewer rows, two, than it may take at once.
+    # A rank's part of a batch is two rows, fewer than its micro-batch may have.
     wide = [replace(recipe, train=replace(recipe.train, micro_batch_size=n)) for n in (2, 4)]
     train(checkpoint, tmp_path / "one-wide", data, wide[0])
     save_recipe(wide[1], tmp_path / "wide.yaml")
@@ -118,7 +118,7 @@ def test_two_ranks_learn_what_one_learns(
     for two in ("two", "two-resumed", "two-stopped"):
         compare(tmp_path / "one", tmp_path / two)
     compare(tmp_path / "one-wide", tmp_path / "two-wide")
-    # Model and moments are cut in two, shared blocks and the dense layer with them.
+    # Model and moments are sharded in two, and so are shared blocks and the dense layer.
     parts = (tmp_path / "two" / "checkpoints" / "step-00000004").glob("*.distcp")
     smaller, larger = sorted(part.stat().st_size for part in parts)
     assert larger < 1.3 * smaller
@@ -132,8 +132,8 @@ def test_two_gpus_learn_what_one_learns(
     dense_parent: Parent,
     tmp_path: Path,
 ) -> None:
-    """In two stages, in bf16; and one GPU goes on with what two have begun."""
-    # What leads to the driver and its libraries, and what NCCL is told.
+    """In two stages, in bf16; and one GPU continues a run that two have begun."""
+    # Variables that find the driver and its libraries, and settings of NCCL.
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -161,7 +161,7 @@ def test_two_gpus_learn_what_one_learns(
 def run_ranks(
     count: int, folder: Path, arguments: Iterable[object], environment: dict[str, str]
 ) -> None:
-    """WORKER in `count` processes. environment: beside what processes need in any case."""
+    """Run WORKER in `count` processes. environment: added to the least that processes need."""
     (folder / "worker.py").write_text(WORKER)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     least = {
@@ -188,7 +188,7 @@ def compare(first: Path, second: Path) -> None:
         assert (first / name).read_text() == (second / name).read_text(), (second.name, name)
     one, two = (load_file(folder / "model.safetensors") for folder in (first, second))
     for name, tensor in one.items():
-        # Four steps of at most 4e-4 each: a rank's share lost or doubled would show in Adam's sign.
+        # Four steps of at most 4e-4 each: a rank's part lost or doubled would show in Adam's sign.
         assert two[name].sub(tensor).abs().max() < 1e-5, (second.name, name)
         if name.endswith("correction_bias"):  # from counts of the global batch: no rounding
             assert torch.equal(two[name], tensor), (second.name, name)

@@ -15,7 +15,7 @@ from molcli.config.sections import Recipe, StageConfig, TrainConfig
 from molcli.errors import MolError
 from molcli.families.parent import Parent
 from molcli.stages.train import train
-from molcli.stages.train.gradient_graph import COMPILED_FROM, worth_compiling
+from molcli.stages.train.gradient_graph import MIN_TOKENS_TO_COMPILE, should_compile
 
 STAGES = [
     StageConfig("align", tokens=4 * 2 * 16, new_learning_rate=1e-2, learning_rate=1e-2),
@@ -159,10 +159,10 @@ def test_a_stage_that_needs_a_parent_says_so(
 
 def test_compiling_pays_by_the_tokens_of_all_stages() -> None:
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert worth_compiling(TrainConfig(), COMPILED_FROM, gpu)
-    assert not worth_compiling(TrainConfig(), COMPILED_FROM - 1, gpu)
-    assert not worth_compiling(TrainConfig(), COMPILED_FROM, cpu)
-    # Every number of blocks would be compiled anew.
-    assert not worth_compiling(TrainConfig(start_top_k=4), COMPILED_FROM, gpu)
-    assert worth_compiling(TrainConfig(compile=True, start_top_k=4), 1, cpu)
-    assert not worth_compiling(TrainConfig(compile=False), COMPILED_FROM, gpu)
+    assert should_compile(TrainConfig(), MIN_TOKENS_TO_COMPILE, gpu)
+    assert not should_compile(TrainConfig(), MIN_TOKENS_TO_COMPILE - 1, gpu)
+    assert not should_compile(TrainConfig(), MIN_TOKENS_TO_COMPILE, cpu)
+    # Every number of blocks would be compiled again.
+    assert not should_compile(TrainConfig(start_top_k=4), MIN_TOKENS_TO_COMPILE, gpu)
+    assert should_compile(TrainConfig(compile=True, start_top_k=4), 1, cpu)
+    assert not should_compile(TrainConfig(compile=False), MIN_TOKENS_TO_COMPILE, gpu)

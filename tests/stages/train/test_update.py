@@ -1,4 +1,4 @@
-"""The optimiser's step: clipped as torch clips, and not taken where the norm is not finite."""
+"""The optimiser's step: clipped as torch clips, and skipped where the norm is not finite."""
 
 import copy
 import json
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from molcli.config.sections import Recipe, TrainConfig
 from molcli.stages.train import loop, train
-from molcli.stages.train.objective import Objective
+from molcli.stages.train.objective import PredictionObjective
 from molcli.stages.train.optimizer import update
 
 ONE: Any = SimpleNamespace(num_processes=1)
@@ -52,7 +52,7 @@ def after(device: str, *, fused: bool, norms: list[float], bound: float) -> list
 
 @pytest.mark.parametrize(("device", "fused"), KINDS)
 def test_gradients_are_clipped_as_torch_clips_them(device: str, fused: bool) -> None:
-    """One is above the bound, one below: moments mix the two, so a factor left out would show."""
+    """One norm is above the bound, one below: moments mix them, so a missing factor would show."""
     norms = [30.0, 0.5, 7.0]
     model, optimizer = small("cpu", fused=False)
     for seed, norm in enumerate(norms):
@@ -90,12 +90,12 @@ def test_a_norm_that_is_not_finite_changes_nothing(device: str, fused: bool, val
         torch.testing.assert_close(now, then, rtol=0, atol=0, equal_nan=True)
     set_gradients(model, 3.0, seed=2)
     _, finite = update(model, optimizer, 1.0, ONE)
-    assert finite() and not torch.equal(everything()[0], before[0])  # the next one is taken
+    assert finite() and not torch.equal(everything()[0], before[0])  # the next step is applied
 
 
 @pytest.mark.gpu
-def test_a_gpu_is_not_waited_for() -> None:
-    """Nor by the first step, which makes the moments."""
+def test_an_update_does_not_synchronise_with_the_gpu() -> None:
+    """Nor does the first step, which makes the moments."""
     model, optimizer = small("cuda", fused=True)
     for seed in range(3):
         set_gradients(model, 3.0, seed)
@@ -108,18 +108,18 @@ def test_a_gpu_is_not_waited_for() -> None:
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_run_goes_on_from_where_a_skipped_step_began(
+def test_a_skipped_step_leaves_no_trace(
     tiny_mol: Callable[..., Path],
     corpus: Callable[..., str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     fused: bool,
 ) -> None:
-    """Its second step leaves no trace in the checkpoint (weights, biases, moments, step counts) and
-    none in what is logged of the loss and the routers' loads. Where there is a GPU, on that."""
-    real, calls = Objective.backward, []
+    """The second step changes neither the checkpoint (weights, biases, moments, step counts) nor
+    the logged loss and router loads. Runs on a GPU if there is one."""
+    real, calls = PredictionObjective.backward, []
 
-    def poisoned(self: Objective, *arguments: Any) -> Tensor:
+    def poisoned(self: PredictionObjective, *arguments: Any) -> Tensor:
         means = real(self, *arguments)
         calls.append(len(calls))
         if calls[-1] == 1:
@@ -137,7 +137,7 @@ def test_a_run_goes_on_from_where_a_skipped_step_began(
             group["fused"] = fused or group["fused"]
         return optimizer
 
-    monkeypatch.setattr(Objective, "backward", poisoned)
+    monkeypatch.setattr(PredictionObjective, "backward", poisoned)
     monkeypatch.setattr(loop, "make_optimizer", make_optimizer)
     tiny = TrainConfig(
         tokens=2 * 4 * 32,

@@ -51,7 +51,7 @@ def test_the_logits_are_the_parents(tmp_path: Path, any_parent: Path, recipe: Re
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.config.model_type == "mol"
     assert (model.config.num_blocks, model.config.num_shared_blocks) == (1, 1)
-    assert model.config.layer_kinds == ["softmax", "softmax"]
+    assert model.config.layer_labels == ["mixture, attention"] * 2
     assert largest_difference(tmp_path / "out", any_parent) < 1e-4
 
 
@@ -60,7 +60,7 @@ def test_some_layers_can_be_kept(tmp_path: Path, tiny_parent: Callable[..., Path
     options = UpcycleConfig(num_blocks=1, num_shared_blocks=1, d_thin=64, layers=[1])
     upcycle(open_parent(folder), None, Recipe(upcycle=options), tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert model.config.layer_kinds == ["dense", "softmax"]
+    assert model.config.layer_structures == ["dense", "mixture"]
     assert largest_difference(tmp_path / "out", folder) < 1e-4
 
 

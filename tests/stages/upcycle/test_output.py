@@ -32,7 +32,7 @@ def test_the_receipt_is_complete(
     assert receipt["versions"]["molcli"] == __version__
     assert receipt["seconds"] >= 0
     for index, layer in enumerate(receipt["layers"]):
-        assert (layer["layer"], layer["kind"]) == (index, "softmax")
+        assert (layer["layer"], layer["kind"]) == (index, "mixture, attention")
         assert len(layer["retained_energy"]) == 3  # the shared block and two families
         assert all(0 < share <= 1 for share in layer["retained_energy"])
         assert layer["residual_error"] > 0 and layer["residual_error_fit"] > 0

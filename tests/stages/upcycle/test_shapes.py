@@ -114,7 +114,7 @@ def test_a_preset_alone_converts_to_blocks_that_differ(
     parent = tiny_parent("llama", intermediate_size=512, num_hidden_layers=2)
     converted = convert(parent, preset="quality", d_thin=None, tokens=2048)
     model = converted.model()
-    shared, routed = model.config.shared_spec(), model.config.routed_spec(0)
+    shared, routed = model.config.shared_spec(), model.config.routed_spec("attention")
     assert shared.num_heads == model.config.num_attention_heads > routed.num_heads
     assert model(torch.arange(8)[None]).logits.isfinite().all()
 
@@ -125,7 +125,7 @@ def test_layers_that_are_kept_are_the_parents_bits(
 ) -> None:
     folder = tiny_parent(family, num_hidden_layers=3)
     converted = convert(folder, layers=[1], d_thin=32)
-    assert converted.model().config.layer_kinds == ["dense", "softmax", "dense"]
+    assert converted.model().config.layer_structures == ["dense", "mixture", "dense"]
     parent, found = open_parent(folder), converted.tensors
     for i in (0, 2):
         for name, tensor in parent.dense_layer(i).items():
@@ -142,28 +142,32 @@ def test_layers_that_are_kept_are_the_parents_bits(
 
 
 @pytest.mark.parametrize(
-    "layers, deltanet, kinds",
+    "layers, deltanet, labels",
     [
-        ("all", "all", ["gated_deltanet"] * 3),
-        ("all", "none", ["softmax"] * 3),
-        ("all", [0, 2], ["gated_deltanet", "softmax", "gated_deltanet"]),
-        ([0, 1], "all", ["gated_deltanet", "gated_deltanet", "dense"]),
-        ([1, 2], [2], ["dense", "softmax", "gated_deltanet"]),
-        ("all", "every:2", ["softmax", "gated_deltanet", "softmax"]),
-        ([0, 2], "every:2", ["softmax", "dense", "gated_deltanet"]),
+        ("all", "all", ["mixture, gated_deltanet"] * 3),
+        ("all", "none", ["mixture, attention"] * 3),
+        (
+            "all",
+            [0, 2],
+            ["mixture, gated_deltanet", "mixture, attention", "mixture, gated_deltanet"],
+        ),
+        ([0, 1], "all", ["mixture, gated_deltanet", "mixture, gated_deltanet", "dense, attention"]),
+        ([1, 2], [2], ["dense, attention", "mixture, attention", "mixture, gated_deltanet"]),
+        ("all", "every:2", ["mixture, attention", "mixture, gated_deltanet", "mixture, attention"]),
+        ([0, 2], "every:2", ["mixture, attention", "dense, attention", "mixture, gated_deltanet"]),
     ],
 )
 def test_the_mixers_are_those_asked_for(
     layers: Any,
     deltanet: Any,
-    kinds: list[str],
+    labels: list[str],
     tiny_parent: Callable[..., Path],
     convert: Callable[..., Any],
 ) -> None:
     folder = tiny_parent("llama", num_hidden_layers=3)
     converted = convert(folder, layers=layers, gated_deltanet=deltanet)
-    assert converted.model().config.layer_kinds == kinds
-    assert [row["kind"] for row in converted.receipt["layers"]] == kinds
+    assert converted.model().config.layer_labels == labels
+    assert [row["kind"] for row in converted.receipt["layers"]] == labels
 
 
 @pytest.mark.parametrize("budget, mixer", [(0.0, "none"), (1.0, "all")])
@@ -175,7 +179,7 @@ def test_auto_with_all_or_nothing_to_spend(
     auto = convert(folder, gated_deltanet="auto", gated_deltanet_budget=budget)
     alone = convert(folder, gated_deltanet=mixer)
     assert auto.weights == alone.weights
-    assert auto.model().config.layer_kinds == alone.model().config.layer_kinds
+    assert auto.model().config.layer_labels == alone.model().config.layer_labels
 
 
 def test_auto_takes_the_layers_that_cost_least(
@@ -186,7 +190,7 @@ def test_auto_takes_the_layers_that_cost_least(
     rows = converted.receipt["layers"]
     assert "gated_deltanet_kl" not in rows[2]
     costs = {row["layer"]: row["gated_deltanet_kl"] for row in rows if row["layer"] != 2}
-    taken = {row["layer"] for row in rows if row["kind"] == "gated_deltanet"}
+    taken = {row["layer"] for row in rows if row["kind"].endswith("gated_deltanet")}
     assert len(taken) == 2  # half of three, rounded
     assert max(costs[i] for i in taken) < min(costs[i] for i in costs.keys() - taken)
 
@@ -199,19 +203,19 @@ def test_auto_converts_the_layers_that_cost_least(
     auto = convert(folder, layers="auto", gated_deltanet="every:2", d_thin=32)
     rows = auto.receipt["layers"]
     costs = {row["layer"]: row["alone_kl"] for row in rows}
-    taken = sorted(row["layer"] for row in rows if row["kind"] != "dense")
+    taken = sorted(row["layer"] for row in rows if row["kind"].startswith("mixture"))
     assert taken == sorted(sorted(costs, key=costs.__getitem__)[:2])
-    assert [rows[i]["kind"] for i in taken] == ["softmax", "gated_deltanet"]
+    assert [rows[i]["kind"] for i in taken] == ["mixture, attention", "mixture, gated_deltanet"]
     named = convert(folder, layers=taken, gated_deltanet="every:2", d_thin=32)
     assert auto.weights == named.weights
-    assert auto.model().config.layer_kinds == named.model().config.layer_kinds
+    assert auto.model().config.layer_labels == named.model().config.layer_labels
 
 
 def test_auto_may_convert_nothing(
     tiny_parent: Callable[..., Path], convert: Callable[..., Any]
 ) -> None:
     auto = convert(tiny_parent("llama"), layers="auto", layers_budget=0.0)
-    assert set(auto.model().config.layer_kinds) == {"dense"}
+    assert set(auto.model().config.layer_structures) == {"dense"}
 
 
 def families(routed: int, top_k: int) -> list[int]:

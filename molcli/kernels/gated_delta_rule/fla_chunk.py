@@ -1,7 +1,7 @@
-"""fla-core's chunk kernels as one operator with gradients.
+"""fla-core's chunk kernels of the gated delta rule, as one custom operator with gradients.
 
-The operator waits for nothing on the host and allocates what depends on shapes alone, so that
-compiled code runs through it and CUDA graphs can hold it.
+The operator runs without host synchronisation, and what it allocates depends on shapes alone. So
+`torch.compile` needs no graph break, and CUDA graphs can capture it.
 """
 
 import functools
@@ -15,42 +15,56 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from molcli.kernels.packed_rows import chunk_table
+from molcli.kernels.segments import chunk_table
 
 CHUNK = 64
 
 
-@functools.cache  # every forward and backward pass of every layer asks
+@functools.cache  # called in every forward and backward pass of every layer
 def load_fla() -> ModuleType:
-    """fla's module of chunk kernels. Raises ImportError where fla-core is not installed."""
-    # fla remembers what it derived from a tensor of segment bounds by the tensor's identity. A
-    # CUDA graph that is played again writes other bounds into the same tensor.
+    """Import fla's module of chunk kernels.
+
+    Raises:
+        ImportError: if fla-core is not installed.
+    """
+    # fla caches what it derives from a tensor of segment bounds, by the tensor's identity. A CUDA
+    # graph that is replayed writes other bounds into the same tensor.
     os.environ.setdefault("FLA_DISABLE_TENSOR_CACHE", "1")
     if torch.cuda.get_device_capability() == (9, 0):
-        # What its tuner chose on an H100 (12,288 rows, 8 heads of 64), at once: it would try some
-        # 60 variants first, which takes more than a minute.
+        # The configurations that fla's autotuner chose on an H100 (12,288 rows, 8 heads of 64).
+        # Its search through some 60 variants takes more than a minute.
         os.environ.setdefault("FLA_CONFIG_DIR", str(Path(__file__).parent / "hopper"))
         os.environ.setdefault("FLA_CACHE_MODE", "full")
     return importlib.import_module("fla.ops.gated_delta_rule.chunk")
 
 
-def chunk_gated_delta_rule_fla(
+def fla_chunk_gated_delta_rule(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     g: Tensor,
     beta: Tensor,
     cu_seqlens: Tensor,
-    state: Tensor | None,
+    initial_state: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Shapes as `gated_delta_rule`. Computes in bf16 with float32 states."""
+    """Run the gated delta rule with fla-core's chunk kernels, in bf16 with float32 states.
+
+    Args:
+        q, k, v, g, beta, cu_seqlens, initial_state: as for `gated_delta_rule`.
+
+    Returns:
+        As `gated_delta_rule`.
+
+    Raises:
+        ImportError: if fla-core is not installed.
+    """
     half = [x.to(torch.bfloat16) for x in (q, k, v)]
     bounds = cu_seqlens.long()
-    before = None if state is None else state.float()
+    state = None if initial_state is None else initial_state.float()
     out, last, *_ = _forward(
-        *half, g.float(), beta.float(), bounds, chunk_table(bounds, q.shape[0], CHUNK), before
+        *half, g.float(), beta.float(), bounds, chunk_table(bounds, q.shape[0], CHUNK), state
     )
-    return out.to(v.dtype), None if state is None else last
+    return out.to(v.dtype), None if initial_state is None else last
 
 
 @custom_op(
@@ -69,7 +83,7 @@ def _forward(
     table: Tensor,
     state: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Outputs, last states (none without first ones), and what the backward pass wants: the
+    """Outputs, final states (empty if state is None), and two tensors for the backward pass: the
     running sum of g inside chunks, in base 2, and the chunks' solved triangular systems."""
     with torch.cuda.device(q.device):
         g, out, solved, last, *_ = load_fla().chunk_gated_delta_rule_fwd(
@@ -112,7 +126,7 @@ def _backward(
     d_out: Tensor,
     d_last: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """g, solved: as `_forward` returned them. Gradients of q, k, v, g, beta and state."""
+    """Gradients of q, k, v, g, beta and state. g, solved: as `_forward` returned them."""
     with torch.cuda.device(q.device):
         dq, dk, dv, d_beta, dg, d_state, *_ = load_fla().chunk_gated_delta_rule_bwd(
             *(x.contiguous()[None] for x in (q, k, v, g, beta, solved)),
@@ -137,14 +151,14 @@ def _(
     return dq, dk, dv, dg, d_beta, d_state
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, _, beta, cu_seqlens, table, state = inputs
     _, _, g, solved = output
     ctx.save_for_backward(q, k, v, g, beta, cu_seqlens, table, state, solved)
-    ctx.set_materialize_grads(False)  # those of g and solved would be zeros as large as they are
+    ctx.set_materialize_grads(False)  # else those of g and solved are allocated, as zeros
 
 
-def _differentiate(
+def _gradients(
     ctx: Any, d_out: Tensor | None, d_last: Tensor | None, *_: Any
 ) -> tuple[Tensor | None, ...]:
     *inputs, state, solved = ctx.saved_tensors
@@ -155,4 +169,4 @@ def _differentiate(
     return *grads, None, None, None if state is None else d_state
 
 
-_forward.register_autograd(_differentiate, setup_context=_keep)
+_forward.register_autograd(_gradients, setup_context=_setup_context)

@@ -1,4 +1,4 @@
-"""A run that meets values which are not finite: what it says, and when it gives up."""
+"""Values that are not finite: where they are found, and when a run stops."""
 
 import math
 from collections.abc import Callable
@@ -16,8 +16,8 @@ from molcli.families.parent import Parent
 from molcli.model import MoLForCausalLM
 from molcli.model.checkpoint import open_checkpoint
 from molcli.stages.train import train
-from molcli.stages.train.finite import origin
-from molcli.stages.train.objective import Objective
+from molcli.stages.train.nonfinite import find_nonfinite
+from molcli.stages.train.objective import PredictionObjective
 
 IDS = torch.arange(8)[None]
 
@@ -28,13 +28,13 @@ def model(tiny_mol: Callable[..., Path]) -> MoLForCausalLM:
 
 
 def found(model: MoLForCausalLM) -> str:
-    def forward() -> bool:
+    def losses_are_finite() -> bool:
         return bool(model(IDS).logits.isfinite().all())
 
-    return origin(model, forward, Accelerator(cpu=True))
+    return find_nonfinite(model, losses_are_finite, Accelerator(cpu=True))
 
 
-def test_a_weight_is_named_before_what_it_spoils(model: MoLForCausalLM) -> None:
+def test_a_weight_is_named_before_its_effects(model: MoLForCausalLM) -> None:
     model.model.layers[1].shared.thin_in.data[0, 0, 0] = math.nan
     assert found(model) == "the weights model.layers.1.shared.thin_in"
 
@@ -47,7 +47,7 @@ def test_the_first_module_whose_output_overflows_is_named(model: MoLForCausalLM)
 
 
 def test_the_loss_and_then_the_gradient_nearest_to_it_are_named(model: MoLForCausalLM) -> None:
-    assert origin(model, lambda: False, Accelerator(cpu=True)) == "the loss"
+    assert find_nonfinite(model, lambda: False, Accelerator(cpu=True)) == "the loss"
     for name in ("model.embed_tokens.weight", "model.layers.1.shared.thin_in"):
         parameter = model.get_parameter(name)
         parameter.grad = torch.full_like(parameter, math.inf)
@@ -62,16 +62,16 @@ def test_too_many_in_a_row_stop_the_run_and_name_the_last_good_checkpoint(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    real, calls = Objective.backward, []
+    real, calls = PredictionObjective.backward, []
 
-    def poisoned(self: Objective, *arguments: Any) -> torch.Tensor:
+    def poisoned(self: PredictionObjective, *arguments: Any) -> torch.Tensor:
         means = real(self, *arguments)
         calls.append(len(calls))
         if calls[-1] in (1, 2, 4, 5, 6):  # two in a row, and after a good step three
             next(p for p in self.student.parameters() if p.grad is not None).grad[0] = math.nan
         return means
 
-    monkeypatch.setattr(Objective, "backward", poisoned)
+    monkeypatch.setattr(PredictionObjective, "backward", poisoned)
     tiny = TrainConfig(
         tokens=9 * 4 * 32,
         context_length=32,

@@ -1,4 +1,4 @@
-"""A step's rows, as its ranks share them."""
+"""The rows of a step, divided over its ranks."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +13,7 @@ def test_ranks_share_the_rows_and_agree_on_their_counts() -> None:
     sizes = (16, 9, 7, 30, 40, 20)
     documents = [torch.arange(n, dtype=torch.int32) for n in sizes]
     rows, index = pack(documents, 16, seed=None, keep_short=True), torch.tensor([7, 0, 3, 1, 5, 2])
-    taken = []
+    found = []
     for rank in (0, 1):
         one: Any = SimpleNamespace(num_processes=2, process_index=rank, device=torch.device("cpu"))
         step = micro_batches(rows, index, 2, one)
@@ -21,5 +21,5 @@ def test_ranks_share_the_rows_and_agree_on_their_counts() -> None:
         assert (step.tokens, step.predicted) == (6 * 16 - 6, rows.rows(index).predicted)
         for places, batch in step.batches:
             assert torch.equal(batch.input_ids, rows.batch(places).input_ids)
-            taken.append(places)
-    assert torch.equal(torch.cat(taken), index)
+            found.append(places)
+    assert torch.equal(torch.cat(found), index)

@@ -16,23 +16,22 @@ from torch.distributed.checkpoint import FileSystemWriter
 from molcli.config.sections import TrainConfig
 from molcli.errors import MolError
 from molcli.model.checkpoint import open_checkpoint
-from molcli.stages.train.distributed import shared_dimension
+from molcli.stages.train.checkpoints import BackgroundSaver, load_checkpoint, newest_checkpoint
 from molcli.stages.train.optimizer import make_optimizer
-from molcli.stages.train.saver import _SharedSaver
-from molcli.stages.train.state import TrainState, load_checkpoint, newest_checkpoint
+from molcli.stages.train.state import TrainState
 
 
 @pytest.fixture
-def saver(tmp_path: Path) -> Iterator[_SharedSaver]:
+def saver(tmp_path: Path) -> Iterator[BackgroundSaver]:
     yield open_saver(tmp_path)
     torch.distributed.destroy_process_group()
 
 
-def open_saver(folder: Path) -> _SharedSaver:
+def open_saver(folder: Path) -> BackgroundSaver:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/group-{os.getpid()}", world_size=1, rank=0
     )
-    return _SharedSaver(Accelerator(cpu=True), folder / "checkpoints")
+    return BackgroundSaver(Accelerator(cpu=True), folder / "checkpoints")
 
 
 def new_state(checkpoint: Path) -> TrainState:
@@ -60,10 +59,10 @@ def everything(state: TrainState) -> list[torch.Tensor]:
     ]
 
 
-def test_a_checkpoint_is_the_state_when_it_was_asked_for(
-    state: TrainState, saver: _SharedSaver, tmp_path: Path
+def test_a_checkpoint_is_the_state_at_the_time_of_the_call(
+    state: TrainState, saver: BackgroundSaver, tmp_path: Path
 ) -> None:
-    """Steps go on while it is written; what is read back is all of it, and the counters too."""
+    """Steps continue while it is written. All of it is read back, and the counters too."""
     advance(state, 0.5)
     wanted = everything(state)
     torch.manual_seed(7)
@@ -82,9 +81,9 @@ def test_a_checkpoint_is_the_state_when_it_was_asked_for(
 
 
 def test_a_state_without_a_step_is_saved_and_read(
-    state: TrainState, saver: _SharedSaver, tmp_path: Path
+    state: TrainState, saver: BackgroundSaver, tmp_path: Path
 ) -> None:
-    """Moments of 0 are what the optimiser begins with."""
+    """The optimiser begins with moments of 0."""
     saver.save(state, {})
     saver.finish()
     advance(state, 0.5)
@@ -97,8 +96,8 @@ def test_a_state_without_a_step_is_saved_and_read(
     assert all(map(torch.equal, everything(state), wanted))
 
 
-def test_a_full_disk_is_told_and_costs_no_checkpoint(
-    state: TrainState, saver: _SharedSaver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_full_disk_is_reported_and_earlier_checkpoints_stay(
+    state: TrainState, saver: BackgroundSaver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     advance(state, 0.5)
     saver.save(state, {})
@@ -123,7 +122,7 @@ def test_a_full_disk_is_told_and_costs_no_checkpoint(
 
 
 def save_and_be_killed(checkpoint: Path, folder: Path) -> None:
-    """Saves one step, and dies in the middle of writing the next; for a process of its own."""
+    """Save one step, and be killed while writing the next; runs in a process of its own."""
     state, saver = new_state(checkpoint), open_saver(folder)
     advance(state, 0.5)
     saver.save(state, {})
@@ -139,7 +138,7 @@ def save_and_be_killed(checkpoint: Path, folder: Path) -> None:
     saver.finish()
 
 
-def test_a_kill_in_the_background_costs_no_checkpoint(
+def test_a_kill_while_writing_leaves_earlier_checkpoints(
     tiny_mol: Callable[..., Path], tmp_path: Path
 ) -> None:
     # Not a fork: this process has threads, whose locks a fork would copy as they are.
@@ -165,7 +164,7 @@ def test_a_kill_in_the_background_costs_no_checkpoint(
 
 
 def test_a_damaged_checkpoint_is_named(
-    state: TrainState, saver: _SharedSaver, tmp_path: Path
+    state: TrainState, saver: BackgroundSaver, tmp_path: Path
 ) -> None:
     saver.save(state, {})
     saver.finish()
@@ -178,13 +177,3 @@ def test_a_damaged_checkpoint_is_named(
     (saved.folder / ".metadata").unlink()
     with pytest.raises(MolError, match="step-00000000 cannot be read"):
         load_checkpoint(state, saved)
-
-
-@pytest.mark.parametrize(
-    "shape, ranks, dimension",
-    [((1, 48, 32), 2, 1), ((14, 16, 32), 2, 0), ((14, 16, 32), 4, 1), ((5, 3), 2, 0)],
-)
-def test_weights_are_cut_evenly_where_they_can_be(
-    shape: tuple[int, ...], ranks: int, dimension: int
-) -> None:
-    assert shared_dimension(torch.Size(shape), ranks) == dimension

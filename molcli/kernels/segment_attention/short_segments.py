@@ -1,4 +1,4 @@
-"""Attention inside short segments as an operator with gradients, which compiled code can hold."""
+"""Attention inside short segments: Triton kernels as a custom operator with gradients."""
 
 from typing import Any
 
@@ -7,24 +7,31 @@ from torch import Tensor
 
 from molcli.kernels.packed_rows import PackedRows
 
-LONGEST = 1024  # rows of a segment; for longer ones FlashAttention's larger tiles are quicker
-WIDTHS = (16, 32, 64, 128)  # of heads, that a tile can have
+MAX_SEGMENT_LENGTH = 1024  # in longer segments FlashAttention's larger tiles are faster
+HEAD_DIMS = (16, 32, 64, 128)  # that a tile can have
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, rows: PackedRows) -> Tensor:
-    """q: (M, h, d), k and v: (M, kv, d), d one of WIDTHS -> (M, h, d). One Triton kernel, two for
-    the gradients."""
+def short_segment_attention(q: Tensor, k: Tensor, v: Tensor, rows: PackedRows) -> Tensor:
+    """Attend inside segments with one Triton kernel, and with two for the gradients.
+
+    Args:
+        q, k, v, rows: as for `segment_attention`; d is one of HEAD_DIMS.
+
+    Returns:
+        (M, H, d), in the dtype of `q`.
+    """
     return _forward(q, k, v, rows.segments, rows.cu_seqlens)[0]
 
 
 @torch.library.custom_op(
-    "molcli::packed_attention",
+    "molcli::short_segment_attention",
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor segments, Tensor cu_seqlens) -> (Tensor, Tensor)",
 )
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, segments: Tensor, cu_seqlens: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """The output, and the logarithm of each row's softmax sum, (M, H)."""
     from molcli.kernels.segment_attention.triton_kernels import forward
 
     return forward(q, k, v, segments, cu_seqlens)
@@ -36,7 +43,7 @@ def _(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op(
-    "molcli::packed_attention_backward",
+    "molcli::short_segment_attention_backward",
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor segments,"
     " Tensor cu_seqlens, Tensor d_out) -> (Tensor, Tensor, Tensor)",
@@ -51,6 +58,7 @@ def _backward(
     cu_seqlens: Tensor,
     d_out: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v. out, lse: as `_forward` returned them."""
     from molcli.kernels.segment_attention.triton_kernels import backward
 
     return backward(q, k, v, out, lse, segments, cu_seqlens, d_out)
@@ -61,16 +69,16 @@ def _(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tens
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, segments, cu_seqlens = inputs
     ctx.save_for_backward(q, k, v, *output, segments, cu_seqlens)
-    ctx.set_materialize_grads(False)  # that of the log-sum-exp, which nothing reads, would be zeros
+    ctx.set_materialize_grads(False)  # else the gradient of lse is allocated, as zeros
 
 
-def _differentiate(ctx: Any, d_out: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, d_out: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if d_out is None:
         return None, None, None, None, None
     return *_backward(*ctx.saved_tensors, d_out), None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_keep)
+_forward.register_autograd(_gradients, setup_context=_setup_context)

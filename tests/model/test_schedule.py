@@ -1,4 +1,4 @@
-"""Shared blocks beside routed ones: the same numbers, from parts that are whole graphs."""
+"""Shared and routed blocks run concurrently: the same numbers, from parts that are whole graphs."""
 
 from functools import partial
 
@@ -8,14 +8,15 @@ from torch._dynamo.testing import CompileCounter
 
 from molcli.kernels import backend
 from molcli.kernels.segment_attention import segment_attention_reference
-from molcli.model.decoding import graphs as side_by_side
-from molcli.model.decoding.graphs import ForwardGraphs, SideBySide, SideStream
+from molcli.model import schedule
+from molcli.model.decoding.graphs import ForwardGraphs
+from molcli.model.schedule import ConcurrentSchedule
 
 
-def parts_by(monkeypatch, compile_part):
-    """Layers in parts that `compile_part` compiled."""
-    monkeypatch.setattr(side_by_side, "compile_part", compile_part)
-    return SideBySide()
+def concurrent(model, monkeypatch, compile_part):
+    """Make a schedule whose parts `compile_part` compiles."""
+    monkeypatch.setattr(schedule, "compile_part", compile_part)
+    return ConcurrentSchedule(model.device, {})
 
 
 @pytest.mark.parametrize(
@@ -32,8 +33,7 @@ def test_parts_one_after_the_other_are_the_layer(make_model, monkeypatch, change
     model = make_model(**changes)
     ids = torch.randint(97, (2, 24), generator=torch.Generator().manual_seed(0))
     whole = model.model(ids, use_cache=False)
-    runner = parts_by(monkeypatch, lambda part: part)
-    model.model.run_layer = partial(runner, SideStream(model.device))
+    model.model.schedule = concurrent(model, monkeypatch, lambda part: part)
     parts = model.model(ids, use_cache=False)
     assert torch.equal(parts.last_hidden_state, whole.last_hidden_state)
     assert len(parts.routing) == len(whole.routing)
@@ -45,7 +45,7 @@ def test_parts_one_after_the_other_are_the_layer(make_model, monkeypatch, change
 def test_parts_run_in_calls_to_record_and_nowhere_else(make_model, monkeypatch):
     model = make_model(layer_kinds=["softmax"] * 3).eval()
     begun = []
-    parts_by(monkeypatch, lambda part: lambda *args: begun.append(part) or part(*args))
+    concurrent(model, monkeypatch, lambda part: lambda *args: begun.append(part) or part(*args))
     graphs = ForwardGraphs(model)
     ids = torch.randint(97, (2, 24), generator=torch.Generator().manual_seed(0))
     graphs(ids, use_cache=False)  # on a CPU
@@ -65,7 +65,7 @@ def test_parts_are_whole_graphs_for_all_layers(make_model, monkeypatch):
         return segment_attention_reference(q, k, v, cu_seqlens), q.new_zeros(q.shape[:2]).float()
 
     monkeypatch.setattr(kernels, "forward", stand_in)
-    monkeypatch.setattr(backend, "on_triton", lambda x: x.dtype in backend.DTYPES)
+    monkeypatch.setattr(backend, "use_triton", lambda x: x.dtype in backend.DTYPES)
     # One routed block: grouped products of several would go block by block on a CPU.
     blocks = dict(num_blocks=2, num_shared_blocks=1, num_blocks_per_tok=1)
     widths = dict(head_dim=16, d_thin=32)
@@ -84,8 +84,8 @@ def test_parts_are_whole_graphs_for_all_layers(make_model, monkeypatch):
     with torch.no_grad():
         eager = run()
         counter = CompileCounter()
-        runner = parts_by(monkeypatch, partial(torch.compile, backend=counter, fullgraph=True))
-        model.model.run_layer = partial(runner, SideStream(model.device))
+        compile_part = partial(torch.compile, backend=counter, fullgraph=True)
+        model.model.schedule = concurrent(model, monkeypatch, compile_part)
         torch.testing.assert_close(run(), eager, rtol=0, atol=0)
     assert counter.frame_count <= 2 * 3  # of each part, for the first length and for any
 
