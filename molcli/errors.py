@@ -1,11 +1,15 @@
-"""The one error that a user can mend."""
+"""Exceptions that end a command with a message instead of a traceback."""
 
 
 class MolError(Exception):
-    """Something in the user's input, data or machine stops the work before it starts.
+    """The user's input, data or machine does not allow the work; the user can fix it.
 
-    found: what was found, with the value. allowed: what would be accepted. hint: the command or
-    value that works. The command line prints the three and exits with status 2.
+    The command line prints the three parts and exits with status 2.
+
+    Args:
+        found: What was found, with the value.
+        allowed: What would be accepted.
+        hint: A command or value that works.
     """
 
     def __init__(self, found: str, *, allowed: str = "", hint: str = "") -> None:
@@ -24,10 +28,12 @@ class MolError(Exception):
 
 
 class Interrupted(Exception):
-    """A signal stopped a run after it had saved its state; the exit status is 128 + signal.
+    """A signal stopped a run after it saved its state; the exit status is 128 + signal.
 
-    signal: the number, such as 15 for SIGTERM. saved: what was left, in words. resume: the command
-    that goes on, where the command line knows one.
+    Args:
+        signal: Number of the signal, such as 15 for SIGTERM.
+        saved: Describes the saved state.
+        resume: Command that continues the run, if the command line knows one.
     """
 
     def __init__(self, signal: int, saved: str, resume: str = "") -> None:

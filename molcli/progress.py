@@ -1,17 +1,19 @@
-"""How a stage says how far it is, without knowing who shows it."""
+"""Interface through which a stage reports its progress; the caller decides how to display it."""
 
 from typing import Protocol
 
 
 class Progress(Protocol):
-    """Called by a stage as work gets done; the command line draws a bar from it.
+    """Callback that a stage calls as work gets done.
 
-    done, total: in one unit of the stage's choice (tokens, rows, layers); total is None while it
-    is unknown. note: a few words with the newest figures.
+    Args:
+        done: Finished amount, in a unit of the stage's choice (tokens, rows, layers).
+        total: Total amount in the same unit; None while it is unknown.
+        note: The newest figures, in a few words.
     """
 
     def __call__(self, done: int, total: int | None, note: str = "") -> None: ...
 
 
 def silent(done: int, total: int | None, note: str = "") -> None:
-    """The Progress of library use and tests: shows nothing."""
+    """Ignore progress: the default for library use and tests."""

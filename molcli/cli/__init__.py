@@ -1,1 +1,1 @@
-"""Commands: thin, typed, and the only place that joins stages."""
+"""Commands: options, printed output and exit status. The work is done by `molcli.api`."""

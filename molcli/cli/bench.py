@@ -1,17 +1,16 @@
-"""`molcli bench`: how fast a model is beside a dense one, on this machine."""
+"""`molcli bench`: time a model beside a dense one, on this machine."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from molcli.cli.bars import bar
-from molcli.cli.options import Json, Overrides, ParentOption, RecipeName
-from molcli.cli.parents import open_dense
+from molcli.api.arguments import open_dense
+from molcli.cli.options import Json, Overrides, ParentOption, RecipeName, recipe_for, write_json
 from molcli.errors import MolError
+from molcli.report.bars import bar
 
-if TYPE_CHECKING:  # torch comes with it
+if TYPE_CHECKING:  # imports torch
     from collections.abc import Callable
 
     from molcli.stages.bench import Report
@@ -22,7 +21,9 @@ OptionalCheckpoint = Annotated[
 ]
 Only = Annotated[
     str | None,
-    typer.Option("--only", metavar="A,B", help="Of prefill, decode, train, grouped, gdn."),
+    typer.Option(
+        "--only", metavar="A,B", help="Some of prefill, decode, train, grouped, gdn; else all."
+    ),
 ]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Of tokens and random weights.")]
 Compiled = Annotated[
@@ -46,16 +47,14 @@ def bench(
     """
     from rich.console import Console
 
-    from molcli.report.tables import bench_tables
+    from molcli.report.benchmark import benchmark_tables
 
     def save(report: "Report") -> None:
-        if json_file is not None:
-            text = json.dumps(report.to_json(), indent=2) + "\n"
-            json_file.write_text(text, encoding="utf-8")
+        write_json(json_file, report.to_json())
 
     report = run_bench(checkpoint, parent, only, recipe, overrides, seed, compiled, save)
     console = Console()
-    for part in bench_tables(report):
+    for part in benchmark_tables(report):
         console.print(part)
 
 
@@ -69,7 +68,7 @@ def run_bench(
     compiled: bool,
     save: "Callable[[Report], None]" = lambda _: None,
 ) -> "Report":
-    """All that was asked for, under a bar. save: takes the report after each of its rows."""
+    """Run the sections of `only`, or all. save: called with the report after each of its rows."""
     if (checkpoint is None) == (recipe is None):
         raise MolError(
             "there is nothing to time"
@@ -78,9 +77,7 @@ def run_bench(
             allowed="a checkpoint, or --recipe for an untrained model",
             hint="molcli bench --recipe paper-1.3b-1+3of15",
         )
-    from molcli.config.recipe import load_recipe
-
-    settings = None if recipe is None else load_recipe(recipe, overrides or ())
+    settings = None if recipe is None else recipe_for(recipe, overrides)
     from molcli.model.checkpoint import default_device
     from molcli.stages.bench import SECTIONS, bench, open_benchmark_pair
     from molcli.stages.init import untrained_config
@@ -93,6 +90,6 @@ def run_bench(
         )
     config = None if settings is None else untrained_config(settings.model)
     dense = None if parent is None else open_dense(parent).config
-    contest = open_benchmark_pair(config, checkpoint, dense, default_device())
+    pair = open_benchmark_pair(config, checkpoint, dense, default_device())
     with bar("timing") as progress:
-        return bench(contest, sections, seed=seed, compiled=compiled, progress=progress, save=save)
+        return bench(pair, sections, seed=seed, compiled=compiled, progress=progress, save=save)

@@ -1,48 +1,39 @@
 """`molcli demo`: the whole path on a real model."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+import shlex
+import sys
 from pathlib import Path
+from signal import SIGINT
 from time import monotonic
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from molcli.cli.bars import bar
-from molcli.cli.calibrate import with_data
-from molcli.cli.data.sample import run_sample
-from molcli.cli.evaluate import run_evaluate
-from molcli.cli.inspect import run_inspect
-from molcli.cli.options import Overrides, ParentOption, RecipeName, recipe_for
-from molcli.cli.parents import open_dense
-from molcli.cli.train import run_train
-from molcli.cli.upcycle import run_upcycle
-from molcli.config.sections import Recipe
+from molcli import api
+from molcli.api.arguments import open_dense
+from molcli.api.conversion import with_data
+from molcli.cli.demo_state import DemoState, check_folder, demo_identity, open_state
+from molcli.cli.options import Overrides, ParentOption, RecipeName, recipe_for, write_json
+from molcli.errors import Interrupted
+from molcli.report.bars import bar
 
-if TYPE_CHECKING:  # torch comes with it
+if TYPE_CHECKING:  # these import torch, or take time to import
+    from molcli.config.sections import Recipe
     from molcli.families.parent import Parent as DenseParent
+    from molcli.stages.evaluate import Evaluation
 
 DemoOut = Annotated[
-    Path, typer.Option("--out", "-o", metavar="DIR", help="The folder to write; must not exist.")
+    Path,
+    typer.Option(
+        "--out", "-o", metavar="DIR", help="The folder to write, or to go on in after a stop."
+    ),
+]
+Restart = Annotated[
+    bool,
+    typer.Option("--restart", help="Remove what an earlier demo wrote to --out, and begin again."),
 ]
 ON_CPU, ON_GPU = "demo", "demo-gpu"
-
-
-@dataclass
-class Steps:
-    """Says what comes next, and keeps how long it took: `seconds`, by the stage's name."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def step(self, name: str, sentence: str) -> Iterator[None]:
-        """One stage, with its sentence above its bar."""
-        typer.secho(sentence, err=True, dim=True)
-        start = monotonic()
-        yield
-        self.seconds[name] = round(monotonic() - start, 1)
 
 
 def demo(
@@ -50,56 +41,100 @@ def demo(
     parent: ParentOption = None,
     recipe: RecipeName = None,
     overrides: Overrides = None,
+    restart: Restart = False,
 ) -> None:
     """Upcycle SmolLM2-135M, train it, and show its routing.
 
     Takes nothing but a package index: the parent comes from PyPI, or from --parent, and writes all
-    text itself. Without --recipe, `demo-gpu` on a machine with a GPU, else `demo`.
+    text itself. Without --recipe, `demo-gpu` on a machine with a GPU, else `demo`. After an
+    interruption, the same command goes on where it was.
     """
     settings = recipe_for(recipe or ON_CPU, overrides)
-    from molcli.files.folders import refuse_existing
-
-    refuse_existing(out)
-    from molcli.cli.demo_report import continuations, report, show
+    check_folder(out, restart=restart)
+    from molcli.files.folders import locked
     from molcli.model.checkpoint import default_device
 
     if recipe is None and default_device().type == "cuda":
         settings = recipe_for(ON_GPU, overrides)
-    steps = Steps()
-    with steps.step("parent", "The parent: SmolLM2-135M-Instruct" if parent is None else parent):
-        dense = open_dense(parent if parent is not None else _fetched())
+    title = "The parent: SmolLM2-135M-Instruct" if parent is None else parent
+    typer.secho(title, err=True, dim=True)
+    start = monotonic()
+    dense = open_dense(parent if parent is not None else _fetched())
+    seconds = round(monotonic() - start, 1)
     _refuse_misfit(dense, settings)
     out.mkdir(parents=True, exist_ok=True)
+    with locked(out, out):
+        check_folder(out, restart=restart)  # another run may have finished there by now
+        identity = demo_identity(settings, dense.fingerprint())
+        state = open_state(out, identity, restart=restart)
+        state.seconds.setdefault("parent", seconds)
+        try:
+            _run_stages(dense, settings, state)
+        except Interrupted as stop:
+            stop.resume = _resume_command()
+            raise
+        except KeyboardInterrupt as stop:
+            kept = f"finished stages are kept in {out}"
+            raise Interrupted(SIGINT, kept, _resume_command()) from stop
+
+
+def _run_stages(dense: "DenseParent", settings: "Recipe", state: DemoState) -> None:
+    """All stages but those that are finished, then the table. Each goes on from its own output."""
+    from molcli.cli.demo_report import continuations, report, show
+    from molcli.stages.evaluate import Evaluation
+
+    out = state.folder
     text, heldout = out / "text.jsonl", out / "heldout.jsonl"
     upcycled, trained, routing = out / "upcycled", out / "trained", out / "routing.json"
-
     seen, unseen = settings.sample.tokens, settings.evaluate.tokens
-    sentence = f"Its own text: {seen:,} tokens to fit and train on, {unseen:,} held out"
-    with steps.step("sample", sentence):
+
+    def sample() -> None:
         drawn = out / "drawn.jsonl"
-        run_sample(dense, replace(settings.sample, tokens=seen + unseen), drawn)
+        if not drawn.exists():
+            api.sample(dense, drawn, recipe=settings, tokens=seen + unseen)
         _split(drawn, heldout, unseen, text)
+
+    state.run(
+        "sample", f"Its own text: {seen:,} tokens to fit and train on, {unseen:,} held out", sample
+    )
     settings = with_data(settings, str(text))
-    with steps.step("upcycle", "Layers become thin blocks, fitted to the parent's activations"):
-        run_upcycle(dense, settings, upcycled)
-    with steps.step("evaluate_upcycled", "On the held-out text, right after upcycling"):
-        before = run_evaluate(upcycled, dense, str(heldout), settings.evaluate)
-    with steps.step("train", f"{settings.train.tokens:,} training tokens, towards the parent"):
-        run_train(upcycled, trained, str(text), settings, dense)
-    with steps.step("evaluate_trained", "On the held-out text, after training"):
-        after = run_evaluate(trained, dense, str(heldout), settings.evaluate)
-    with steps.step("inspect", "Which tokens each block sees"):
-        run_inspect(trained, str(heldout), settings.inspect, routing)
-    with steps.step("generate", "A greedy continuation from both"):
-        texts = continuations(trained, dense)
-    figures = report(trained, text, before, after, settings, steps.seconds, texts)
+
+    def upcycle() -> None:
+        if not upcycled.exists():  # it appears whole
+            api.upcycle(dense, upcycled, recipe=settings)
+
+    def evaluate(checkpoint: Path) -> dict[str, Any]:
+        return _heldout_figures(checkpoint, dense, heldout, settings).to_json()
+
+    def train() -> None:
+        if not (trained / "config.json").exists():  # the last file that training writes
+            api.train(
+                upcycled, trained, data=text, parent=dense, recipe=settings, resume=trained.exists()
+            )
+
+    def inspect() -> None:
+        write_json(routing, api.inspect(trained, heldout, recipe=settings).to_json())
+
+    state.run("upcycle", "Layers become thin blocks, fitted to the parent's activations", upcycle)
+    sentence = "On the held-out text, right after upcycling"
+    before = state.run("evaluate_upcycled", sentence, lambda: evaluate(upcycled))
+    sentence = f"{settings.train.tokens:,} training tokens, towards the parent"
+    state.run("train", sentence, train)
+    sentence = "On the held-out text, after training"
+    after = state.run("evaluate_trained", sentence, lambda: evaluate(trained))
+    state.run("inspect", "Which tokens each block sees", inspect)
+    sentence = "A greedy continuation from both"
+    texts = state.run("generate", sentence, lambda: continuations(trained, dense))
+    evaluations = Evaluation(**before), Evaluation(**after)
+    figures = report(trained, text, *evaluations, settings, state.seconds, texts)
     show(figures, out, dense.name)
 
 
 def _split(drawn: Path, first: Path, tokens: int, rest: Path) -> None:
     """Moves the first documents, of so many tokens together, to `first`, all others to `rest`.
 
-    Documents are drawn independently: none of them says anything about another.
+    Documents are drawn independently: none of them says anything about another. `drawn` is removed
+    last: as long as it is there, the other two may lack some.
     """
     count = 0
     with drawn.open() as documents, first.open("w") as before, rest.open("w") as after:
@@ -107,6 +142,11 @@ def _split(drawn: Path, first: Path, tokens: int, rest: Path) -> None:
             (before if count < tokens else after).write(line)
             count += len(json.loads(line)["input_ids"])
     drawn.unlink()
+
+
+def _resume_command() -> str:
+    """This very command, but for a --restart."""
+    return shlex.join(["molcli", *(word for word in sys.argv[1:] if word != "--restart")])
 
 
 def _fetched() -> str:
@@ -119,8 +159,19 @@ def _fetched() -> str:
     return str(path)
 
 
-def _refuse_misfit(parent: "DenseParent", recipe: Recipe) -> None:
+def _refuse_misfit(parent: "DenseParent", recipe: "Recipe") -> None:
     """Raises MolError before the sampling if the recipe does not fit the parent."""
     from molcli.fitting.shapes import mol_config
 
     mol_config(parent, recipe.upcycle)
+
+
+def _heldout_figures(
+    checkpoint: Path, parent: "DenseParent", heldout: Path, recipe: "Recipe"
+) -> "Evaluation":
+    """Return losses on the held-out text, without prompts and recall."""
+    report = api.evaluate(
+        checkpoint, data=heldout, parent=parent, recipe=recipe, num_prompts=0, recall_sequences=0
+    )
+    assert report.heldout is not None
+    return report.heldout

@@ -8,13 +8,15 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from molcli.cli.demo_state import FIGURES, write_json
 from molcli.config.sections import Recipe
 from molcli.families.parent import Parent
 from molcli.model import MoLForCausalLM
 from molcli.model.checkpoint import default_device, open_checkpoint
 from molcli.model.parent import continue_greedily, open_teacher
+from molcli.report.evaluation import model_figures, parent_figures
 from molcli.report.machine import device_name, versions
-from molcli.report.tables import Figures, figures_of, figures_table, parent_figures
+from molcli.report.tables import ModelFigures, model_table
 from molcli.stages.evaluate import Evaluation
 
 PROMPT, NEW_TOKENS = "Gravity is", 16
@@ -58,8 +60,8 @@ def report(
     calibration = receipt["calibration"]
     return {
         "parent": asdict(parent),
-        "upcycled": asdict(figures_of(before)),
-        "trained": asdict(figures_of(after)),
+        "upcycled": asdict(model_figures(before)),
+        "trained": asdict(model_figures(after)),
         "layers": {
             "of": len(structures),
             "converted": [i for i, kind in enumerate(structures) if kind != "dense"],
@@ -79,19 +81,17 @@ def report(
 
 def show(figures: dict[str, Any], out: Path, parent: str) -> None:
     """Writes demo.json, the last file of a demo, and prints the table and what lies where."""
-    path = out / "demo.json"
-    partial = path.with_name(".demo.json.partial")
-    partial.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    path = out / FIGURES
+    write_json(path, figures)
     rows = {
-        "parent": Figures(**figures["parent"]),
-        "right after upcycling": Figures(**figures["upcycled"]),
-        "after training": Figures(**figures["trained"]),
+        "parent": ModelFigures(**figures["parent"]),
+        "right after upcycling": ModelFigures(**figures["upcycled"]),
+        "after training": ModelFigures(**figures["trained"]),
     }
     tokens, converted = figures["tokens"], figures["layers"]["converted"]
     title = f"{tokens['heldout']:,} held-out tokens, nats a token"
     console = Console(highlight=False)
-    console.print(figures_table(title, rows))
+    console.print(model_table(title, rows))
     console.print(
         f"{len(converted)} of {figures['layers']['of']} layers converted "
         f"({_ranges(converted)}), fitted on {tokens['calibration']:,} tokens, trained on "

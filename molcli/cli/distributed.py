@@ -1,4 +1,4 @@
-"""Start one process for each GPU, and know which of them this one is."""
+"""Start one training process for each GPU, and print an error of theirs only once."""
 
 import logging
 import os
@@ -9,102 +9,28 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from molcli.config.sections import TrainConfig
-from molcli.config.stages import resolve
 from molcli.errors import MolError
+from molcli.ranks import is_main, ranks
 
-_SPOKEN = "molcli/spoken"
+if TYPE_CHECKING:  # imported when needed: help answers without it
+    from molcli.config.sections import TrainConfig
+
+# Seconds that processes have to finish a step and write a checkpoint after a signal. torch 2.11
+# has no argument for it, and gives them 30.
+_LAST_STEP = "120"
+_PRINTED = "molcli/printed"
 _ENOUGH = timedelta(seconds=10)  # for another process to print a message
 
 
-def ranks() -> int:
-    """Processes of the run."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_main() -> bool:
-    """Whether this process prints what all of them would."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def is_launched() -> bool:
-    """Whether torchrun started this process."""
-    return "LOCAL_WORLD_SIZE" in os.environ
-
-
-def leave_together() -> None:
-    """Ends the connection between the processes, which all have come to this point."""
-    if ranks() > 1:
-        from torch import distributed
-
-        distributed.destroy_process_group()
-
-
-@contextmanager
-def one_speaks() -> Iterator[bool]:
-    """True in the first process that comes here; the others wait until it has left.
-
-    All meet the same error, or one alone does and ends the others: it is told once in any case.
-    """
-    if ranks() == 1:
-        yield True
-        return
-    try:
-        store = _store()
-        first = store.add("molcli/speaks", 1) == 1
-        if not first:
-            store.wait([_SPOKEN], _ENOUGH)
-    except (KeyError, RuntimeError):  # another launcher, or nobody said that all was said
-        yield is_main()
-        return
-    yield first
-    if first:
-        store.set(_SPOKEN, "")
-
-
-def follow_errors() -> Thread:
-    """Ends this process some seconds after another one has told why it ends, if it still runs.
-
-    It may be waiting for that one in a GPU's kernel, where no signal's handler gets a turn.
-    Returns the thread that watches.
-    """
-
-    def watch() -> None:
-        try:
-            _store().wait([_SPOKEN], timedelta(days=365))
-        except (KeyError, RuntimeError):  # torchrun itself has ended
-            return
-        time.sleep(_ENOUGH.total_seconds())
-        os._exit(1)
-
-    thread = Thread(target=watch, daemon=True)
-    thread.start()
-    return thread
-
-
-def _store() -> Any:
-    """That of torchrun, which outlives any of its processes. Raises KeyError without torchrun, and
-    RuntimeError if it cannot be reached."""
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return TCPStore(host, port, is_master=False, timeout=_ENOUGH)
-
-
-# Seconds that processes have to finish a step and write a checkpoint after a signal; torch 2.11
-# does not ask, and gives them 30.
-_LAST_STEP = "120"
-
-
 class ChildExit(SystemExit):
-    """Ends this process with the status of others, which have said what there was to say."""
+    """Ends this process with the exit status of its children, which have printed their errors."""
 
 
 def check_gpus(wanted: int) -> None:
-    """Raises MolError unless this machine shows so many."""
+    """Raise MolError if this machine has fewer GPUs."""
     import torch
 
     found = torch.cuda.device_count()
@@ -119,9 +45,16 @@ def check_gpus(wanted: int) -> None:
 
 
 def check_run(
-    checkpoint: Path, out: Path, config: TrainConfig, processes: int, *, parent: bool, resume: bool
+    checkpoint: Path,
+    out: Path,
+    config: "TrainConfig",
+    processes: int,
+    *,
+    parent: bool,
+    resume: bool,
 ) -> None:
-    """Raises MolError for what every process would refuse."""
+    """Raise MolError for what every process would refuse. Called before they are started."""
+    from molcli.config.stages import resolve
     from molcli.model.checkpoint import open_config
     from molcli.stages.train.batches import check_stages
     from molcli.stages.train.log import check_trackers
@@ -134,10 +67,13 @@ def check_run(
 
 
 def launch(processes: int, arguments: Sequence[str]) -> int:
-    """Runs `python arguments` in so many processes that find each other.
+    """Run `python arguments` in several connected processes, and wait for them.
 
-    Returns the exit status: that of a process that failed, or 128 + the signal that this one got
-    and passed on. What went wrong, the processes say themselves.
+    Errors are printed by the processes.
+
+    Returns:
+        The exit status: that of a process that failed, or 128 + the signal that this process got
+        and passed on.
     """
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _LAST_STEP)
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -159,7 +95,7 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     try:
         elastic_launch(config, sys.executable)(*arguments)
     except ChildFailedError as error:
-        # The agent ends the others by a signal, which makes their statuses negative; those that
+        # The agent ends the others by a signal, which makes their statuses negative. Those that
         # end because another one did have 1.
         return max(1, *(failure.exitcode for failure in error.failures.values()))
     except SignalException as stop:
@@ -167,3 +103,67 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     finally:
         logging.disable(logging.NOTSET)
     return 0
+
+
+def leave_together() -> None:
+    """End the connection between the processes. All of them must call this."""
+    if ranks() > 1:
+        from torch import distributed
+
+        distributed.destroy_process_group()
+
+
+@contextmanager
+def first_to_print() -> Iterator[bool]:
+    """Yield True in the first process that enters; the others wait until it has left.
+
+    An error that all processes meet is so printed once, and also one that a single process meets
+    and that ends the others.
+    """
+    if ranks() == 1:
+        yield True
+        return
+    try:
+        store = _store()
+        first = store.add("molcli/prints", 1) == 1
+        if not first:
+            store.wait([_PRINTED], _ENOUGH)
+    except (KeyError, RuntimeError):  # another launcher, or the first process did not finish
+        yield is_main()
+        return
+    yield first
+    if first:
+        store.set(_PRINTED, "")
+
+
+def follow_errors() -> Thread:
+    """End this process, if it still runs, some seconds after another one has printed an error.
+
+    It may be waiting for the other process in a GPU's kernel, where no signal handler runs.
+
+    Returns:
+        The thread that watches.
+    """
+
+    def watch() -> None:
+        try:
+            _store().wait([_PRINTED], timedelta(days=365))
+        except (KeyError, RuntimeError):  # torchrun itself has ended
+            return
+        time.sleep(_ENOUGH.total_seconds())
+        os._exit(1)
+
+    thread = Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+def _store() -> Any:
+    """Torchrun's key-value store, which outlives each of its processes.
+
+    Raises KeyError without torchrun, and RuntimeError if the store cannot be reached.
+    """
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return TCPStore(host, port, is_master=False, timeout=_ENOUGH)

@@ -1,30 +1,32 @@
-"""Say what went wrong: the user's input, the machine, or a bug of ours."""
+"""Print an error and choose the exit status: the user's input, the machine, or a bug."""
 
 import os
 import re
 import traceback
 
-from molcli.cli.distributed import one_speaks
+from molcli.cli.distributed import first_to_print
 from molcli.errors import Interrupted, MolError
 
 DEBUG = "MOLCLI_DEBUG"
-# What a process learns from gloo and NCCL when another one is killed.
+# Errors of gloo and NCCL in a process when another one was killed.
 _PEER_GONE = re.compile("Connection closed by peer|Connection reset by peer|DistBackendError")
 
 
 def explain(error: BaseException) -> int:
-    """Prints the error to stderr, in one of the processes that torchrun started, and returns the
-    exit status. `MOLCLI_DEBUG=1` adds the traceback.
+    """Print the error to stderr, in one of the processes that torchrun started.
 
-    2: the user can mend it (MolError). 128 + signal: interrupted, 130 by Ctrl-C. 1: the machine ran
-    out of something, or a bug.
+    `MOLCLI_DEBUG=1` in the environment adds the traceback.
+
+    Returns:
+        The exit status. 2: the user can correct it (MolError). 128 + signal: interrupted, 130 by
+        Ctrl-C. 1: the machine ran out of something, or a bug.
     """
     from rich.console import Console
     from rich.text import Text
 
     status, lines = _lines(error)
     console = Console(stderr=True, highlight=False)
-    with one_speaks() as here:
+    with first_to_print() as here:
         for style, label, text in lines if here else ():
             # Text, not markup: messages hold [0, 2] and paths.
             console.print(Text.assemble((label, style), text), soft_wrap=True)
@@ -34,6 +36,7 @@ def explain(error: BaseException) -> int:
 
 
 def _lines(error: BaseException) -> tuple[int, list[tuple[str, str, str]]]:
+    """The exit status, and (style, label, text) of each line."""
     if isinstance(error, KeyboardInterrupt):
         return 130, [("bold yellow", "interrupted: ", "no output was left half-written")]
     if isinstance(error, Interrupted):
@@ -54,7 +57,7 @@ def _lines(error: BaseException) -> tuple[int, list[tuple[str, str, str]]]:
             ("bold green", "try: ", "a smaller batch_size or micro_batch_size with --set"),
         ]
     if isinstance(error, RuntimeError) and _PEER_GONE.search(f"{type(error).__name__} {error}"):
-        return 1, [("bold red", "error: ", "another process of this run ended without a word")]
+        return 1, [("bold red", "error: ", "another process of this run ended without a message")]
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
         where = f": {error.filename}" if error.filename else ""
         return 1, [("bold red", "error: ", f"{error.strerror}{where}")]

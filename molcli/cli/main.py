@@ -1,4 +1,4 @@
-"""The `molcli` command: its subcommands, and the one place that turns an error into words."""
+"""The `molcli` command: its subcommands, and the one place that handles errors."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ from molcli.cli.calibrate import calibrate
 from molcli.cli.convert import convert
 from molcli.cli.data import app as data
 from molcli.cli.demo import demo
-from molcli.cli.distributed import ChildExit, is_main
+from molcli.cli.distributed import ChildExit
 from molcli.cli.evaluate import evaluate
 from molcli.cli.failures import explain
 from molcli.cli.init import init
@@ -19,13 +19,14 @@ from molcli.cli.inspect import inspect
 from molcli.cli.plan import plan
 from molcli.cli.train import train
 from molcli.cli.upcycle import upcycle
+from molcli.ranks import is_main
 
 _HELP = ["-h", "--help"]
 _CHECKED = "MOLCLI_VERSIONS_CHECKED"  # in the environment: also for the processes of --gpus N
 
 app = typer.Typer(
     name="molcli",
-    help="Turn a dense language model into a Mixture of Layers model, train it, look inside.",
+    help="Turn a dense language model into a Mixture of Layers model, train it, measure it.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": _HELP},
@@ -43,11 +44,11 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show versions.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print versions.")
     ] = False,
 ) -> None:
     """Options of `molcli` itself, before a command."""
-    # The command line of a command's help comes by here, too; completion does not.
+    # This runs before the help of a command, too, but not for completion.
     if not set(_HELP) & set(sys.argv):
         _warn_of_untested_versions()
 
@@ -77,14 +78,15 @@ app.add_typer(data, name="data")
 
 
 def main() -> None:
-    """Run the command line.
+    """Run the command line, and exit.
 
-    Exit status: 0 done, 1 a bug, 2 the user's input, 130 interrupted (143 by SIGTERM).
+    Exit status: 0 done, 1 a bug or the machine, 2 the user's input, 130 interrupted (143 by
+    SIGTERM).
     """
     try:
         app()
     except SystemExit as stop:
-        # typer turns an interrupt into this status without a word.
+        # typer turns an interrupt into this status and prints nothing.
         if stop.code == 130 and not isinstance(stop, ChildExit):
             explain(KeyboardInterrupt())
         raise

@@ -1,19 +1,19 @@
-"""The options that several commands share, and their shell completion."""
+"""Options that several commands share, and their shell completion."""
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from molcli.errors import MolError
 
 if TYPE_CHECKING:  # imported when needed: help answers without a YAML parser
-    from molcli.config.sections import Data as DataSpec
     from molcli.config.sections import Recipe
 
 
 def complete_recipe(incomplete: str) -> list[str]:
-    """Names of bundled recipes, for the shell."""
+    """Return the names of bundled recipes that the shell may complete to."""
     from molcli.config.recipe import bundled_recipes
 
     return [name for name in bundled_recipes() if name.startswith(incomplete)]
@@ -26,7 +26,9 @@ def _complete_key(incomplete: str) -> list[str]:
 
 
 def _complete_preset(incomplete: str) -> list[str]:
-    return [name for name in ("quality", "balanced", "fast") if name.startswith(incomplete)]
+    from molcli.config.sections import PRESETS
+
+    return [name for name in PRESETS if name.startswith(incomplete)]
 
 
 Parent = Annotated[
@@ -60,40 +62,49 @@ Overrides = Annotated[
         autocompletion=_complete_key,
     ),
 ]
-_SOURCE = "A .txt, .jsonl or .parquet file, a folder of `molcli data tokenize`, or hf://org/name."
 Preset = Annotated[
     str | None,
     typer.Option(
         "--preset",
         metavar="quality|balanced|fast",
-        help="Short for --set upcycle.preset=...; other values that are set win over it.",
+        help="The same as --set upcycle.preset=...; values of --set replace the preset's.",
         autocompletion=_complete_preset,
     ),
 ]
+_SOURCE = "A .txt, .jsonl or .parquet file, a folder of `molcli data tokenize`, or hf://org/name."
 Data = Annotated[
     list[str] | None,
     typer.Option(
         "--data",
         "-d",
         metavar="SOURCE[=WEIGHT]",
-        help=f"{_SOURCE} Repeatable; WEIGHT is a source's share of the tokens.",
+        help=f"{_SOURCE} Repeatable; WEIGHT is relative to the other sources', in tokens.",
     ),
 ]
 OneSource = Annotated[str | None, typer.Option("--data", "-d", metavar="SOURCE", help=_SOURCE)]
 RequiredData = Annotated[str, typer.Option("--data", "-d", metavar="SOURCE", help=_SOURCE)]
 ParentOption = Annotated[
     str | None,
-    typer.Option("--parent", "-p", metavar="PARENT", help="The dense model it came from."),
+    typer.Option("--parent", "-p", metavar="PARENT", help="The dense model it was made from."),
+]
+Calibration = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        metavar="DIR",
+        help="A folder that `molcli calibrate` wrote for this parent.",
+    ),
 ]
 Json = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here, too.")
+    Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures to this file.")
 ]
 
 
-def data_for(sources: list[str] | None) -> "DataSpec | None":
-    """What a repeated `--data` means: nothing, one source, or sources and their weights.
+def data_for(sources: list[str] | None) -> str | dict[str, float] | None:
+    """Return one source, or sources and their weights, from the values of a repeated `--data`.
 
-    Raises MolError if a source comes twice, or some of several have a weight and others do not.
+    Raises:
+        MolError: A source comes twice, or only some of several have a weight.
     """
     if not sources:
         return None
@@ -106,14 +117,14 @@ def data_for(sources: list[str] | None) -> "DataSpec | None":
     if bare and len(bare) < len(weights):
         raise MolError(
             f"`--data {bare[0]}` has no weight, though others have",
-            allowed="a weight for each source, or for none (equal shares)",
+            allowed="a weight for each source, or for none (equal weights)",
             hint=f"--data {bare[0]}=0.5",
         )
     return {source: 1.0 if weight is None else weight for source, weight in weights.items()}
 
 
 def _weighted(source: str) -> tuple[str, float | None]:
-    """What follows the last `=` is a weight if it is a number and no file has the whole name."""
+    """Split at the last `=` if a number follows it and no file has the whole name."""
     name, _, text = source.rpartition("=")
     if not name or Path(source).exists():
         return source, None
@@ -126,20 +137,14 @@ def _weighted(source: str) -> tuple[str, float | None]:
     return name, weight
 
 
-def recipe_for(
-    name: str | None,
-    overrides: list[str] | None,
-    checkpoint: Path | None = None,
-    preset: str | None = None,
-) -> "Recipe":
-    """The recipe that a command runs with.
+def write_json(path: Path | None, figures: dict[str, Any]) -> None:
+    """Write the figures of a command to the file of `--json`, if one is given."""
+    if path is not None:
+        path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
-    Without --recipe, the one saved in the checkpoint at hand, else the defaults. preset: of
-    --preset, in place of the recipe's.
-    """
-    from molcli.config.recipe import RECIPE_FILE, load_recipe
 
-    saved = None if checkpoint is None else checkpoint / RECIPE_FILE
-    source = name if name is not None or saved is None or not saved.is_file() else saved
-    chosen = [] if preset is None else [f"upcycle.preset={preset}"]
-    return load_recipe(source, [*chosen, *(overrides or ())])
+def recipe_for(name: str | None, overrides: list[str] | None) -> "Recipe":
+    """Return the recipe of a command that takes no checkpoint."""
+    from molcli.config.recipe import load_recipe
+
+    return load_recipe(name, overrides or ())

@@ -1,13 +1,10 @@
-"""`molcli upcycle`: a dense parent becomes a Mixture of Layers model."""
+"""`molcli upcycle`: turn a dense model into a Mixture of Layers model."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Any, cast
 
-import typer
-
-from molcli.cli.bars import bar
-from molcli.cli.calibrate import run_calibrate, scratch_beside, with_data
+from molcli import api
 from molcli.cli.options import (
+    Calibration,
     Data,
     Out,
     Overrides,
@@ -15,22 +12,7 @@ from molcli.cli.options import (
     Preset,
     RecipeName,
     data_for,
-    recipe_for,
 )
-from molcli.cli.parents import open_dense
-from molcli.config.sections import Recipe
-
-if TYPE_CHECKING:  # torch comes with it
-    from molcli.families.parent import Parent as DenseParent
-
-Calibration = Annotated[
-    Path | None,
-    typer.Option(
-        "--calibration",
-        metavar="DIR",
-        help="A folder that `molcli calibrate` wrote; without it, calibration runs first.",
-    ),
-]
 
 
 def upcycle(
@@ -44,34 +26,18 @@ def upcycle(
 ) -> None:
     """Turn a dense model into a Mixture of Layers model.
 
-    --data is the text to calibrate on; without it, the text is sampled from the parent itself.
+    The thin blocks are fitted to --calibration, else to the text of --data, else to text sampled
+    from the parent.
     """
-    settings = with_data(recipe_for(recipe, overrides, preset=preset), data_for(data))
-    from molcli.files.folders import refuse_existing
+    api.upcycle(
+        parent,
+        out,
+        data=data_for(data),
+        preset=cast(Any, preset),  # checked with the recipe
+        calibration=calibration,
+        recipe=recipe,
+        settings=overrides or (),
+    )
+    from molcli.report.receipt import print_receipt
 
-    refuse_existing(out)
-    run_upcycle(open_dense(parent), settings, out, calibration=calibration)
-    from molcli.report.tables import show_receipt
-
-    show_receipt(out)
-
-
-def run_upcycle(
-    parent: "DenseParent", recipe: Recipe, out: Path, *, calibration: Path | None = None
-) -> None:
-    """Writes the model to `out`, after a calibration of its own where none is given.
-
-    Where blocks are not fitted to text, none is sampled for them, and the receipt of a conversion
-    without text has no held-out figures.
-    """
-    from molcli.fitting.shapes import mol_config, needs_text
-    from molcli.stages.upcycle import upcycle as convert
-
-    # Before the long calibration: a recipe that does not fit the parent is refused here.
-    needed = needs_text(mol_config(parent, recipe.upcycle), recipe.upcycle)
-    with scratch_beside(out) as scratch:
-        if calibration is None and (recipe.calibrate.data is not None or needed):
-            calibration = scratch / "calibration"
-            run_calibrate(parent, recipe, calibration)
-        with bar("upcycling") as progress:
-            convert(parent, calibration, recipe, out, progress=progress)
+    print_receipt(out)

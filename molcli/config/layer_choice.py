@@ -1,4 +1,4 @@
-"""Which layers a conversion touches: the syntax, and what it means."""
+"""Which layers a conversion changes: the syntax, and the layers that it selects."""
 
 import re
 from typing import Literal, NewType
@@ -6,18 +6,18 @@ from typing import Literal, NewType
 from molcli.errors import MolError
 
 Every = NewType("Every", str)
-"""`every:N`: of N neighbouring layers, the last."""
+"""`every:N`: the last of N neighbouring layers."""
 LayerChoice = Literal["all", "none", "auto"] | Every | list[int]
 SYNTAX = "all, none, auto, every:N, or layers such as 0,3,7"
 
 
 def is_every(text: str) -> bool:
-    """Whether the text reads every:N, N from 1."""
+    """Whether the text is every:N with N of 1 or more."""
     return re.fullmatch(r"every:0*[1-9][0-9]*", text) is not None
 
 
 def parse_choice(text: str) -> LayerChoice:
-    """What a command line says. Raises MolError for anything that is not `SYNTAX`."""
+    """Parse a choice from the command line. Raise MolError if it does not follow `SYNTAX`."""
     words: dict[str, LayerChoice] = {"all": "all", "none": "none", "auto": "auto"}
     if text in words:
         return words[text]
@@ -29,8 +29,12 @@ def parse_choice(text: str) -> LayerChoice:
 
 
 def chosen_layers(choice: LayerChoice, eligible: list[int]) -> set[int]:
-    """The layers that a choice names among the eligible ones; every:N counts these. A list is taken
-    at its word, and auto, which has yet to be measured, names none."""
+    """Return the layers that a choice selects.
+
+    Args:
+        choice: A list is returned as it is. "auto" selects none: its layers are measured later.
+        eligible: Sorted layers that "all" and "every:N" select from.
+    """
     if not isinstance(choice, str):
         return set(choice)
     if choice == "all":
@@ -42,7 +46,7 @@ def chosen_layers(choice: LayerChoice, eligible: list[int]) -> set[int]:
 
 
 def refuse_beyond(name: str, layers: list[int], count: int) -> None:
-    """Raises MolError if a layer is none of `count`. name: of the recipe's value."""
+    """Raise MolError if a layer is `count` or more. name: key of the recipe that lists `layers`."""
     beyond = sorted(i for i in layers if i >= count)
     if beyond:
         raise MolError(
@@ -51,7 +55,7 @@ def refuse_beyond(name: str, layers: list[int], count: int) -> None:
         )
 
 
-def cheapest(costs: dict[int, float], share: float) -> set[int]:
-    """The layers of `auto`: round(share * len(costs)) of them, those that cost least first."""
+def cheapest(costs: dict[int, float], fraction: float) -> set[int]:
+    """Return the layers that `auto` selects: the round(fraction * len(costs)) that cost least."""
     order = sorted(costs, key=lambda layer: (costs[layer], layer))
-    return set(order[: round(share * len(costs))])
+    return set(order[: round(fraction * len(costs))])

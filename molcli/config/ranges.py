@@ -1,14 +1,13 @@
-"""The ranges of a recipe's values, and the rules between them."""
+"""What a recipe's values must satisfy, beyond their types."""
 
+from molcli.config.bounds import Above, Between, check, check_fields
 from molcli.config.sections import (
-    CalibrateConfig,
-    ConvertConfig,
     Data,
     EvaluateConfig,
-    InspectConfig,
     ModelConfig,
     Recipe,
     SampleConfig,
+    StageConfig,
     TrainConfig,
     UpcycleConfig,
 )
@@ -17,36 +16,35 @@ from molcli.errors import MolError
 
 
 def validate(recipe: Recipe) -> None:
-    """Raises MolError for the first value that no parent and no text could make sense of."""
-    _upcycle(recipe.upcycle)
-    _convert(recipe.convert)
-    _calibrate(recipe.calibrate)
-    _sample(recipe.sample)
-    _train(recipe.train)
-    _evaluate(recipe.evaluate)
-    _heldout("inspect", recipe.inspect)
-    _between("inspect.dead_share", recipe.inspect.dead_share, 0, 1)
-    _model(recipe.model)
+    """Check each value against the range of its field, and the values of a section together.
+
+    Raises:
+        MolError: A value is out of range, or contradicts another one, whatever the parent and the
+            text. The message states the range, and a value that works where there is one.
+    """
+    for name, section in vars(recipe).items():
+        check_fields(name, section, type(section))
+    _check_upcycle(recipe.upcycle)
+    if not isinstance(recipe.convert.gated_deltanet, str):
+        _check_layers("convert.gated_deltanet", recipe.convert.gated_deltanet)
+    _check_weights("calibrate.data", recipe.calibrate.data)
+    _check_sample(recipe.sample)
+    _check_train(recipe.train)
+    _check_evaluate(recipe.evaluate)
+    _check_model(recipe.model)
 
 
-def _upcycle(c: UpcycleConfig) -> None:
-    _blocks("upcycle", c.num_blocks, c.num_shared_blocks, c.chosen_top_k)
-    for key in ("d_thin", "d_ff_thin", "num_heads_thin"):
-        if (value := getattr(c, key)) is not None:
-            _at_least(f"upcycle.{key}", value, 1)
+def _check_upcycle(c: UpcycleConfig) -> None:
+    _check_blocks("upcycle", c.num_blocks, c.num_shared_blocks, c.chosen_top_k)
     for key in ("d_thin_shared", "d_ff_thin_shared", "num_heads_shared"):
-        if (value := getattr(c, key)) is None:
-            continue
-        _at_least(f"upcycle.{key}", value, 1)
-        if not c.num_shared_blocks:
+        if (value := getattr(c, key)) is not None and not c.num_shared_blocks:
             raise MolError(
                 f"`upcycle.{key}` is {value}, but no block is shared",
                 allowed="null where upcycle.num_shared_blocks is 0",
                 hint=f"upcycle.{key}=null",
             )
     if not isinstance(c.layers, str):
-        _indices("upcycle.layers", c.layers)
-    _between("upcycle.layers_budget", c.layers_budget, 0, 1)
+        _check_layers("upcycle.layers", c.layers)
     if c.layers == "auto" and c.method != "fitted":
         raise MolError(
             f"`upcycle.layers` is auto, `upcycle.method` {c.method}: auto compares fits",
@@ -54,12 +52,12 @@ def _upcycle(c: UpcycleConfig) -> None:
             hint="upcycle.layers=middle",
         )
     if not isinstance(c.gated_deltanet, str):
-        _indices("upcycle.gated_deltanet", c.gated_deltanet)
+        _check_layers("upcycle.gated_deltanet", c.gated_deltanet)
         if c.layers in ("middle", "auto"):
             raise MolError(
                 f"`upcycle.gated_deltanet` is {c.gated_deltanet}, `upcycle.layers` {c.layers}, "
                 "which may keep these dense",
-                allowed="all, none, every:N or auto, among the layers that upcycle.layers takes",
+                allowed="all, none, every:N or auto, among the layers that upcycle.layers selects",
                 hint="upcycle.gated_deltanet=auto",
             )
         if not isinstance(c.layers, str) and (
@@ -69,53 +67,25 @@ def _upcycle(c: UpcycleConfig) -> None:
                 f"`upcycle.gated_deltanet` names {dense}, which `upcycle.layers` keeps dense",
                 allowed=f"layers of {c.layers}",
             )
-    _between("upcycle.gated_deltanet_budget", c.gated_deltanet_budget, 0, 1)
     if c.gated_deltanet == "auto" and c.method != "fitted":
         raise MolError(
             f"`upcycle.gated_deltanet` is auto, `upcycle.method` {c.method}: auto compares fits",
             allowed="all, none, every:N or a list of layers, where nothing is fitted",
             hint="upcycle.gated_deltanet=none",
         )
-    _positive("upcycle.ridge", c.ridge)
-    _between("upcycle.shrinkage", c.shrinkage, 0, 1)
 
 
-def _convert(c: ConvertConfig) -> None:
-    if not isinstance(c.gated_deltanet, str):
-        _indices("convert.gated_deltanet", c.gated_deltanet)
-    _between("convert.budget", c.budget, 0, 1)
-    _positive("convert.ridge", c.ridge)
-    _at_least("convert.steps", c.steps, 0)
-    _positive("convert.learning_rate", c.learning_rate)
+def _check_sample(c: SampleConfig) -> None:
+    if c.prompt_length is not None and c.prompt_length >= c.length:
+        raise MolError(
+            f"`sample.prompt_length` is {c.prompt_length}, `sample.length` {c.length}",
+            allowed=f"prompts shorter than documents, 1 to {c.length - 1} tokens",
+            hint=f"sample.length={2 * c.prompt_length}",
+        )
 
 
-def _calibrate(c: CalibrateConfig) -> None:
-    _weights("calibrate.data", c.data)
-    _at_least("calibrate.tokens", c.tokens, 1)
-    _at_least("calibrate.heldout_tokens", c.heldout_tokens, 1)
-    _at_least("calibrate.context_length", c.context_length, 2)
-    _at_least("calibrate.seed", c.seed, 0)
-
-
-def _sample(c: SampleConfig) -> None:
-    _at_least("sample.tokens", c.tokens, 1)
-    _at_least("sample.length", c.length, 2)
-    if c.batch_size != "auto":
-        _at_least("sample.batch_size", c.batch_size, 1)
-    _positive("sample.temperature", c.temperature)
-    if c.prompt_length is not None:
-        _at_least("sample.prompt_length", c.prompt_length, 1)
-        if c.prompt_length >= c.length:
-            raise MolError(
-                f"`sample.prompt_length` is {c.prompt_length}, `sample.length` {c.length}",
-                allowed=f"prompts shorter than documents, 1 to {c.length - 1} tokens",
-                hint=f"sample.length={2 * c.prompt_length}",
-            )
-    _at_least("sample.seed", c.seed, 0)
-
-
-def _train(c: TrainConfig) -> None:
-    _stage("train", c)
+def _check_train(c: TrainConfig) -> None:
+    _check_stage("train", c)
     if c.data is not None and c.logits is not None:
         raise MolError(
             "`train.data` and `train.logits` are both set",
@@ -123,34 +93,22 @@ def _train(c: TrainConfig) -> None:
             hint="train.data=null",
         )
     for beta in c.betas:
-        _between("train.betas", beta, 0, 0.999_999)
-    _at_least("train.weight_decay", c.weight_decay, 0)
-    _positive("train.clip_norm", c.clip_norm)
-    if c.start_top_k is not None:
-        _at_least("train.start_top_k", c.start_top_k, 1)
-    _between("train.top_k_fraction", c.top_k_fraction, 0, 1)
-    _at_least("train.checkpoint_every", c.checkpoint_every, 0)
-    _at_least("train.log_every", c.log_every, 1)
-    _at_least("train.max_skipped", c.max_skipped, 1)
+        check("train.betas", beta, Between(0, 0.999_999))
     if len(set(c.trackers)) < len(c.trackers):
         raise MolError(f"`train.trackers` is {c.trackers}", allowed="each tracker once")
-    _at_least("train.seed", c.seed, 0)
     if isinstance(c.stages, list):
         if not c.stages:
             raise MolError(
                 "`train.stages` is empty", allowed="at least one stage, auto, or null for one"
             )
         for number, stage in enumerate(c.stages):
-            _stage(f"train.stages.{number}", merged(c, stage))
+            _check_stage(f"train.stages.{number}", merged(c, stage))
 
 
-def _stage(name: str, c: TrainConfig) -> None:
-    """The values that a stage may have of its own."""
-    _weights(f"{name}.data", c.data)
-    _at_least(f"{name}.tokens", c.tokens, 1)
-    _at_least(f"{name}.context_length", c.context_length, 2)
-    _at_least(f"{name}.batch_size", c.batch_size, 1)
-    _at_least(f"{name}.micro_batch_size", c.micro_batch_size, 1)
+def _check_stage(name: str, c: TrainConfig) -> None:
+    """Check the values that a stage may set."""
+    check_fields(name, c, StageConfig)
+    _check_weights(f"{name}.data", c.data)
     if c.batch_size % c.micro_batch_size:
         size = c.micro_batch_size
         raise MolError(
@@ -158,15 +116,6 @@ def _stage(name: str, c: TrainConfig) -> None:
             allowed="a batch_size that is a multiple of micro_batch_size",
             hint=f"{name}.batch_size={-(-c.batch_size // size) * size}",
         )
-    _positive(f"{name}.learning_rate", c.learning_rate)
-    _positive(f"{name}.new_learning_rate", c.new_learning_rate)
-    _between(f"{name}.min_learning_rate_ratio", c.min_learning_rate_ratio, 0, 1)
-    _between(f"{name}.warmup_fraction", c.warmup_fraction, 0, 1)
-    _at_least(f"{name}.kl_weight", c.kl_weight, 0)
-    _at_least(f"{name}.ce_weight", c.ce_weight, 0)
-    _positive(f"{name}.temperature", c.temperature)
-    _at_least(f"{name}.balance_weight", c.balance_weight, 0)
-    _at_least(f"{name}.bias_update_rate", c.bias_update_rate, 0)
     if c.kl_weight == 0 and c.ce_weight == 0:
         raise MolError(
             f"`{name}.kl_weight` and `{name}.ce_weight` are both 0",
@@ -175,47 +124,24 @@ def _stage(name: str, c: TrainConfig) -> None:
         )
 
 
-def _evaluate(c: EvaluateConfig) -> None:
-    _heldout("evaluate", c)
-    _at_least("evaluate.prompts", c.prompts, 0)
-    _at_least("evaluate.prompt_length", c.prompt_length, 1)
-    _at_least("evaluate.continuation_length", c.continuation_length, 1)
-    _at_least("evaluate.recall_sequences", c.recall_sequences, 0)
-    _at_least("evaluate.recall_pairs", c.recall_pairs, 1)
+def _check_evaluate(c: EvaluateConfig) -> None:
     if not c.recall_distances or min(c.recall_distances) < 0:
         raise MolError(
             f"`evaluate.recall_distances` is {c.recall_distances}",
             allowed="one or more numbers of tokens, 0 or more",
         )
-    _at_least("evaluate.seed", c.seed, 0)
 
 
-def _heldout(section: str, c: EvaluateConfig | InspectConfig) -> None:
-    _at_least(f"{section}.tokens", c.tokens, 1)
-    _at_least(f"{section}.context_length", c.context_length, 2)
-    _at_least(f"{section}.batch_size", c.batch_size, 1)
+def _check_model(c: ModelConfig) -> None:
+    _check_blocks("model", c.num_blocks, c.num_shared_blocks, c.top_k)
+    _check_multiple("model.head_dim", c.head_dim, 2, "RoPE rotates pairs")
+    _check_multiple("model.hidden_size", c.hidden_size, c.head_dim, "model.head_dim")
+    _check_multiple("model.d_thin", c.d_thin, c.head_dim, "model.head_dim")
 
 
-def _model(c: ModelConfig) -> None:
-    _blocks("model", c.num_blocks, c.num_shared_blocks, c.top_k)
-    _at_least("model.vocab_size", c.vocab_size, 1)
-    _at_least("model.num_hidden_layers", c.num_hidden_layers, 1)
-    _at_least("model.head_dim", c.head_dim, 2)
-    _multiple("model.head_dim", c.head_dim, 2, "RoPE turns pairs")
-    _at_least("model.hidden_size", c.hidden_size, 1)
-    _multiple("model.hidden_size", c.hidden_size, c.head_dim, "model.head_dim")
-    _at_least("model.d_thin", c.d_thin, 1)
-    _multiple("model.d_thin", c.d_thin, c.head_dim, "model.head_dim")
-    _at_least("model.d_ff_thin", c.d_ff_thin, 1)
-    _positive("model.rope_theta", c.rope_theta)
-    _at_least("model.max_position_embeddings", c.max_position_embeddings, 1)
-    _at_least("model.seed", c.seed, 0)
-
-
-def _blocks(section: str, num_blocks: int, num_shared: int, top_k: int) -> None:
-    """N, S and K of one layer: S <= N, and K of the N - S routed blocks."""
-    _at_least(f"{section}.num_blocks", num_blocks, 1)
-    _between(f"{section}.num_shared_blocks", num_shared, 0, num_blocks)
+def _check_blocks(section: str, num_blocks: int, num_shared: int, top_k: int) -> None:
+    """Check N, S and K of one layer: S <= N, and K of the N - S routed blocks."""
+    check(f"{section}.num_shared_blocks", num_shared, Between(0, num_blocks))
     routed = num_blocks - num_shared
     lowest = 1 if routed else 0  # routed blocks that never run would be dead weight
     if not lowest <= top_k <= routed:
@@ -226,22 +152,7 @@ def _blocks(section: str, num_blocks: int, num_shared: int, top_k: int) -> None:
         )
 
 
-def _at_least(name: str, value: float, lowest: float) -> None:
-    if value < lowest:
-        raise MolError(f"`{name}` is {value}", allowed=f"{lowest} or more")
-
-
-def _positive(name: str, value: float) -> None:
-    if value <= 0:
-        raise MolError(f"`{name}` is {value}", allowed="more than 0")
-
-
-def _between(name: str, value: float, lowest: float, highest: float) -> None:
-    if not lowest <= value <= highest:
-        raise MolError(f"`{name}` is {value}", allowed=f"{lowest} to {highest}")
-
-
-def _multiple(name: str, value: int, unit: int, reason: str) -> None:
+def _check_multiple(name: str, value: int, unit: int, reason: str) -> None:
     if value % unit:
         below = max(value // unit, 1) * unit
         raise MolError(
@@ -251,16 +162,16 @@ def _multiple(name: str, value: int, unit: int, reason: str) -> None:
         )
 
 
-def _weights(name: str, data: Data | None) -> None:
+def _check_weights(name: str, data: Data | None) -> None:
     if not isinstance(data, dict):
         return
     if not data:
         raise MolError(f"`{name}` maps nothing", allowed="at least one source and its weight")
     for source, weight in data.items():
-        _positive(f"{name}: {source}", weight)
+        check(f"{name}: {source}", weight, Above(0))
 
 
-def _indices(name: str, layers: list[int]) -> None:
+def _check_layers(name: str, layers: list[int]) -> None:
     if any(layer < 0 for layer in layers):
         raise MolError(f"`{name}` is {layers}", allowed="layer numbers from 0")
     if len(set(layers)) < len(layers):

@@ -1,78 +1,31 @@
-"""Find a recipe, read it from YAML and `--set`, and write the resolved one."""
+"""Find a recipe, read it from YAML and overrides, and write the resolved one."""
 
-import re
 from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import yaml
-
 from molcli import __version__
-from molcli.config import recipe as yaml_text
+from molcli.config import yaml_text
 from molcli.config.ranges import validate
 from molcli.config.sections import Recipe
 from molcli.config.typed import build, nearest
 from molcli.errors import MolError
 
-# PyYAML follows YAML 1.1, where a float needs a dot and a signed exponent: `1e-4` is text there.
-_FLOAT = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+")
+RECIPE_FILE = "recipe.yaml"
+"""Name of the resolved recipe in every folder that molcli writes."""
 
+RENAMED_KEYS = {
+    "convert.budget": "convert.gated_deltanet_budget",
+    "evaluate.prompts": "evaluate.num_prompts",
+}
+"""Old -> new name. Recipes with an old name are refused with the new one."""
 
-class _Loader(yaml.SafeLoader):
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise MolError(
-                    f"a key is not a word (line {key.start_mark.line + 1})",
-                    allowed="`key: value` lines",
-                )
-            if key.value in seen:
-                raise MolError(
-                    f"key `{key.value}` comes twice (line {key.start_mark.line + 1})",
-                    allowed="each key once",
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+Override = str | tuple[str, Any]
+"""Text such as "upcycle.d_thin=192", whose value is YAML, or a key and a Python value."""
 
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes what the loader would read as a number."""
-
-
-# YAML has no tuples.
-_Dumper.add_representer(tuple, yaml.SafeDumper.represent_list)
-
-for _class in (_Loader, _Dumper):
-    _class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
-
-
-def parse(text: str, origin: str) -> Any:
-    """The YAML document as plain Python values.
-
-    origin: where the text came from, for the error. Raises MolError if it is not YAML.
-    """
-    try:
-        # A subclass of SafeLoader: it builds plain values only.
-        return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError) as error:
-        place = getattr(error, "problem_mark", None)
-        line = f", line {place.line + 1}" if place is not None else ""
-        raise MolError(
-            f"{origin} is not YAML{line}: {getattr(error, 'problem', None) or error}",
-            allowed="`key: value` lines under the names of sections",
-        ) from error
-
-
-def dump(value: Any) -> str:
-    """YAML text that `parse` reads back as the same value.
-
-    In ASCII: PyYAML writes some of Unicode's line breaks so that they read back as spaces.
-    """
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=False)
-
-
+_SECTIONS: dict[str, Any] = get_type_hints(Recipe)
 # Built wheels carry the recipes inside the package; in a source checkout they lie beside it.
 _FOLDERS = (
     Path(__file__).parent.parent / "recipes",
@@ -80,8 +33,44 @@ _FOLDERS = (
 )
 
 
+def load_recipe(source: str | Path | Recipe | None, overrides: Iterable[Override] = ()) -> Recipe:
+    """Read a recipe, with defaults for the keys that it leaves out.
+
+    Args:
+        source: A YAML file, the name of a bundled recipe, or a recipe to change; None takes the
+            defaults.
+        overrides: Values that replace those of the recipe; of two for one key, the last one counts.
+            An entry of a list is addressed by its number, as in `train.stages.0.tokens=1`.
+
+    Raises:
+        MolError: An unknown section or key (the message names the nearest), a renamed key, a value
+            of another type, or one out of range.
+    """
+    overrides, values = list(overrides), dict[str, Any]()
+    if isinstance(source, Recipe):
+        if not overrides:
+            return source
+        values = asdict(source)
+    elif source is not None:
+        values = _read(find_recipe(str(source)))
+    for override in overrides:
+        section, key, value = _parse_override(override)
+        _put(values.setdefault(section, {}), section, key.split("."), value)
+    recipe = Recipe(
+        **{name: build(name, values.get(name, {}), kind) for name, kind in _SECTIONS.items()}
+    )
+    validate(recipe)
+    return recipe
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write every value of the recipe; `load_recipe(path)` returns an equal one."""
+    header = f"# Resolved by molcli {__version__}: every value that was in force.\n"
+    path.write_text(header + yaml_text.dump(asdict(recipe)), encoding="utf-8")
+
+
 def bundled_recipes() -> dict[str, Path]:
-    """Name -> file of every recipe that ships with the package, sorted by name."""
+    """Return name -> file of every recipe that ships with the package, sorted by name."""
     for folder in _FOLDERS:
         if files := sorted(folder.glob("*.yaml"), key=lambda file: file.stem):
             return {file.stem: file for file in files}
@@ -89,9 +78,13 @@ def bundled_recipes() -> dict[str, Path]:
 
 
 def find_recipe(name: str) -> Path:
-    """The file that `--recipe` means: a path, or a bundled name with or without .yaml.
+    """Return the file of a recipe.
 
-    Raises MolError, naming the nearest bundled recipe and all of them.
+    Args:
+        name: A path, or the name of a bundled recipe with or without .yaml.
+
+    Raises:
+        MolError: There is no such recipe; the message names the nearest bundled one and all others.
     """
     path = Path(name)
     if path.is_file():
@@ -110,37 +103,8 @@ def find_recipe(name: str) -> Path:
     )
 
 
-RECIPE_FILE = "recipe.yaml"
-"""The resolved recipe's name in every folder that molcli writes."""
-
-_SECTIONS: dict[str, Any] = get_type_hints(Recipe)
-
-
-def load_recipe(source: str | Path | None, overrides: Iterable[str] = ()) -> Recipe:
-    """The recipe of a YAML file, with the defaults where it is silent.
-
-    source: a path or the name of a bundled recipe; None takes the defaults. overrides: `a.b=c`
-    texts, the value in YAML, entries of lists by number (`train.stages.0.tokens=1`); the last one
-    wins. Raises MolError for an unknown section or key
-    (naming the nearest), an ill-typed value, or one out of range.
-    """
-    values = _read(find_recipe(str(source))) if source is not None else {}
-    for override in overrides:
-        section, key, value = _parse_override(override)
-        _put(values.setdefault(section, {}), section, key.split("."), value)
-    recipe = Recipe(**{name: _section(name, values.get(name, {})) for name in _SECTIONS})
-    validate(recipe)
-    return recipe
-
-
-def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Writes every value of the recipe; `load_recipe(path)` gives an equal one."""
-    header = f"# Resolved by molcli {__version__}: every value that was in force.\n"
-    path.write_text(header + yaml_text.dump(asdict(recipe)), encoding="utf-8")
-
-
 def recipe_keys() -> list[str]:
-    """Every `section.key` that `--set` accepts."""
+    """Return every `section.key` that an override accepts."""
     return [f"{section}.{key}" for section in _SECTIONS for key in _keys(section)]
 
 
@@ -165,26 +129,30 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
                 f"section `{section}` is {keys!r}", allowed="`key: value` lines, indented"
             )
         for key in keys or {}:
-            _check_key(section, str(key))
+            _check_key(section, str(key), f"rename the key in {path}")
     return {section: dict(keys or {}) for section, keys in content.items()}
 
 
-def _parse_override(override: str) -> tuple[str, str, Any]:
-    name, equals, text = override.partition("=")
+def _parse_override(override: Override) -> tuple[str, str, Any]:
+    """Return section, key and value."""
+    if isinstance(override, str):
+        name, equals, text = override.partition("=")
+        found = f"`--set {override}` sets nothing"
+    else:
+        name, equals, text = override[0], "=", ""
+        found = f"setting `{name}` names no section"
     section, dot, key = name.strip().partition(".")
     if not equals or not dot:
-        raise MolError(
-            f"`--set {override}` sets nothing",
-            allowed="section.key=value",
-            hint="--set upcycle.d_thin=192",
-        )
+        raise MolError(found, allowed="section.key=value", hint="--set upcycle.d_thin=192")
     _check_section(section)
     _check_key(section, key.split(".")[0])
-    return section, key, yaml_text.parse(text, f"the value of `--set {name}`")
+    if isinstance(override, str):
+        return section, key, yaml_text.parse(text, f"the value of `--set {name}`")
+    return section, key, deepcopy(override[1])  # `_put` may change it
 
 
 def _put(values: dict[str, Any], section: str, path: list[str], value: Any) -> None:
-    """Sets the value of a key, or of a key in an entry of a list that the recipe has."""
+    """Set the value of a key, or of a key in an entry of a list that the recipe has."""
     key, *rest = path
     if not rest:
         values[key] = value
@@ -214,7 +182,10 @@ def _check_section(section: str) -> None:
         )
 
 
-def _check_key(section: str, key: str) -> None:
+def _check_key(section: str, key: str, how: str = "") -> None:
+    """Raise MolError for an unknown or renamed key. how: what to do about a renamed one."""
+    if new := RENAMED_KEYS.get(f"{section}.{key}"):
+        raise MolError(f"`{section}.{key}` is now `{new}`", allowed=f"`{new}`", hint=how or new)
     if key not in _keys(section):
         guess = nearest(key, _keys(section))
         raise MolError(
@@ -222,7 +193,3 @@ def _check_key(section: str, key: str) -> None:
             allowed=", ".join(_keys(section)),
             hint=f"{section}.{guess}" if guess else "",
         )
-
-
-def _section(name: str, values: dict[str, Any]) -> Any:
-    return build(name, values, _SECTIONS[name])

@@ -1,78 +1,82 @@
-"""The sections of a recipe, one frozen dataclass per stage. No section imports torch."""
+"""The sections of a recipe, one frozen dataclass for each stage. None of them imports torch."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal, get_args
 
+from molcli.config.bounds import AtLeast, Count, Fraction, Length, Natural, NonNegative, Positive
 from molcli.config.layer_choice import LayerChoice
 
 Data = str | dict[str, float]
-"""A source, or a mapping from sources to weights, a source's share of the tokens in any unit. A
-source is a .txt, .jsonl or .parquet file, a folder of `molcli data tokenize`, or a data set on the
-Hub as hf://org/name[:config[:split]]."""
+"""A source of text, or a mapping from sources to weights. A source's weight is its part of the
+tokens, in any unit. A source is a .txt, .jsonl or .parquet file, a folder of `molcli data
+tokenize`, or a data set on the Hub as hf://org/name[:config[:split]]."""
+Preset = Literal["quality", "balanced", "fast"]
+PRESETS: tuple[Preset, ...] = get_args(Preset)
 
 
 @dataclass(frozen=True)
 class UpcycleConfig:
-    """How a dense parent becomes a Mixture of Layers.
+    """How a dense parent becomes a Mixture of Layers model.
 
-    preset: the shape of blocks, as a share of the parent layer's weights that run on a token:
-        "quality" 75%, "balanced" 52.5%, "fast" 37.5%. Where none of the six numbers below is set,
-        the shared blocks get seven tenths of it and all of the parent's heads, the K routed ones
-        the rest. Where one is set, or nothing is shared or routed, all blocks have one shape, and
-        A = S + K run on a token: "balanced" is then the paper's rule, d_model / A wide, with heads
-        and neurons in proportion to the width, or a few heads more where whole groups that share a
-        key-value head take fewer weights; "quality" and "fast" are as wide and have as many neurons
-        as give the A blocks their share, and the fewest heads that hold all of the parent's.
+    preset: the shape of the blocks, by the fraction of the parent layer's weights that run on a
+        token: "quality" 75%, "balanced" 52.5%, "fast" 37.5%. If none of the six numbers below is
+        set, the shared blocks get seven tenths of it and all of the parent's heads, and the K
+        routed blocks get the rest. If one is set, or no block is shared or routed, all blocks have
+        one shape, and A = S + K of them run on a token. "balanced" then follows the paper: blocks
+        are d_model / A wide, with heads and FFN neurons in proportion to the width, or a few heads
+        more where whole groups that share a key-value head need fewer weights. "quality" and "fast"
+        choose width and neurons so that the A blocks have their fraction of the weights, with the
+        fewest heads that hold all of the parent's.
     num_blocks: thin blocks in a layer, shared ones included (N).
     num_shared_blocks: blocks that run on every token (S).
-    top_k: routed blocks that run on a token, of the N - S (K); null takes 1, 2 where all blocks
-        have one shape, or all where there are fewer.
-    d_thin, d_ff_thin, num_heads_thin: width of a thin block, a multiple of head_dim; its FFN
-        neurons; its query heads, at most the parent's. null leaves them to the preset.
-    d_thin_shared, d_ff_thin_shared, num_heads_shared: the same of a shared block; where another
-        number is set, null is as in a routed one.
-    layers: which parent layers become Mixture of Layers: "all", a list of indices, "middle": those
-        halfway between input and output, or "auto": those that cost least. The cost of a layer is
-        KL(parent || model) with that layer alone converted, its attention softmax, on calibration
-        text kept from its fit.
-    layers_budget: share of the parent's layers that "middle" and "auto" take.
-    gated_deltanet: layers whose routed blocks use Gated DeltaNet instead of softmax attention:
-        "all", "none", "every:N" (of N neighbouring ones the last), a list of layers, or "auto":
-        those that cost least. The cost of a layer is what it adds to KL(parent || model) with that
-        layer alone converted, on calibration text kept from its fit.
-    gated_deltanet_budget: share of the converted layers that "auto" takes.
-    ridge: Tikhonov term of the least-squares refits, relative to the mean feature energy.
-    shrinkage: share of every block's refit that sees all tokens, not only its cluster's.
-    method: how blocks are filled. "fitted" by least squares; the others are baselines, to train
-        from and compare with: "random" as `molcli init`, "svd" the truncated weights, "pca" weights
-        projected onto the residual's principal axes. "random" and "svd" need no text.
+    top_k: routed blocks that run on a token, of the N - S (K). null is 1, or 2 where all blocks
+        have one shape, and at most N - S.
+    d_thin, d_ff_thin, num_heads_thin: shape of a thin block: width, a multiple of head_dim; FFN
+        neurons; query heads, at most the parent's. null leaves them to the preset.
+    d_thin_shared, d_ff_thin_shared, num_heads_shared: the same for shared blocks. If another of the
+        six is set, null is the value of a routed block.
+    layers: the parent layers that become Mixture of Layers: "all", a list of indices, "middle" (the
+        layers nearest to the middle of the model), or "auto" (the layers that cost least). The cost
+        of a layer is KL(parent || model) with only that layer converted, its attention softmax, on
+        calibration text that its fit did not use.
+    layers_budget: fraction of the parent's layers that "middle" and "auto" convert.
+    gated_deltanet: the layers whose routed blocks use Gated DeltaNet in place of softmax attention:
+        "all", "none", "every:N" (the last of N neighbouring ones), a list of layers, or "auto" (the
+        layers that cost least). The cost of a layer is what it adds to KL(parent || model) with
+        only that layer converted, on calibration text that its fit did not use.
+    gated_deltanet_budget: fraction of the converted layers that "auto" selects.
+    ridge: Tikhonov term of the least-squares fits, relative to the mean feature energy.
+    shrinkage: fraction of every block's fit that sees all tokens, not only its cluster's.
+    method: how blocks are initialised. "fitted" by least squares. The others are baselines to train
+        from and to compare with: "random" as by `molcli init`, "svd" truncated weights, "pca"
+        weights projected onto the residual's principal axes. "random" and "svd" need no text.
     receipt: "full" adds to receipt.json and receipt.html the baselines on the same held-out text,
-        each layer's sensitivity, and greedy continuations. It takes longer, and for the last of
-        these loads both models as a whole, one after the other.
+        each layer's sensitivity, and greedy continuations. It takes longer, and for the
+        continuations loads the parent and the model, one after the other.
     """
 
-    preset: Literal["quality", "balanced", "fast"] = "balanced"
-    num_blocks: int = 9
+    preset: Preset = "balanced"
+    num_blocks: Count = 9
     num_shared_blocks: int = 1
     top_k: int | None = None
-    d_thin: int | None = None
-    d_ff_thin: int | None = None
-    num_heads_thin: int | None = None
-    d_thin_shared: int | None = None
-    d_ff_thin_shared: int | None = None
-    num_heads_shared: int | None = None
+    d_thin: Count | None = None
+    d_ff_thin: Count | None = None
+    num_heads_thin: Count | None = None
+    d_thin_shared: Count | None = None
+    d_ff_thin_shared: Count | None = None
+    num_heads_shared: Count | None = None
     layers: Literal["all", "middle", "auto"] | list[int] = "all"
-    layers_budget: float = 0.5
+    layers_budget: Fraction = 0.5
     gated_deltanet: LayerChoice = "none"
-    gated_deltanet_budget: float = 0.5
-    ridge: float = 1e-2
-    shrinkage: float = 0.1
+    gated_deltanet_budget: Fraction = 0.5
+    ridge: Positive = 1e-2
+    shrinkage: Fraction = 0.1
     method: Literal["fitted", "random", "svd", "pca"] = "fitted"
     receipt: Literal["short", "full"] = "short"
 
     @property
     def splits_shapes(self) -> bool:
-        """Whether the preset gives shared and routed blocks a shape each."""
+        """Whether the preset gives shared and routed blocks different shapes."""
         routed = (self.d_thin, self.d_ff_thin, self.num_heads_thin)
         shared = (self.d_thin_shared, self.d_ff_thin_shared, self.num_heads_shared)
         mixed = 0 < self.num_shared_blocks < self.num_blocks and self.top_k != 0
@@ -80,7 +84,7 @@ class UpcycleConfig:
 
     @property
     def chosen_top_k(self) -> int:
-        """top_k, or what null stands for."""
+        """top_k, or the number that null means."""
         if self.top_k is not None:
             return self.top_k
         return min(1 if self.splits_shapes else 2, self.num_blocks - self.num_shared_blocks)
@@ -88,233 +92,251 @@ class UpcycleConfig:
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    """Softmax attention of a Mixture of Layers model becomes Gated DeltaNet.
+    """How softmax attention of a Mixture of Layers model becomes Gated DeltaNet.
 
-    gated_deltanet: as `upcycle.gated_deltanet`, among the layers whose routed blocks use softmax; a
+    gated_deltanet: as `upcycle.gated_deltanet`, among the layers whose routed blocks use softmax. A
         list may also name dense layers, whose attention is then converted at full width.
-    budget: share of these layers that "auto" takes; the cost of a layer is KL(original || original
-        with that layer alone converted), on text kept from its fit.
-    ridge: Tikhonov term of the least-squares refits, relative to the mean feature energy.
-    steps: of Adam, per layer, on the converted attention: it learns to give the layer the output
-        that it had with softmax. learning_rate: of these steps, falling linearly to 0.
+    gated_deltanet_budget: fraction of these layers that "auto" selects. The cost of a layer is
+        KL(original || original with only that layer converted), on text that its fit did not use.
+    ridge: Tikhonov term of the least-squares fits, relative to the mean feature energy.
+    steps: steps of Adam for each layer, on the converted attention, towards the output that the
+        layer had with softmax.
+    learning_rate: of these steps, falling linearly to 0.
     """
 
     gated_deltanet: LayerChoice = "all"
-    budget: float = 0.5
-    ridge: float = 1e-2
-    steps: int = 0
-    learning_rate: float = 1e-3
+    gated_deltanet_budget: Fraction = 0.5
+    ridge: Positive = 1e-2
+    steps: Natural = 0
+    learning_rate: Positive = 1e-3
 
 
 @dataclass(frozen=True)
 class CalibrateConfig:
-    """Text that the conversion looks at.
+    """The text that a conversion is fitted to.
 
-    data: a source or a mapping from sources to weights; null samples text from the parent itself.
-    tokens: calibration tokens, the first of the data. heldout_tokens: further ones, never fitted,
-        for the receipt.
+    data: a source or a mapping from sources to weights; null samples text from the parent.
+    tokens: calibration tokens, from the beginning of the data.
+    heldout_tokens: further tokens, not used by any fit, for the receipt.
     context_length: tokens in a calibration sequence.
-    seed: draws what of the data is held out, the sampled text and the clusters.
+    seed: of the choice of held-out text, of sampled text, and of the clustering.
     """
 
     data: Data | None = None
-    tokens: int = 65_536
-    heldout_tokens: int = 8_192
-    context_length: int = 512
-    seed: int = 0
+    tokens: Count = 65_536
+    heldout_tokens: Count = 8_192
+    context_length: Length = 512
+    seed: Natural = 0
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Text sampled from the parent, for those without a data set.
+    """Text sampled from the parent, for use where there is no data set.
 
-    tokens: how many to sample. length: tokens in a document. batch_size: documents at a time;
-        "auto": 64 on a CPU, on a GPU as many as half of its memory is for, at most 8192.
+    tokens: how many to sample.
+    length: tokens in a document.
+    batch_size: documents sampled together. "auto" is 64 on a CPU; on a GPU, as many as fit into
+        half of its memory, at most 8192.
     temperature: 1.0 samples the parent's own distribution.
-    prompts: what the documents begin with, a source like train.data; in its order, and from its
-        first again when they run out. null begins with the parent's BOS alone.
-    prompt_length: tokens of a prompt that its document begins with, at most; null takes them all.
+    prompts: a source of text as in train.data, whose documents begin the sampled ones, in order and
+        from the first again when they run out. null begins with the parent's BOS alone.
+    prompt_length: tokens of a prompt to use, at most; null uses all of them.
     """
 
-    tokens: int = 100_000
-    length: int = 512
-    batch_size: int | Literal["auto"] = "auto"
-    temperature: float = 1.0
+    tokens: Count = 100_000
+    length: Length = 512
+    batch_size: Count | Literal["auto"] = "auto"
+    temperature: Positive = 1.0
     prompts: str | None = None
-    prompt_length: int | None = None
-    seed: int = 0
+    prompt_length: Count | None = None
+    seed: Natural = 0
 
 
 @dataclass(frozen=True)
 class StageConfig:
-    """One stage of training. What is null is as in the train section.
+    """One stage of training. A value of null is that of the train section.
 
-    kind: "align" teaches every Mixture of Layers layer the parent layer's output on the parent's
-        own input, each on its own; it trains those layers alone. "distill" learns the parent's
-        predictions, "pretrain" the text.
-    tokens: of this stage. The other keys mean what they mean in the train section.
+    kind: "align" trains each Mixture of Layers layer alone towards the parent layer's output on the
+        parent's own input. "distill" learns the parent's predictions, "pretrain" the text.
+    tokens: of this stage. The other keys are those of the train section.
     """
 
     kind: Literal["align", "distill", "pretrain"]
     data: Data | None = None
-    tokens: int | None = None
-    context_length: int | None = None
-    batch_size: int | None = None
-    micro_batch_size: int | None = None
-    learning_rate: float | None = None
-    new_learning_rate: float | None = None
-    min_learning_rate_ratio: float | None = None
-    warmup_fraction: float | None = None
+    tokens: Count | None = None
+    context_length: Length | None = None
+    batch_size: Count | None = None
+    micro_batch_size: Count | None = None
+    learning_rate: Positive | None = None
+    new_learning_rate: Positive | None = None
+    min_learning_rate_ratio: Fraction | None = None
+    warmup_fraction: Fraction | None = None
     trainable: Literal["all", "mol"] | None = None
-    kl_weight: float | None = None
-    ce_weight: float | None = None
-    temperature: float | None = None
+    kl_weight: NonNegative | None = None
+    ce_weight: NonNegative | None = None
+    temperature: Positive | None = None
     balance: Literal["bias", "loss", "none"] | None = None
-    balance_weight: float | None = None
-    bias_update_rate: float | None = None
+    balance_weight: NonNegative | None = None
+    bias_update_rate: NonNegative | None = None
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The recovery run.
+    """The training run.
 
-    data: a source or a mapping from sources to weights such as {a.jsonl: 0.7, b.txt: 0.3} (the
-        command line's --data wins). A source that runs out begins again, in another order.
-    logits: a folder of `molcli data cache-logits`, which stands for both data and parent in stages
-        without data of their own; not for align, and at temperature 1 alone.
-    tokens: training tokens in all. context_length: tokens in a packed row.
-    batch_size: rows in an optimiser step. micro_batch_size: rows in a forward pass, at most: where
-        processes share a batch, each takes its rows at once if they are fewer.
-    learning_rate: peak, for inherited weights; new_learning_rate for the router, thin_in and
-        thin_out, and DeltaNet's gates and convolutions. Cosine to min_learning_rate_ratio of it.
-    kl_weight: weight of the forward KL to the parent; ce_weight of the next-token loss.
-    temperature: at which the KL compares the two, times its square (arXiv 1503.02531).
-    balance: how routed blocks are kept in use. "bias": after a step, the bias of each block's logit
-        moves by bias_update_rate towards an even load (arXiv 2408.15664); "loss": the CV^2 loss
-        (arXiv 2605.09516) with weight balance_weight; "none".
-    start_top_k: routed blocks that run on a token at first, falling linearly to the model's own
+    data: a source or a mapping from sources to weights such as {a.jsonl: 0.7, b.txt: 0.3}; --data
+        on the command line replaces it. A source that runs out begins again, in another order.
+    logits: a folder of `molcli data cache-logits`, which replaces data and parent in stages without
+        data of their own. Not for align, and only at temperature 1.
+    tokens: training tokens of the whole run.
+    context_length: tokens in a packed row.
+    batch_size: rows in an optimiser step.
+    micro_batch_size: rows in a forward pass, at most. Where processes split a batch and each has
+        fewer rows, these are one forward pass.
+    learning_rate: peak, for inherited weights.
+    new_learning_rate: peak, for the router, thin_in and thin_out, and DeltaNet's gates and
+        convolutions. Both fall along a cosine to min_learning_rate_ratio of their peak.
+    warmup_fraction: of the stage's steps, in which the learning rates rise linearly.
+    kl_weight: weight of the forward KL to the parent.
+    ce_weight: weight of the next-token loss.
+    temperature: of both distributions in the KL, which is multiplied by its square
+        (arXiv 1503.02531).
+    balance: how routed blocks are kept in use. "bias": after each step, the bias of each block's
+        logit moves by bias_update_rate towards an even load (arXiv 2408.15664). "loss": the CV^2
+        loss (arXiv 2605.09516) with weight balance_weight. "none".
+    start_top_k: routed blocks that run on a token at the start, falling linearly to the model's own
         number over top_k_fraction of all tokens; null keeps the model's.
-    trainable: "mol" trains the Mixture of Layers layers alone and keeps the rest as inherited; on a
-        model with dense layers below them, the backward pass ends early.
+    trainable: "mol" trains the Mixture of Layers layers alone and keeps the rest as inherited. On a
+        model with dense layers below them, the backward pass then ends early.
     checkpoint_every: optimiser steps between checkpoints; 0 writes none.
+    log_every: optimiser steps between lines of the log.
     compile: torch.compile for layers and loss, which takes a minute, and, in one process without
-        Gated DeltaNet, CUDA graphs; "auto": on a GPU, in long runs that keep one number of blocks.
-    sharding: between several processes. "full": each holds a share of weights, gradients and
-        moments. "optimizer": of moments, and of weights between steps; while a step lasts, weights
-        and gradients are whole on each, so that they are exchanged once in it and not in every
-        micro-batch. "auto": "optimizer" where both take at most a third of a GPU's memory.
-    max_skipped: the run stops after so many steps in a row whose gradient was not finite.
-    trackers: that show the log as it grows, in OUT/molcli (tensorboard) or where the service keeps
-        it, under the project molcli.
+        Gated DeltaNet, CUDA graphs. "auto": on a GPU, in long runs with a constant top_k.
+    sharding: between several processes. "full": each holds a part of weights, gradients and
+        moments. "optimizer": each holds a part of the moments, and of the weights between steps;
+        during a step, weights and gradients are whole on each, so that they are communicated once
+        in a step and not in every micro-batch. "auto": "optimizer" where both need at most a third
+        of a GPU's memory.
+    max_skipped: the run stops after this many steps in a row whose gradient was not finite.
+    trackers: services that show the log as it grows, in OUT/molcli (tensorboard) or where the
+        service keeps it, under the project molcli.
     precision: "auto" is bf16 where the device multiplies matrices in it natively, else fp32.
-    stages: one after another, each with a fresh optimiser, warm-up and decay; null is one stage,
-        distill with a parent and pretrain without; "auto" plans them from the model's size and
-        `tokens`, then the tokens of all stages together.
+    stages: one after another, each with a new optimiser, warm-up and decay. null is one stage,
+        distill with a parent and pretrain without. "auto" plans the stages from the model's size
+        and `tokens`, then the tokens of all stages together.
     """
 
     data: Data | None = None
     logits: str | None = None
-    tokens: int = 1_000_000
-    context_length: int = 512
-    batch_size: int = 16
-    micro_batch_size: int = 4
-    learning_rate: float = 1e-4
-    new_learning_rate: float = 3e-5
-    min_learning_rate_ratio: float = 0.1
-    warmup_fraction: float = 0.05
+    tokens: Count = 1_000_000
+    context_length: Length = 512
+    batch_size: Count = 16
+    micro_batch_size: Count = 4
+    learning_rate: Positive = 1e-4
+    new_learning_rate: Positive = 3e-5
+    min_learning_rate_ratio: Fraction = 0.1
+    warmup_fraction: Fraction = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.01
-    clip_norm: float = 1.0
-    kl_weight: float = 1.0
-    ce_weight: float = 0.0
-    temperature: float = 1.0
+    weight_decay: NonNegative = 0.01
+    clip_norm: Positive = 1.0
+    kl_weight: NonNegative = 1.0
+    ce_weight: NonNegative = 0.0
+    temperature: Positive = 1.0
     balance: Literal["bias", "loss", "none"] = "bias"
-    balance_weight: float = 0.05
-    bias_update_rate: float = 1e-3
-    start_top_k: int | None = None
-    top_k_fraction: float = 0.5
+    balance_weight: NonNegative = 0.05
+    bias_update_rate: NonNegative = 1e-3
+    start_top_k: Count | None = None
+    top_k_fraction: Fraction = 0.5
     trainable: Literal["all", "mol"] = "all"
-    checkpoint_every: int = 200
-    log_every: int = 10
-    max_skipped: int = 10
+    checkpoint_every: Natural = 200
+    log_every: Count = 10
+    max_skipped: Count = 10
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     compile: Literal["auto"] | bool = "auto"
     gradient_checkpointing: bool = False
     sharding: Literal["auto", "full", "optimizer"] = "auto"
-    seed: int = 0
+    seed: Natural = 0
     stages: Literal["auto"] | list[StageConfig] | None = None
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """How good a model is, beside its parent.
+    """How a model is measured, and its parent beside it.
 
-    tokens: held-out tokens, at most. context_length: tokens in a row. batch_size: rows, prompts or
-        sequences at a time.
-    prompts: pieces of the held-out text, of prompt_length tokens each, that model and parent
-        continue greedily by continuation_length tokens; 0 leaves this out.
-    recall_sequences: sequences for each of recall_distances, in which a value is asked for by its
-        key; 0 leaves this out. recall_pairs: pairs in a sequence. recall_distances: filler tokens
-        between the pairs and the question; those beyond the model's positions are left out.
-    seed: draws the words of the recall test.
+    tokens: held-out tokens, at most.
+    context_length: tokens in a row.
+    batch_size: rows, prompts or sequences that are computed together.
+    num_prompts: pieces of the held-out text, of prompt_length tokens each, that model and parent
+        continue greedily by continuation_length tokens; 0 skips this.
+    recall_sequences: sequences for each of recall_distances, each of which asks for a value by its
+        key; 0 skips this.
+    recall_pairs: keys and values in a sequence.
+    recall_distances: filler tokens between the pairs and the question. Distances beyond the model's
+        positions are skipped.
+    seed: of the words of the recall test.
     """
 
-    tokens: int = 65_536
-    context_length: int = 512
-    batch_size: int = 8
-    prompts: int = 32
-    prompt_length: int = 32
-    continuation_length: int = 32
-    recall_sequences: int = 32
-    recall_pairs: int = 8
+    tokens: Count = 65_536
+    context_length: Length = 512
+    batch_size: Count = 8
+    num_prompts: Natural = 32
+    prompt_length: Count = 32
+    continuation_length: Count = 32
+    recall_sequences: Natural = 32
+    recall_pairs: Count = 8
     recall_distances: list[int] = field(default_factory=lambda: [0, 32, 128, 512])
-    seed: int = 0
+    seed: Natural = 0
 
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """Routing statistics. tokens: at most so many; dead_share: a block below this share of the
-    uniform load counts as dead.
+    """Routing statistics.
+
+    tokens: of the text, at most.
+    context_length: tokens in a row.
+    batch_size: rows that are computed together.
+    dead_share: a block with less than this fraction of the uniform load counts as dead.
     """
 
-    tokens: int = 65_536
-    context_length: int = 512
-    batch_size: int = 8
-    dead_share: float = 0.01
+    tokens: Count = 65_536
+    context_length: Length = 512
+    batch_size: Count = 8
+    dead_share: Fraction = 0.01
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """An untrained checkpoint (`molcli init`). Defaults: the paper's 80M-scale 1+3of15.
+    """An untrained checkpoint (`molcli init`). The defaults are the paper's 80M-scale 1+3of15.
 
     layer_kind: the mixer of the routed blocks, in every layer.
+    num_blocks, num_shared_blocks, top_k, d_thin, d_ff_thin: as in the upcycle section.
     restrict_attention: false runs every routed block on every token and weights the top_k.
     """
 
-    vocab_size: int = 32_000
-    hidden_size: int = 1024
-    num_hidden_layers: int = 8
-    head_dim: int = 64
+    vocab_size: Count = 32_000
+    hidden_size: Count = 1024
+    num_hidden_layers: Count = 8
+    head_dim: Annotated[int, AtLeast(2)] = 64
     layer_kind: Literal["softmax", "gated_deltanet"] = "gated_deltanet"
-    num_blocks: int = 15
+    num_blocks: Count = 15
     num_shared_blocks: int = 1
     top_k: int = 3
-    d_thin: int = 256
-    d_ff_thin: int = 1024
+    d_thin: Count = 256
+    d_ff_thin: Count = 1024
     mlp_gated: bool = False
     hidden_act: str = "gelu"
     attention_bias: bool = True
     restrict_attention: bool = True
-    rope_theta: float = 10_000.0
-    max_position_embeddings: int = 4096
+    rope_theta: Positive = 10_000.0
+    max_position_embeddings: Count = 4096
     tie_word_embeddings: bool = True
-    seed: int = 0
+    seed: Natural = 0
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Every section, with defaults that work."""
+    """All sections."""
 
     upcycle: UpcycleConfig = field(default_factory=UpcycleConfig)
     convert: ConvertConfig = field(default_factory=ConvertConfig)

@@ -1,4 +1,4 @@
-"""The stages of a training run, each with the values that count in it."""
+"""The stages of a training run, each with the values that are in force in it."""
 
 from dataclasses import dataclass, fields, replace
 from typing import Literal
@@ -10,16 +10,19 @@ Kind = Literal["align", "distill", "pretrain"]
 
 @dataclass(frozen=True)
 class Stage:
-    """kind: what is minimised. settings: the train section with the stage's own values in place."""
+    """A training stage.
+
+    kind: what is minimised. settings: the train section, with the values that the stage sets.
+    """
 
     kind: Kind
     settings: TrainConfig
 
 
 def resolve(train: TrainConfig, *, has_parent: bool) -> list[Stage]:
-    """The stages of a train section whose `stages` is a list or null.
+    """Return the stages of a train section whose `stages` is a list or null.
 
-    Null is one stage: distill with a parent or its cached logits, pretrain without.
+    null is one stage: distill with a parent or its cached logits, pretrain without.
     """
     assert not isinstance(train.stages, str)
     if train.stages is None:
@@ -29,12 +32,15 @@ def resolve(train: TrainConfig, *, has_parent: bool) -> list[Stage]:
 
 
 def section(train: TrainConfig, number: int) -> str:
-    """Where in a recipe a stage's own values are: what its keys are called."""
+    """Return the name in front of a stage's keys in a recipe, for error messages."""
     return "train" if train.stages is None else f"train.stages.{number}"
 
 
 def merged(train: TrainConfig, stage: StageConfig) -> TrainConfig:
-    """The train section as it counts in this stage. Its own data leaves no use for `logits`."""
+    """Return the train section with the values that the stage sets.
+
+    A stage with data of its own does not use the section's `logits`.
+    """
     own = {field.name: getattr(stage, field.name) for field in fields(stage)}
     given = {key: value for key, value in own.items() if key != "kind" and value is not None}
     if "data" in given:

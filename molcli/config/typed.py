@@ -1,4 +1,4 @@
-"""Check a value read from YAML against a field's type. Nothing is coerced but int to float."""
+"""Check a value read from YAML against a field's type. Only int is converted, to float."""
 
 import math
 import sys
@@ -12,13 +12,17 @@ from molcli.errors import MolError
 
 
 def checked(name: str, value: object, hint: Any) -> Any:
-    """The value as the type `hint` holds it.
+    """Return the value as an instance of the type `hint`.
 
-    name: dotted, as the user writes it ("upcycle.d_thin"). hint: int, float, str, bool, None, a
-    Literal of strings, a list of such a Literal, Every, list[int], tuple[float, float],
-    dict[str, float], a list of a
-    dataclass, or a union of them.
-    Raises MolError with the allowed values, and the nearest one for a mistyped word.
+    Args:
+        name: Dotted, as the user writes it ("upcycle.d_thin").
+        value: What YAML holds.
+        hint: int, float, str, bool, None, a Literal of strings, a list of such a Literal, Every,
+            list[int], tuple[float, float], dict[str, float], a list of a dataclass, or a union.
+
+    Raises:
+        MolError: The value has another type. The message states the allowed values, and the nearest
+            one for a mistyped word.
     """
     for alternative in _alternatives(hint):
         if isinstance(value, list) and _is_table(alternative):
@@ -37,10 +41,11 @@ def checked(name: str, value: object, hint: Any) -> Any:
 
 
 def build(name: str, values: object, kind: Any) -> Any:
-    """The dataclass `kind` from a mapping of its fields, each one checked.
+    """Build the dataclass `kind` from a mapping of its fields, and check each value.
 
-    Raises MolError for what is no mapping, for an unknown key (naming the nearest), and for a
-    missing one that has no default.
+    Raises:
+        MolError: `values` is no mapping, has an unknown key (the message names the nearest), or
+            lacks a key that has no default.
     """
     if not isinstance(values, dict):
         raise MolError(f"`{name}` is {_shown(values)}", allowed="`key: value` lines")
@@ -61,13 +66,13 @@ def build(name: str, values: object, kind: Any) -> Any:
 
 
 def nearest(word: str, candidates: list[str]) -> str:
-    """The candidate closest to the word, or "" if none is close."""
+    """Return the candidate closest to the word, or "" if none is close."""
     matches = get_close_matches(word, candidates, n=1, cutoff=0.5)
     return matches[0] if matches else ""
 
 
 def describe(hint: Any) -> str:
-    """The type in words: "an integer or null"."""
+    """Return the type in words: "an integer or null"."""
     return " or ".join(_describe_one(alternative) for alternative in _alternatives(hint))
 
 
@@ -118,7 +123,7 @@ def _match(value: Any, hint: Any) -> tuple[bool, Any]:
         )
         return fits, {key: float(number) for key, number in value.items()} if fits else value
     if _is_table(hint):
-        return False, value  # lists are taken in `checked`
+        return False, value  # `checked` reads lists of it
     raise TypeError(f"no check for fields of type {hint}")
 
 

@@ -13,12 +13,12 @@ from packaging.version import InvalidVersion, Version
 from molcli import __version__
 
 _SHOWN = ("torch", "triton", "transformers", "fla-core")
-# Extras whose packages take part in a run; those of `test` have a part in development only.
+# Extras whose packages a run uses; those of `test` serve development only.
 _EXTRAS = ("", "gpu", "gguf", "eval")
 
 
 def version_report() -> str:
-    """One line each for molcli, Python, and the libraries that compute, installed or not."""
+    """Return a line each for molcli, Python, and the libraries that compute, installed or not."""
     found = installed_versions(_SHOWN)
     lines = [f"molcli {__version__}", f"Python {platform.python_version()}"]
     lines += [f"{name} {found.get(name, 'not installed')}" for name in _SHOWN]
@@ -26,7 +26,7 @@ def version_report() -> str:
 
 
 def installed_versions(packages: Iterable[str]) -> dict[str, str]:
-    """package -> version, such as 2.13.0+cpu, of those that are installed."""
+    """Return package -> version, such as 2.13.0+cpu, of the packages that are installed."""
     found = {}
     for name in packages:
         try:
@@ -37,7 +37,7 @@ def installed_versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def untested_versions() -> str:
-    """`describe_untested` of this installation; "" if molcli runs without being installed."""
+    """Return `describe_untested` of this installation, or "" if molcli itself is not installed."""
     try:
         requires = metadata.requires("molcli") or []
     except metadata.PackageNotFoundError:
@@ -46,16 +46,19 @@ def untested_versions() -> str:
 
 
 def describe_untested(requires: Iterable[str], installed: Mapping[str, str]) -> str:
-    """What lies outside the tested ranges, and what to install, in one line; "" if nothing does.
+    """Return one line about versions outside the tested ranges, with the command that helps.
 
     Args:
         requires: Requirements as in molcli's own metadata, with the ranges that were tested.
-        installed: package -> version. Packages that are not in it are not complained about.
+        installed: package -> version. Packages that it lacks are not mentioned.
+
+    Returns:
+        The line, or "" if all versions were tested.
     """
     untested = [
         requirement
         for requirement in map(Requirement, requires)
-        if _takes_part(requirement) and not _is_tested(requirement, installed.get(requirement.name))
+        if _is_used(requirement) and not _is_tested(requirement, installed.get(requirement.name))
     ]
     if not untested:
         return ""
@@ -67,20 +70,20 @@ def describe_untested(requires: Iterable[str], installed: Mapping[str, str]) -> 
     return f"molcli was not tested with {found}; try: pip install {command}"
 
 
-def _takes_part(requirement: Requirement) -> bool:
+def _is_used(requirement: Requirement) -> bool:
     marker = requirement.marker
     return marker is None or any(marker.evaluate({"extra": extra}) for extra in _EXTRAS)
 
 
 def _is_tested(requirement: Requirement, version: str | None) -> bool:
-    """Also True where there is no version to judge. A pre-release counts if it lies in the range:
-    5.25.0rc1 is not below 5.25."""
+    """Also True if the version is unknown."""
     if version is None:
         return True
     try:
         found = Version(version)
-    except InvalidVersion:  # of a build of one's own
+    except InvalidVersion:  # of a private build
         return True
+    # Pre-releases may lie in the range, too; 5.25.0rc1 does not lie in <5.25.
     return requirement.specifier.contains(found, prereleases=True)
 
 

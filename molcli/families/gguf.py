@@ -28,7 +28,7 @@ from molcli.errors import MolError
 from molcli.families import FAMILIES
 from molcli.families.base import EMBEDDING, FINAL_NORM, LM_HEAD, Family
 from molcli.families.refused import refuse_type
-from molcli.files.folders import cache_folder, output_folder, turn_at
+from molcli.files.folders import cache_folder, lock_for, output_folder
 from molcli.files.tensors import ShardedWriter
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def convert_gguf(path: Path, folder: Path | None = None) -> Path:
         family = _family(path, reader)
         config = _config(path, reader, family)
         names = {tensor.name: _name(path, tensor.name, family) for tensor in reader.tensors}
-        with turn_at(folder) if cached else contextlib.nullcontext():
+        with lock_for(folder) if cached else contextlib.nullcontext():
             if not (cached and folder.is_dir()):
                 _write(path, reader, config, family, names, folder)
     return folder
@@ -122,6 +122,7 @@ def _tokenizer(path: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
     tokenizer = kind.from_pretrained(path.parent, gguf_file=path.name)
     for name in ("bos", "eos"):  # transformers 5.17 takes a Llama's BOS for both
         token = getattr(config, f"{name}_token_id")
+        token = token[0] if isinstance(token, list) else token
         if token is not None:
             setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(token))
     return tokenizer
@@ -206,9 +207,12 @@ def _config(path: Path, reader: "GGUFReader", family: Family) -> PreTrainedConfi
     kwargs = {theirs: read(key) for key, theirs in _CONFIG.items()}
     if None in kwargs.values() or "token_embd.weight" not in tensors:
         raise MolError(f"{path} lacks the metadata of a whole {prefix} model")
-    for name in ("bos", "eos", "pad"):
-        key = "padding" if name == "pad" else name
-        kwargs[f"{name}_token_id"] = _value(reader, f"tokenizer.ggml.{key}_token_id")
+    kwargs["bos_token_id"] = _value(reader, "tokenizer.ggml.bos_token_id")
+    kwargs["pad_token_id"] = _value(reader, "tokenizer.ggml.padding_token_id")
+    # Of a text, a turn and a message: llama.cpp stops at any of them. Each once, in this order.
+    ends = [_value(reader, f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    ends = list(dict.fromkeys(token for token in ends if token is not None))
+    kwargs["eos_token_id"] = ends if len(ends) > 1 else ends[0] if ends else None
     kwargs["rope_parameters"] = {
         "rope_type": "default",
         "rope_theta": read("rope.freq_base") or 10_000.0,

@@ -17,6 +17,7 @@ from molcli.families import FAMILIES
 from molcli.families.base import EMBEDDING, FINAL_NORM, LM_HEAD, Family, Source
 from molcli.families.gguf import convert_gguf, read_gguf_config
 from molcli.families.refused import refuse_type
+from molcli.files.generation_config import TOKENS, read_generation, write_generation
 from molcli.files.tensors import TensorReader
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -31,7 +32,8 @@ class Parent:
     """A validated dense checkpoint. No method keeps what it returns in memory.
 
     name: as the user gave it. folder: where its safetensors are. note: a limit to tell the user
-    about, or "". tied: whether the output head is the embedding.
+    about, or "". tied: whether the output head is the embedding. generation: how it generates; see
+    `read_generation`.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Parent:
     family: Family
     note: str
     tied: bool
+    generation: dict[str, Any]
     _reader: TensorReader
     _tokenizer: PreTrainedTokenizerBase | None
 
@@ -79,13 +82,22 @@ class Parent:
         if self._tokenizer is not None:
             self._tokenizer.save_pretrained(out)
 
+    def copy_generation(self, out: Path) -> None:
+        """Writes how it generates."""
+        write_generation(self.generation, out)
+
     def fingerprint(self) -> str:
         """sha256 that tells this checkpoint from others; see `TensorReader.fingerprint`."""
         return self._reader.fingerprint()
 
     def mol_config_kwargs(self) -> dict[str, Any]:
-        """Arguments of the MoLConfig of the same model, all layers dense."""
-        return self.family.mol_config_kwargs(self.config, tied=self.tied)
+        """Arguments of the MoLConfig of the same model, all layers dense.
+
+        Special tokens are those that generation uses: often a list of ends, of which the parent's
+        config names the first alone.
+        """
+        tokens = {name: self.generation[name] for name in TOKENS if name in self.generation}
+        return self.family.mol_config_kwargs(self.config, tied=self.tied) | tokens
 
 
 def outline(spec: str | Path) -> dict[str, Any]:
@@ -111,7 +123,8 @@ def open_parent(spec: str | Path) -> Parent:
 
     Checks everything that could fail later, from the headers. Raises MolError for a
     family other than those of `FAMILIES`, missing, leftover or ill-shaped tensors, weights that
-    are pickled, quantized or truncated, and a tokenizer that does not fit the vocabulary.
+    are pickled, quantized or truncated, a tokenizer that does not fit the vocabulary, and a
+    generation_config.json that cannot be read.
     """
     folder = _locate(str(spec))
     config, family = _open_config(folder)
@@ -123,7 +136,8 @@ def open_parent(spec: str | Path) -> Parent:
     if tokenizer is not None:
         _check_tokenizer(tokenizer, folder, config, family)
     _, note = family.context(config)
-    return Parent(str(spec), folder, config, family, note, tied, reader, tokenizer)
+    generation = read_generation(folder, config)
+    return Parent(str(spec), folder, config, family, note, tied, generation, reader, tokenizer)
 
 
 def _locate(spec: str, *, weights: bool = True) -> Path:

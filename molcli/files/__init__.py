@@ -1,1 +1,1 @@
-"""Files and folders: read lazily, written whole or not at all."""
+"""Files and folders on disk: read lazily, written completely or not at all."""

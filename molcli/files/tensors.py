@@ -1,4 +1,4 @@
-"""Safetensors folders: read lazily, written shard by shard."""
+"""Checkpoint folders of safetensors files: lazy reading, and writing shard by shard."""
 
 import hashlib
 import json
@@ -14,28 +14,21 @@ from molcli.errors import MolError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_SAMPLE_BYTES = 4096  # of each tensor, in a fingerprint
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a shard's header says of a tensor. dtype: in safetensors' words, such as "BF16".
-
-    start: of its data in the shard, in bytes.
-    """
-
-    shard: Path
-    shape: tuple[int, ...]
-    dtype: str
-    start: int
-    num_bytes: int
+_SAMPLE_BYTES = 4096  # of each tensor, for the fingerprint
 
 
 class TensorReader:
-    """The tensors of a folder with `model.safetensors` or shards and their index.
+    """Lazy reader of a folder with `model.safetensors`, or with shards and their index.
 
-    Opening reads the headers only and raises MolError if there are no safetensors, a shard is
-    missing or truncated, or the index and the shards disagree.
+    Opening reads the headers only.
+
+    Attributes:
+        shards: Files, sorted.
+        tensors: Name -> header.
+
+    Raises:
+        MolError: If there are no safetensors, a shard is missing or truncated, or the index and the
+            shards disagree.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -54,17 +47,17 @@ class TensorReader:
                 )
 
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
-        """The tensor, or some of its rows, as stored, on the CPU."""
+        """Read a tensor, or some of its rows, in its stored dtype, to the CPU."""
         with safe_open(self.tensors[name].shard, framework="pt") as shard:
             tensor: torch.Tensor
             tensor = shard.get_tensor(name) if rows is None else shard.get_slice(name)[rows]
             return tensor
 
     def fingerprint(self) -> str:
-        """sha256 over every tensor's name, dtype, shape and first 4096 bytes.
+        """Return the sha256 of every tensor's name, dtype, shape and first 4096 bytes.
 
-        Shapes alone would not tell a model from its fine-tune; all of the data would take
-        minutes for a large one. How the tensors are spread over shards does not matter.
+        Shapes alone would not distinguish a model from its fine-tune, and reading all data would
+        take minutes for a large model. The distribution over shards does not matter.
         """
         digest = hashlib.sha256()
         for name, info in sorted(self.tensors.items()):
@@ -75,9 +68,9 @@ class TensorReader:
         return digest.hexdigest()
 
     def _read_index(self) -> dict[str, str]:
-        """Tensor name -> shard's file name; empty if there is the single file.
+        """Tensor name -> shard's file name; empty if the single file exists.
 
-        That one wins where both exist, as it does in transformers.
+        The single file has precedence over an index, as in transformers.
         """
         path = self.folder / INDEX
         if (self.folder / SINGLE).is_file():
@@ -105,10 +98,13 @@ class TensorReader:
 
 
 class ShardedWriter:
-    """Writes tensors into a folder as they come, holding at most one shard in memory.
+    """Writer of tensors to a folder, which holds at most one shard in memory.
 
-    max_shard_bytes: a shard is written before it would grow past this; a larger tensor gets a
-    shard of its own, at once. The default is about one layer of an 8B model in bfloat16.
+    Args:
+        folder: Existing folder.
+        max_shard_bytes: A shard is written before it would exceed this size. A larger tensor is
+            written immediately, as a shard of its own. The default is about one layer of an 8B
+            model in bfloat16.
     """
 
     def __init__(self, folder: Path, *, max_shard_bytes: int = 512 * 2**20) -> None:
@@ -120,14 +116,14 @@ class ShardedWriter:
         self._shards: list[list[str]] = []
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Takes the tensor in its dtype; the caller must not change it until `close`."""
+        """Add a tensor in its dtype; it must not be modified before `close`."""
         assert all(name not in names for names in (self._pending, *self._shards)), name
         if self._pending and self._pending_bytes + tensor.nbytes > self.max_shard_bytes:
             self._flush()
         tensor = tensor.detach().cpu().contiguous()
         alone = tensor.nbytes > self.max_shard_bytes
         if tensor.untyped_storage().nbytes() > tensor.nbytes and not alone:
-            tensor = tensor.clone()  # a view would keep its whole base in memory
+            tensor = tensor.clone()  # a view would keep its whole base tensor in memory
         self._pending[name] = tensor
         self._pending_bytes += tensor.nbytes
         self.total_bytes += tensor.nbytes
@@ -135,7 +131,7 @@ class ShardedWriter:
             self._flush()
 
     def close(self) -> None:
-        """Writes what is pending, gives the shards their final names, and writes the index."""
+        """Write the last shard, rename the shards to their final names, and write the index."""
         self._flush()
         count = len(self._shards)
         if count <= 1:
@@ -150,22 +146,37 @@ class ShardedWriter:
         (self.folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     def _part(self, number: int) -> Path:
-        """A shard's name until their count is known."""
+        """A shard's name until the number of shards is known."""
         return self.folder / f"part-{number:05d}.safetensors"
 
     def _flush(self) -> None:
         if not self._pending and self._shards:
-            return  # an empty checkpoint still is a file
+            return  # without any tensor, one empty file is written
         self._shards.append(list(self._pending))
         part = self._part(len(self._shards))
         save_file(self._pending, part, metadata={"format": "pt"})
-        # safetensors makes files private to the user; these are as readable as their folder.
+        # safetensors makes files private to the user; give them the permissions of the folder.
         part.chmod(self.folder.stat().st_mode & 0o666)
         self._pending, self._pending_bytes = {}, 0
 
 
+@dataclass(frozen=True)
+class TensorInfo:
+    """Header of a tensor in a shard.
+
+    dtype: Name in safetensors, such as "BF16".
+    start: Position of the data in the shard, in bytes.
+    """
+
+    shard: Path
+    shape: tuple[int, ...]
+    dtype: str
+    start: int
+    num_bytes: int
+
+
 def _read_header(shard: Path) -> dict[str, TensorInfo]:
-    """A shard's header, checked against the file's size."""
+    """Read a shard's header and check it against the file's size."""
     if not shard.is_file():
         raise MolError(
             f"{shard} is missing, though {INDEX} names it",
@@ -194,9 +205,9 @@ def _info(shard: Path, entry: dict[str, Any], data_start: int) -> TensorInfo:
     return TensorInfo(shard, shape, str(entry["dtype"]), data_start + begin, end - begin)
 
 
-def _damaged(shard: Path, what: str) -> MolError:
+def _damaged(shard: Path, problem: str) -> MolError:
     return MolError(
-        f"{shard} {what}",
+        f"{shard} {problem}",
         allowed="a complete safetensors file",
         hint=f"download {shard.name} again (with git: git lfs pull)",
     )

@@ -66,7 +66,7 @@ def open_calibration(folder: Path, parent: Parent | None) -> Calibration:
             with safe_open(moments_file(folder, layer), "pt") as file:
                 for name in ("attention", "mlp"):
                     file.get_slice(name)
-    if not heldout.predicted:
+    if not heldout.num_targets:
         raise MolError(
             f"in the held-out text of the calibration {folder}, no token follows another one",
             allowed="a calibration on documents of 2 tokens or more",
@@ -94,7 +94,7 @@ def split_text(
         length=config.context_length,
         limit=config.tokens + config.heldout_tokens,
         seed=config.seed,
-    ).once()
+    ).without_repeats()
     wanted = max(1, config.heldout_tokens // config.context_length)
     # A short text still gives some of itself to the measurement.
     heldout = min(wanted, max(1, len(rows) // 2))
@@ -105,14 +105,14 @@ def split_text(
             hint="give more text, or a shorter calibrate.context_length",
         )
     first = len(rows) - heldout
-    kept = rows.rows(slice(first, None))
-    if not kept.predicted:
+    kept = rows.select(slice(first, None))
+    if not kept.num_targets:
         raise MolError(
             "in the text held out of calibrate.data, no token follows another one",
             allowed="documents of 2 tokens or more",
             hint="give longer documents, or more calibrate.heldout_tokens",
         )
-    return rows.rows(slice(0, first)), kept
+    return rows.select(slice(0, first)), kept
 
 
 def text_hash(fit: TokenRows, heldout: TokenRows) -> str:

@@ -124,8 +124,8 @@ class Sensitivity:
     def __init__(
         self, rows: TokenRows, config: MoLConfig, embedding: Tensor, device: torch.device
     ) -> None:
-        few = rows.rows(slice(0, max(1, TOKENS // rows.input_ids.shape[1])))
-        if not few.predicted:
+        few = rows.select(slice(0, max(1, TOKENS // rows.input_ids.shape[1])))
+        if not few.num_targets:
             few = rows
         self._streams = open_streams(few, config, embedding, device)
         self._altered: dict[int, Tensor] = {}
@@ -149,4 +149,4 @@ def split_rows(rows: TokenRows) -> tuple[TokenRows, TokenRows]:
     if len(rows) == 1:
         return rows, rows
     kept = min(max(1, TOKENS // rows.input_ids.shape[1]), len(rows) // 2)
-    return rows.rows(slice(0, -kept)), rows.rows(slice(-kept, None))
+    return rows.select(slice(0, -kept)), rows.select(slice(-kept, None))

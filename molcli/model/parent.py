@@ -1,7 +1,8 @@
 """Dense parents as models of ours: layer by layer, whole, or as a teacher."""
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from molcli.errors import MolError
 from molcli.families.parent import Parent
@@ -52,6 +53,43 @@ def open_teacher(parent: Parent, student: MoLForCausalLM, dtype: torch.dtype) ->
     return load_dense(parent, dtype, student.device)
 
 
+def end_tokens(model: PreTrainedModel) -> list[int]:
+    """All that generation stops at, by config.json or generation_config.json; ascending."""
+    found: set[int] = set()
+    for eos in (model.config.eos_token_id, model.generation_config.eos_token_id):
+        found.update(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    return sorted(found)
+
+
+def generate_greedily(
+    model: MoLForCausalLM, ids: Tensor, new_tokens: int, ends: list[int]
+) -> Tensor:
+    """The likeliest tokens, whatever sampling and penalties generation_config.json asks for.
+
+    Args:
+        model: Stays as it is.
+        ids: (B, T) int64, without padding.
+        new_tokens: At most so many.
+        ends: Tokens that end a row, which is then filled with the first of them.
+
+    Returns:
+        (B, T + new tokens), the prompts included.
+    """
+    usual = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        return model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            eos_token_id=ends or None,
+            pad_token_id=ends[0] if ends else 0,
+        )
+    finally:
+        model.generation_config = usual
+
+
 def continue_greedily(
     model: MoLForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
@@ -63,10 +101,5 @@ def continue_greedily(
     prompt: at least one token. The text ends early at an end-of-text token.
     """
     ids = torch.tensor([prompt], device=model.device)
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=new_tokens,
-        do_sample=False,
-    )
+    out = generate_greedily(model, ids, new_tokens, end_tokens(model))
     return str(tokenizer.decode(out[0], skip_special_tokens=True))

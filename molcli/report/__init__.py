@@ -1,1 +1,1 @@
-"""Everything that draws: tables, charts and pages."""
+"""Everything that draws: one module per subject, built from `tables`, `html` and `charts`."""

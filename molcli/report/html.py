@@ -1,7 +1,7 @@
-"""One self-contained HTML page: no scripts, no links to elsewhere, light and dark.
+"""Self-contained HTML pages: no scripts, no external links, light and dark colour schemes.
 
-Text is escaped where it becomes markup, and only here and in `molcli.report.charts`: the type
-`Markup` tells the one from the other.
+Plain text is `str`, escaped HTML is `Markup`. Text is escaped only here and in
+`molcli.report.charts`, where it becomes Markup.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,7 +11,7 @@ from typing import NewType
 Markup = NewType("Markup", str)
 """HTML that is safe to embed."""
 
-# Series colours c0 to c5 keep their order in both schemes (Okabe and Ito's, for all eyes).
+# Series colours c0 to c5, in both schemes: Okabe and Ito's palette for colour-blind readers.
 _STYLE = """
 :root{color-scheme:light dark;--ground:#fff;--ink:#1b1f24;--soft:#667079;--rule:#d8dde2;
 --c0:#0072b2;--c1:#d55e00;--c2:#009e73;--c3:#cc79a7;--c4:#b08900;--c5:#56707f}
@@ -33,7 +33,7 @@ svg .label{fill:var(--soft)}
 
 
 def page(title: str, parts: Iterable[Markup]) -> str:
-    """The whole document, in UTF-8."""
+    """Build the whole document, to be saved as UTF-8."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -43,24 +43,27 @@ def page(title: str, parts: Iterable[Markup]) -> str:
 
 
 def heading(text: str) -> Markup:
-    """Of a section."""
+    """Build the heading of a section."""
     return Markup(f"<h2>{escape(text)}</h2>")
 
 
 def paragraph(text: str) -> Markup:
-    """Plain text."""
+    """Build a paragraph of plain text."""
     return Markup(f"<p>{escape(text)}</p>")
 
 
 def figure(drawing: Markup, caption: str) -> Markup:
-    """A drawing of `molcli.report.charts` and what it shows."""
+    """Build a figure from a chart of `molcli.report.charts` and its caption."""
     return Markup(f"<figure>{drawing}<figcaption>{escape(caption)}</figcaption></figure>")
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, prose: bool = False) -> Markup:
-    """The first column is text, the others numbers; with `prose`, all are text, line breaks kept.
+    """Build a table whose first column is text and whose other columns are numbers.
 
-    rows: as long as the header each.
+    Args:
+        header: Names of the columns.
+        rows: Cells; each row is as long as the header.
+        prose: All columns are text, and line breaks are kept.
     """
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "\n".join(

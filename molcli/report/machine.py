@@ -1,4 +1,4 @@
-"""What a figure was measured with: the device, and the versions of what ran on it."""
+"""Provenance that reports record: the device, the versions of libraries, and the commit."""
 
 import platform
 import subprocess
@@ -9,18 +9,18 @@ import torch
 
 from molcli import __version__
 
-_KERNELS = ("triton", "fla-core")  # which not every installation has
+_KERNELS = ("triton", "fla-core")  # optional dependencies
 
 
 def device_name(device: torch.device) -> str:
-    """A GPU as its driver calls it; of a CPU the threads that torch takes, and the kind."""
+    """Return a GPU's name from its driver, or a CPU's type and the number of torch threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{torch.get_num_threads()} threads of {platform.processor() or platform.machine()}"
 
 
 def versions() -> dict[str, str]:
-    """Of molcli, Python, and the libraries that compute, as far as they are installed."""
+    """Return the versions of molcli, Python, torch, transformers and installed kernel libraries."""
     found = {
         "molcli": __version__,
         "python": platform.python_version(),
@@ -36,7 +36,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Of the checkout that molcli runs from, "-dirty" where it was changed; "" if from none."""
+    """Return the commit of molcli's checkout, with "-dirty" if it was changed; "" without one."""
     command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
     try:
         found = subprocess.run(

@@ -73,7 +73,7 @@ def cache_logits(
     model = load_dense(parent, matmul_dtype(config, device), device)
 
     def predict(first: int, last: int) -> dict[str, Tensor]:
-        packed = rows.rows(torch.arange(first, last))
+        packed = rows.select(torch.arange(first, last))
         ids, log_probs, rest = [], [], []
         for done in range(0, last - first, config.micro_batch_size):
             batch = packed.batch(slice(done, done + config.micro_batch_size), device)

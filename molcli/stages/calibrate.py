@@ -16,7 +16,8 @@ from molcli.config.sections import CalibrateConfig
 from molcli.data.packing import TokenRows
 from molcli.errors import MolError
 from molcli.families.parent import Parent
-from molcli.files.folders import Unfinished, output_folder
+from molcli.files.folders import output_folder
+from molcli.files.resumable import ResumableWork
 from molcli.fitting.calibration import moments_file, split_text, text_hash
 from molcli.fitting.chunks import chunk_text
 from molcli.maths.moments import second_moment, unit_rms
@@ -38,8 +39,8 @@ def calibrate(
     """
     fit, heldout = split_text(config, parent.tokenizer(), parent.config.vocab_size)
     of_parent, of_text = parent.fingerprint(), text_hash(fit, heldout)
-    unfinished = Unfinished(out, f"{of_parent} {of_text}")
-    with output_folder(out) as staging, unfinished.at_work():
+    unfinished = ResumableWork(out, f"{of_parent} {of_text}")
+    with output_folder(out) as staging, unfinished.remove_if_useless():
         _observe(parent, fit, unfinished, progress)
         tokens = {
             f"{name}.{field}": getattr(rows, field).contiguous()
@@ -57,10 +58,10 @@ def calibrate(
         (staging / "calibration.json").write_text(json.dumps(about, indent=2) + "\n")
         for layer in range(parent.config.num_hidden_layers):
             moments_file(unfinished.folder, layer).rename(moments_file(staging, layer))
-    unfinished.clear()
+    unfinished.remove()
 
 
-def _observe(parent: Parent, fit: TokenRows, unfinished: Unfinished, progress: Progress) -> None:
+def _observe(parent: Parent, fit: TokenRows, unfinished: ResumableWork, progress: Progress) -> None:
     """Leaves every layer's moments in the unfinished work's folder: of a large parent, they would
     take more memory than two of its layers."""
     model = MoLConfig(**parent.mol_config_kwargs())
@@ -97,5 +98,5 @@ def _observe(parent: Parent, fit: TokenRows, unfinished: Unfinished, progress: P
                 hint="download its weights again",
             )
         save_file(moments, moments_file(unfinished.folder, i))
-        unfinished.save(i + 1, {"x": x})
+        unfinished.save_if_due(i + 1, {"x": x})
         progress(i + 1, count)

@@ -72,7 +72,7 @@ def inspect_routing(
         vocab_size=settings.vocab_size,
         length=config.context_length,
         limit=config.tokens,
-        keep_short=True,
+        pad_last=True,
     )
     mol_layers = [i for i in range(settings.num_hidden_layers) if not settings.is_dense(i)]
     counts: dict[int, RoutingCounts] = {}

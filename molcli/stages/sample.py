@@ -12,11 +12,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from molcli.config.sections import SampleConfig
-from molcli.data.documents import read_documents, tokenize
+from molcli.data.documents import read_documents
+from molcli.data.tokenizer import tokenize
 from molcli.errors import MolError
 from molcli.families.parent import Parent
 from molcli.model.checkpoint import default_device
 from molcli.model.forward_inputs import CACHE_FIELD
+from molcli.model.parent import end_tokens
 from molcli.model.precision import fast_dtype
 from molcli.progress import Progress, silent
 
@@ -101,7 +103,7 @@ def _prompts(parent: Parent, config: SampleConfig) -> Iterator[list[int]]:
         read_documents(config.prompts),
         parent.tokenizer(),
         vocab_size=parent.config.vocab_size,
-        whole=False,
+        add_eos=False,
     )
     checked = (_with_room(ids[: config.prompt_length].tolist(), config) for ids in found)
     return cycle(chain([next(checked)], checked))
@@ -132,7 +134,7 @@ def _documents(
     that no row needs padding.
     report: told the tokens drawn so far.
     """
-    ends, count = _end_tokens(model), len(starts)
+    ends, count = torch.tensor(end_tokens(model), dtype=torch.int64), len(starts)
     given = torch.tensor([len(start) for start in starts], device=model.device)
     ids = torch.zeros((count, config.length), dtype=torch.int64, device=model.device)
     for row, start in enumerate(starts):
@@ -185,11 +187,3 @@ def _start_token(config: PreTrainedConfig) -> int:
         if token is not None:
             return int(token)
     return 0
-
-
-def _end_tokens(model: PreTrainedModel) -> Tensor:
-    """(tokens,) int64: those that generation would stop at, too."""
-    found: set[int] = set()
-    for eos in (model.config.eos_token_id, model.generation_config.eos_token_id):
-        found.update(eos if isinstance(eos, list) else [] if eos is None else [eos])
-    return torch.tensor(sorted(found), dtype=torch.int64)

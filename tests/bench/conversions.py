@@ -128,7 +128,7 @@ class Workshop:
             return {}
         model = open_checkpoint(checkpoint, default_device())
         models = Models(model, self.teacher(model.dtype), self.parent.tokenizer())
-        only = replace(config, prompts=0, recall_sequences=0)
+        only = replace(config, num_prompts=0, recall_sequences=0)
         found = measure(models, self.heldout, only).heldout
         assert found is not None and found.parent_ce is not None
         names = "ce", "parent_ce", "kl", "agreement", "tokens"

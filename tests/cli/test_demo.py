@@ -1,9 +1,11 @@
 """The demo's whole path on the real parent, with fewer layers and less text."""
 
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import molcli.model  # noqa: F401  (registers the model type)
 from molcli.cli import main as command
+from molcli.stages.train import train
 
 SMALL = [
     "upcycle.layers=[28, 29]",
@@ -124,11 +127,146 @@ def test_a_misfit_is_refused_before_any_work(
     assert not out.exists()
 
 
-def test_a_taken_folder_is_refused_before_the_parent_is_fetched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def figures(out: Path) -> dict[str, Any]:
+    """demo.json without what differs from run to run."""
+    found: dict[str, Any] = json.loads((out / "demo.json").read_text())
+    assert found.pop("seconds")["total"] > 0
+    return found
+
+
+def interrupt(*arguments: object, **keywords: object) -> None:
+    raise KeyboardInterrupt
+
+
+def interrupt_training(*arguments: Any, **keywords: Any) -> object:
+    """After two of four steps."""
+
+    def stop(done: int, total: int | None, note: str = "") -> None:
+        if done >= 256:
+            raise KeyboardInterrupt
+
+    return train(*arguments, **(keywords | {"progress": stop}))
+
+
+@pytest.mark.parametrize(
+    "place, stop, finished",
+    [
+        ("molcli.cli.demo.run_sample", interrupt, 0),
+        ("molcli.cli.demo._split", interrupt, 0),
+        ("molcli.cli.demo.run_upcycle", interrupt, 1),
+        ("molcli.cli.demo.run_evaluate", interrupt, 2),
+        ("molcli.cli.demo.run_train", interrupt, 3),
+        ("molcli.stages.train.train", interrupt_training, 3),
+        ("molcli.cli.demo.run_inspect", interrupt, 5),
+        ("molcli.cli.demo_report.continuations", interrupt, 6),
+        ("molcli.cli.demo_report.show", interrupt, 7),
+    ],
+)
+def test_an_interrupted_demo_goes_on_and_ends_as_another_one(
+    tmp_path: Path,
+    tiny_parent: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    place: str,
+    stop: Callable[..., object],
+    finished: int,
 ) -> None:
-    (tmp_path / "file").touch()
+    whole, out = tmp_path / "whole", tmp_path / "demo"
+    words = ["--parent", tiny_parent("qwen3"), "--recipe", "demo", *sets(TINY)]
+    words += sets(["train.checkpoint_every=1"])
+    assert demo(monkeypatch, whole, *words) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(place, stop)
+        assert demo(monkeypatch, out, *words, "--restart") == 130
+    told = capsys.readouterr().err
+    assert "finished stages are kept" in told
+    command = shlex.split(told.split("resume: ")[1])
+    assert command[:4] == ["molcli", "demo", "--out", str(out)]
+    assert "--restart" not in command
+    assert not (out / "demo.json").exists()
+
+    assert demo(monkeypatch, out, *words) == 0
+    assert capsys.readouterr().err.count("(done before)") == finished
+    assert figures(out) == figures(whole)
+
+
+def test_a_finished_demo_is_kept_unless_it_is_to_begin_again(
+    tmp_path: Path,
+    tiny_parent: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "demo"
+    words = ["--parent", tiny_parent("llama"), "--recipe", "demo", *sets(TINY)]
+    assert demo(monkeypatch, out, *words) == 0
+    before = figures(out)
+    assert demo(monkeypatch, out, *words) == 2
+    told = capsys.readouterr().err
+    assert f"{out} holds a finished demo" in told
+    assert f"molcli demo --out {out} --restart" in told
+
+    mine = out / "longer" / "mine.txt"  # a result of the user's own, beside the demo's
+    mine.parent.mkdir()
+    mine.touch()
+    assert demo(monkeypatch, out, *words, "--restart") == 0
+    assert "(done before)" not in capsys.readouterr().err
+    assert figures(out) == before
+    assert mine.exists()
+
+
+@pytest.mark.parametrize("family, settings, words", [
+    ("llama", ["train.tokens=1024"], "train.tokens"),
+    ("qwen3", [], "parent"),
+])  # fmt: skip
+def test_an_unfinished_demo_goes_on_with_its_own_settings_alone(
+    tmp_path: Path,
+    tiny_parent: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    family: str,
+    settings: list[str],
+    words: str,
+) -> None:
+    out = tmp_path / "demo"
+    with monkeypatch.context() as patch:
+        patch.setattr("molcli.cli.demo.run_train", interrupt)
+        llama = ["--parent", tiny_parent("llama"), "--recipe", "demo"]
+        assert demo(monkeypatch, out, *llama, *sets(TINY)) == 130
+    upcycled = (out / "upcycled" / "receipt.json").read_bytes()
+    others = ["--parent", tiny_parent(family), "--recipe", "demo", *sets(TINY + settings)]
+    assert demo(monkeypatch, out, *others) == 2
+    told = capsys.readouterr().err
+    assert f"holds an unfinished demo with other {words}\n" in told
+    assert "--restart" in told
+    assert (out / "upcycled" / "receipt.json").read_bytes() == upcycled
+
+    assert demo(monkeypatch, out, *others, "--restart") == 0
+    assert "(done before)" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [[], ["--restart"]])
+def test_a_foreign_folder_is_refused_before_the_parent_is_fetched(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+) -> None:
+    (tmp_path / "trained").mkdir()  # a name that the demo uses, too
+    (tmp_path / "trained" / "mine").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert demo(monkeypatch, tmp_path) == 2
+    assert demo(monkeypatch, tmp_path, *words) == 2
     assert "exists and is not empty" in capsys.readouterr().err
     assert not (tmp_path / "cache").exists()
+    assert (tmp_path / "trained" / "mine").exists()
+
+
+def test_a_damaged_state_is_named(
+    tmp_path: Path,
+    tiny_parent: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "demo-state.json").write_text("{")
+    words = ["--parent", tiny_parent("llama"), "--recipe", "demo", *sets(TINY)]
+    assert demo(monkeypatch, tmp_path, *words) == 2
+    assert "demo-state.json is damaged" in capsys.readouterr().err

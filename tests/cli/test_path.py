@@ -8,11 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor
+from transformers import LogitsProcessorList
 
 from molcli.cli import main as command
 from molcli.config.recipe import load_recipe
-from molcli.data.mixture import MixedOrder
+from molcli.data.order import MixedOrder
+from molcli.model.checkpoint import open_checkpoint
+from molcli.model.parent import end_tokens
 
 SMALL = [
     "upcycle.num_blocks=3",
@@ -26,7 +30,7 @@ SMALL = [
     "train.context_length=32",
     "train.batch_size=4",
     "evaluate.context_length=32",
-    "evaluate.prompts=4",
+    "evaluate.num_prompts=4",
     "evaluate.prompt_length=4",
     "evaluate.continuation_length=3",
     "evaluate.recall_sequences=2",
@@ -75,6 +79,50 @@ def test_from_a_parent_to_a_trained_and_inspected_model(
     assert sorted(path.name for path in out.iterdir()) == ["trained", "upcycled"]
 
 
+def test_how_the_parent_generates_reaches_what_is_made_of_it(
+    tmp_path: Path, tiny_parent: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent, out = tiny_parent("llama"), tmp_path / "out"
+    # As on the Hub: transformers 5.17 refuses to write a temperature without do_sample.
+    wanted = {
+        "bos_token_id": 1,
+        "eos_token_id": [2, 5, 9],
+        "pad_token_id": 0,
+        "temperature": 0.7,
+        "top_p": 0.9,
+    }
+    (parent / "generation_config.json").write_text(json.dumps(wanted))
+    small = [word for setting in SMALL for word in ("--set", setting)]
+    data = tmp_path / "text.jsonl"
+    draw = ["--set", "sample.tokens=640", "--set", "sample.length=32"]
+    assert molcli(monkeypatch, "data", "sample", parent, data, *draw) == 0
+    for line in data.read_text().splitlines():  # the parent's own text stops at all of them, too
+        assert not {2, 5, 9} & set(json.loads(line)["input_ids"][1:-1])
+
+    assert molcli(monkeypatch, "upcycle", parent, out / "up", *small, "--data", data) == 0
+    train = ["train", out / "up", out / "trained", "--data", data]
+    assert molcli(monkeypatch, *train) == 0
+    convert = ["convert", out / "trained", out / "delta", "--gated-deltanet", "1", "--data", data]
+    assert molcli(monkeypatch, *convert) == 0
+
+    for name in ("up", "trained", "delta"):
+        assert json.loads((out / name / "generation_config.json").read_text()) == wanted
+        config = json.loads((out / name / "config.json").read_text())
+        assert (config["eos_token_id"], config["pad_token_id"]) == ([2, 5, 9], 0)
+        model = open_checkpoint(out / name, torch.device("cpu"))
+        assert end_tokens(model) == [2, 5, 9]
+        for end in (5, 9):
+            always = LogitsProcessorList([lambda _, scores, end=end: one_hot(scores, end)])
+            ids = torch.tensor([[3, 4]])
+            found = model.generate(ids, max_new_tokens=6, logits_processor=always)
+            assert found.tolist() == [[3, 4, end]]
+
+
+def one_hot(scores: Tensor, token: int) -> Tensor:
+    """(B, V), with `token` the likeliest."""
+    return torch.full_like(scores, -1e9).index_fill(1, torch.tensor([token]), 0.0)
+
+
 def test_an_interrupted_run_prints_the_command_that_resumes_it(
     tmp_path: Path,
     tiny_parent: Callable[..., Path],
@@ -87,15 +135,15 @@ def test_an_interrupted_run_prints_the_command_that_resumes_it(
     data = tmp_path / "text.jsonl"
     assert molcli(monkeypatch, "data", "sample", parent, data, "--set", "sample.tokens=320") == 0
     assert molcli(monkeypatch, "upcycle", parent, upcycled, "--data", data, *small) == 0
-    take, calls = MixedOrder.take, []
+    indices, calls = MixedOrder.indices, []
 
     def interrupted(self: MixedOrder, first: int, count: int) -> Tensor:
         calls.append(first)
         if len(calls) == 1:
             signal.raise_signal(signal.SIGTERM)
-        return take(self, first, count)
+        return indices(self, first, count)
 
-    monkeypatch.setattr(MixedOrder, "take", interrupted)
+    monkeypatch.setattr(MixedOrder, "indices", interrupted)
     capsys.readouterr()
     assert molcli(monkeypatch, "train", upcycled, out, "--data", data) == 143
     said = capsys.readouterr().err

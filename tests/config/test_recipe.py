@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from molcli.config.ranges import validate
 from molcli.config.recipe import (
     RECIPE_FILE,
+    RENAMED_KEYS,
     bundled_recipes,
     find_recipe,
     load_recipe,
@@ -94,6 +95,19 @@ def test_a_slip_is_answered_with_the_nearest_valid_name(
     assert found in error.found
     assert error.hint == hint
     assert error.allowed
+
+
+@pytest.mark.parametrize("old, new", RENAMED_KEYS.items())
+def test_a_renamed_key_is_refused_with_its_new_name(tmp_path: Path, old: str, new: str) -> None:
+    assert new in recipe_keys()
+    error = refusal(f"{old}=1")
+    assert (error.found, error.hint) == (f"`{old}` is now `{new}`", new)
+    section, key = old.split(".")
+    path = write(tmp_path, f"{section}: {{{key}: 1}}")
+    with pytest.raises(MolError) as caught:
+        load_recipe(path)
+    assert caught.value.found == error.found
+    assert str(path) in caught.value.hint
 
 
 DATA = "text or a mapping to numbers such as {a.jsonl: 0.7, b.txt: 0.3} or null"

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from molcli.data.mixture import load_rows
-from molcli.data.packing import IGNORED, RowOrder, pack
+from molcli.data.packing import IGNORED, pack
 from molcli.errors import MolError
 
 
@@ -32,9 +32,9 @@ def test_positions_labels_and_documents_restart() -> None:
 
 
 def test_short_last_row_is_padded_when_kept() -> None:
-    rows = pack(documents(3, 3), 4, seed=None, keep_short=True)
+    rows = pack(documents(3, 3), 4, seed=None, pad_last=True)
     batch = rows.batch(slice(None))
-    assert (rows.tokens, rows.predicted) == (6, 3)
+    assert (rows.tokens, rows.num_targets) == (6, 3)
     assert batch.attention_mask is not None
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert batch.labels.tolist() == [[IGNORED, 1, 2, IGNORED], [IGNORED, 5, IGNORED, IGNORED]]
@@ -52,7 +52,7 @@ def test_every_token_is_kept_and_documents_stay_whole(
         sizes.append(1)
     given_documents = documents(*sizes)
     owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-    rows = pack(given_documents, length, seed=seed, keep_short=True)
+    rows = pack(given_documents, length, seed=seed, pad_last=True)
     seen = []
     for ids, ordinals, size in zip(rows.input_ids, rows.document_ids, rows.lengths, strict=True):
         tokens = ids[: int(size)].long()
@@ -74,27 +74,11 @@ def test_seed_decides_the_order() -> None:
 def test_less_than_a_row_is_refused_unless_padded() -> None:
     with pytest.raises(MolError, match="3 tokens, which is less than one row of 4"):
         pack(documents(3), 4, seed=None)
-    assert len(pack(documents(3), 4, seed=None, keep_short=True)) == 1
+    assert len(pack(documents(3), 4, seed=None, pad_last=True)) == 1
 
 
 def test_load_rows_reads_a_file(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"input_ids": [i, i, i]}) + "\n" for i in range(8)))
     rows = load_rows(str(path), None, vocab_size=8, length=3, limit=12)
-    assert rows.once().input_ids.tolist() == [[0, 0, 0], [1, 1, 1], [2, 2, 2], [3, 3, 3]]
-
-
-def test_every_epoch_is_a_permutation_of_its_own() -> None:
-    taken = RowOrder(50, seed=0).take(0, 150).view(3, 50)
-    assert all(torch.equal(epoch.sort().values, torch.arange(50)) for epoch in taken)
-    assert not torch.equal(taken[0], taken[1])
-    assert not torch.equal(taken[1], taken[2])
-    assert not torch.equal(taken[0], RowOrder(50, seed=1).take(0, 50))
-
-
-def test_row_order_depends_on_the_place_alone() -> None:
-    whole = RowOrder(7, seed=3).take(0, 40)
-    order = RowOrder(7, seed=3)
-    assert torch.equal(
-        torch.cat([order.take(31, 9), order.take(5, 9)]), whole[[*range(31, 40), *range(5, 14)]]
-    )
+    assert rows.without_repeats().input_ids.tolist() == [[0, 0, 0], [1, 1, 1], [2, 2, 2], [3, 3, 3]]

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from molcli.errors import MolError
 from molcli.families.gguf import _cache_folder, _weights, convert_gguf
 from molcli.families.parent import open_parent, outline
-from molcli.files.folders import turn_at
+from molcli.files.folders import lock_for
 
 GGUF_MODULES = {
     "input_layernorm": "attn_norm",
@@ -84,7 +84,7 @@ def write_gguf(
         local = rope["sliding_attention"]["rope_theta"]
         writer.add_float32("gemma3.rope.freq_base_swa", local)
     for key, value in (extra or {}).items():
-        writer.add_string(key, value)
+        (writer.add_uint32 if isinstance(value, int) else writer.add_string)(key, value)
     if (folder / "tokenizer.json").exists():
         tokenizer = json.loads((folder / "tokenizer.json").read_text())
         writer.add_tokenizer_model("gpt2")
@@ -186,6 +186,22 @@ def test_tokenizer_comes_along(tiny_parent, tmp_path: Path, capfd) -> None:
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
 
 
+@pytest.mark.parametrize(
+    "extra, ends",
+    [
+        ({}, 2),
+        ({"eot": 2}, 2),
+        ({"eot": 7, "eom": 9}, [2, 7, 9]),
+    ],
+)
+def test_all_its_ends_come_along(tiny_parent, tmp_path: Path, extra, ends) -> None:
+    keys = {f"tokenizer.ggml.{name}_token_id": token for name, token in extra.items()}
+    parent = open_parent(write_gguf(tmp_path / "m.gguf", tiny_parent("llama"), extra=keys))
+    assert parent.generation == {"bos_token_id": 1, "eos_token_id": ends}
+    assert parent.mol_config_kwargs()["eos_token_id"] == ends
+    assert parent.tokenizer().eos_token == "</s>"
+
+
 def test_the_file_is_parsed_once(tiny_parent, tmp_path: Path, monkeypatch) -> None:
     path = write_gguf(tmp_path / "m.gguf", tiny_parent("llama"))
     reader, parse = gguf.GGUFReader, gguf.GGUFReader.__init__
@@ -232,7 +248,7 @@ def test_conversion_is_cached_until_the_file_changes(
 def test_who_asks_while_another_converts_waits_for_it(tiny_parent, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", tiny_parent("qwen2", tokenizer=False))
     folder = _cache_folder(path)
-    with ThreadPoolExecutor() as other, turn_at(folder):
+    with ThreadPoolExecutor() as other, lock_for(folder):
         waiting = other.submit(convert_gguf, path)
         convert_gguf(path, folder)
         stamp = (folder / "config.json").stat().st_mtime_ns

@@ -1,4 +1,4 @@
-"""An output folder appears whole or not at all."""
+"""An output folder appears complete or not at all."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ import pytest
 from molcli.errors import MolError
 from molcli.files.folders import output_folder
 
-# A run that reports when it has written half its output, and then waits for ever.
+# A run that reports when it has written half of its output, and then waits for its input to end.
 CHILD = """
 import sys
 from molcli.files.folders import output_folder
@@ -70,7 +70,7 @@ def test_exception_leaves_nothing(tmp_path: Path, error: type[BaseException]) ->
     assert not any(tmp_path.iterdir())
 
 
-def test_killed_run_leaves_nothing_finished_and_is_cleaned_up(tmp_path: Path) -> None:
+def test_killed_run_leaves_no_output_and_is_cleaned_up(tmp_path: Path) -> None:
     out = tmp_path / "out"
     finish(start_child(out), signal.SIGKILL)
     assert not out.exists()
@@ -82,18 +82,18 @@ def test_killed_run_leaves_nothing_finished_and_is_cleaned_up(tmp_path: Path) ->
     assert [entry.name for entry in out.iterdir()] == ["new"]
 
 
-def test_a_living_run_is_not_disturbed(tmp_path: Path) -> None:
+def test_a_path_that_a_running_process_writes_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "out"
     child = start_child(out)
     with pytest.raises(MolError, match="another run is writing"), output_folder(out):
         pytest.fail("entered")
-    child.communicate("")  # ends its input, so that it finishes
+    child.communicate("")  # closes its input, so that it finishes
     assert child.returncode == 0
     assert (out / "config.json").exists()
     assert (out / "half").is_dir()
 
 
-def test_taken_paths_are_refused_untouched(tmp_path: Path) -> None:
+def test_existing_paths_are_refused_and_unchanged(tmp_path: Path) -> None:
     folder, file = tmp_path / "folder", tmp_path / "file"
     folder.mkdir()
     (folder / "mine").write_text("mine")

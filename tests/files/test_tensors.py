@@ -1,4 +1,4 @@
-"""Reading what transformers writes, and writing what it reads."""
+"""Sharded safetensors folders: written and read back, and damage detected."""
 
 import json
 from pathlib import Path
@@ -58,7 +58,7 @@ def test_index_states_the_total_size(tmp_path: Path, tensors: dict[str, torch.Te
     assert index["weight_map"].keys() == tensors.keys()
 
 
-def test_full_shards_are_written_at_once(tmp_path: Path) -> None:
+def test_full_shards_are_written_immediately(tmp_path: Path) -> None:
     writer = ShardedWriter(tmp_path, max_shard_bytes=400)
     for i in range(5):
         writer.add(str(i), torch.ones(100))

@@ -1,4 +1,4 @@
-"""Axes: round ticks around the values, and coordinates that keep their order."""
+"""Axes: round ticks around the values, and monotonic coordinates."""
 
 import math
 
@@ -32,7 +32,7 @@ def test_powers_of_ten_are_around_all_values(values: list[float]) -> None:
     assert all(math.isclose(math.log10(t), round(math.log10(t)), abs_tol=1e-9) for t in axis.ticks)
 
 
-def test_values_that_hardly_differ_get_an_axis() -> None:
+def test_nearly_equal_values_get_an_axis() -> None:
     axis = linear_axis([1e9, math.nextafter(1e9, 2e9)], 0, 1, from_zero=False)
     assert axis.ticks == sorted(set(axis.ticks))
     assert axis.low <= 1e9 < axis.high

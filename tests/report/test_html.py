@@ -59,7 +59,7 @@ def everything(text: str) -> list[Markup]:
     ]
 
 
-def test_a_page_needs_nothing_else() -> None:
+def test_a_page_is_self_contained() -> None:
     found = Checker(page("Title", everything("words")))
     assert not {"script", "link", "img", "iframe", "object"} & set(found.tags)
     assert not {"src", "href", "onload", "onclick"} & {name for name, _ in found.attributes}
@@ -67,7 +67,7 @@ def test_a_page_needs_nothing_else() -> None:
 
 
 @given(TEXT)
-def test_text_stays_text(text: str) -> None:
+def test_text_is_escaped(text: str) -> None:
     plain, found = (Checker(page(t, everything(t))) for t in ("a", text))
     assert found.tags == plain.tags
     assert [name for name, _ in found.attributes] == [name for name, _ in plain.attributes]
@@ -117,14 +117,14 @@ def test_larger_is_higher_and_longer() -> None:
 
 
 @pytest.mark.parametrize("bars", [{}, {"a": 0.0}])
-def test_a_chart_of_nothing_is_still_one(bars: dict[str, float]) -> None:
+def test_empty_charts_are_well_formed(bars: dict[str, float]) -> None:
     for log in (False, True):
         ElementTree.fromstring(bar_chart(bars, label="x", log=log))
     ElementTree.fromstring(line_chart({}, x_label="x", y_label="y"))
     ElementTree.fromstring(heatmap([], row_labels=[], x_label="x", y_label="y"))
 
 
-def test_heatmap_shades_follow_the_values() -> None:
+def test_heatmap_shades_are_proportional_to_the_values() -> None:
     chart = heatmap(
         [[0.0, 1.0], [4.0, math.nan, 2.0]], row_labels=["0", "1"], x_label="x", y_label="y"
     )

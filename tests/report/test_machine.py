@@ -1,4 +1,4 @@
-"""What reports say of the machine they come from."""
+"""Device, versions and commit that reports record."""
 
 import platform
 import sys
@@ -11,7 +11,7 @@ from molcli import __version__
 from molcli.report import machine
 
 
-def test_versions_are_those_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_versions_are_those_of_the_running_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_KERNELS", ("pytest", "no-such-package"))
     assert machine.versions() == {
         "molcli": __version__,
@@ -22,7 +22,9 @@ def test_versions_are_those_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
     }
 
 
-def test_a_device_has_the_name_that_its_driver_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_is_named_by_its_driver_and_a_cpu_by_its_type(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
     assert machine.device_name(torch.device("cuda", 1)) == "GPU 1"
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)

@@ -57,7 +57,7 @@ def test_it_holds_what_the_parent_predicts_for_each_document(
     assert tokens == 512
     cache = open_logits(tmp_path / "cache", None, vocab_size=VOCAB, length=32)
     assert len(cache.shards) > 1
-    rows, index = cache.corpus().rows(torch.tensor([13, 0, 7])), torch.tensor([13, 0, 7])
+    rows, index = cache.corpus().select(torch.tensor([13, 0, 7])), torch.tensor([13, 0, 7])
     ids, log_probs, rest = cache.predictions(index)
     model = AutoModelForCausalLM.from_pretrained(parent.folder).eval()
     for row in range(3):
@@ -151,8 +151,8 @@ def test_a_cache_is_resumed_in_training_wherever_it_lies(
 @pytest.mark.parametrize(
     "change, found",
     [
-        (dict(length=16), "context_length of 32, this run one of 16"),
-        (dict(vocab_size=129), "vocabulary of 128, this run one of 129"),
+        (dict(length=16), "context_length of 32, but this run has one of 16"),
+        (dict(vocab_size=129), "vocabulary of 128, but this run has one of 129"),
         (dict(tokenizer=60), "another tokenizer"),
     ],
 )
@@ -215,7 +215,7 @@ def test_a_stage_with_data_of_its_own_does_without_the_cache(
         (dict(stages=[StageConfig("distill", data="DATA")]), "and none is given"),
         (
             dict(stages=[StageConfig("distill"), StageConfig("pretrain", context_length=16)]),
-            "context_length of 32, this run one of 16",
+            "context_length of 32, but this run has one of 16",
         ),
     ],
 )

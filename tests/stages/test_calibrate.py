@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from molcli.config.sections import CalibrateConfig
 from molcli.errors import MolError
 from molcli.families.parent import open_parent
-from molcli.files import folders as unfinished
+from molcli.files import resumable
 from molcli.fitting.calibration import moments_file
 from molcli.stages.calibrate import calibrate
 
@@ -202,8 +202,8 @@ class Killed(BaseException):
 
 @pytest.fixture
 def saves_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unfinished, "SAVE_EVERY", 0.0)
-    monkeypatch.setattr(unfinished, "_SHARE", 0)
+    monkeypatch.setattr(resumable, "MIN_SAVE_INTERVAL", 0.0)
+    monkeypatch.setattr(resumable, "MIN_WORK_PER_SAVE", 0)
 
 
 @pytest.mark.usefixtures("saves_every_layer")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedConfig
 
 from molcli.model import MoLConfig, MoLForCausalLM
 from molcli.model.checkpoint import open_checkpoint, open_config, stored_dtype
@@ -43,7 +43,7 @@ class BenchmarkPair:
             model = _random(lambda: MoLForCausalLM(self.config), self.device, dtype)
         else:
             model = open_checkpoint(self.checkpoint, self.device)
-            model.generation_config.eos_token_id = None
+            model.generation_config = GenerationConfig()  # no end, no sampling, no penalties
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if tensor.is_floating_point() and "rotary" not in name:
                 tensor.data = tensor.data.to(stored_dtype(name, dtype))

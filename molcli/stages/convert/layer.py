@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from molcli.config.sections import ConvertConfig
-from molcli.data.packing import RowOrder, TokenRows
+from molcli.data.order import ShuffledOrder
+from molcli.data.packing import TokenRows
 from molcli.fitting.chunks import Chunks, Context, token_context
 from molcli.fitting.gated_deltanet import Regress, Site, set_gated_deltanet, unshared
 from molcli.kernels.grouped_linear import grouped_linear
@@ -43,10 +44,10 @@ def align(
     optimizer = torch.optim.Adam(trained, lr=options.learning_rate)
     length = rows.input_ids.shape[1]
     at_once = min(len(rows), max(1, TOKENS // length))
-    order = RowOrder(len(rows), seed)
+    order = ShuffledOrder(len(rows), seed)
     residual = x.unflatten(0, (len(rows), length))
     for step in range(options.steps):
-        index = order.take(step * at_once, at_once)
+        index = order.indices(step * at_once, at_once)
         context = _context(config, rows, index, x.device)
         inputs = residual[index.to(x.device)].flatten(0, 1)
         with torch.no_grad():

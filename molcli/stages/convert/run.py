@@ -17,6 +17,7 @@ from molcli.data.tokenizer import open_tokenizer
 from molcli.errors import MolError
 from molcli.estimate.parameters import count_parameters
 from molcli.files.folders import output_folder
+from molcli.files.generation_config import read_generation, write_generation
 from molcli.files.tensors import ShardedWriter
 from molcli.fitting.streams import Streams, open_streams, relative_error
 from molcli.model.checkpoint import default_device, stored_dtype
@@ -87,7 +88,8 @@ class Text:
 def convert(
     source: Source, text: Text | None, recipe: Recipe, out: Path, progress: Progress = silent
 ) -> None:
-    """Writes the converted checkpoint tokenizer, recipe and convert.json; whole, or not at all.
+    """Writes the converted checkpoint, its tokenizer, generation_config.json, recipe and
+    convert.json; whole, or not at all.
 
     text: None only where no layer is converted. Tensors that no conversion touches keep their very
     bits. The receipt of the upcycling, if there is one, is copied.
@@ -107,7 +109,7 @@ def convert(
         if layers is None:
             assert text is not None
             costs = layer_costs(source, plan.candidates, text.fit, options.ridge, progress)
-            layers = cheapest(costs, options.budget)
+            layers = cheapest(costs, options.gated_deltanet_budget)
         after = converted_config(config, layers)
         writer = ShardedWriter(staging)
         rows, heldout = _convert(source, after, layers, text, recipe, writer, progress)
@@ -116,6 +118,7 @@ def convert(
         tokenizer = open_tokenizer(source.folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
+        write_generation(read_generation(source.folder, config), staging)
         save_recipe(recipe, staging / RECIPE_FILE)
         if (source.folder / UPCYCLE_RECEIPT).is_file():
             shutil.copy(source.folder / UPCYCLE_RECEIPT, staging)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from molcli.model import MoLForCausalLM
+from molcli.model.parent import end_tokens, generate_greedily
 from molcli.progress import Progress
 from molcli.stages.evaluate.heldout import Models
 
@@ -54,7 +55,7 @@ def compare(
 ) -> Generation:
     """prompts: (n, tokens) int64, n > 0; length: tokens to generate. There must be a parent."""
     assert models.parent is not None
-    ends = models.model.config.eos_token_id
+    ends = end_tokens(models.model)
     progress(0, len(prompts), "continuations")
     matching = []
     for batch in prompts.split(batch_size):
@@ -74,17 +75,7 @@ def compare(
     )
 
 
-def _continuations(
-    model: MoLForCausalLM, prompts: Tensor, length: int, ends: int | list[int] | None
-) -> Tensor:
+def _continuations(model: MoLForCausalLM, prompts: Tensor, length: int, ends: list[int]) -> Tensor:
     """(n, tokens) -> (n, length): after its end, a continuation is filled with one token."""
-    filler = 0 if ends is None else ends[0] if isinstance(ends, list) else ends
-    ids = model.generate(
-        prompts,
-        attention_mask=torch.ones_like(prompts),
-        max_new_tokens=length,
-        do_sample=False,
-        eos_token_id=ends,
-        pad_token_id=filler,
-    )[:, prompts.shape[1] :]
-    return F.pad(ids, (0, length - ids.shape[1]), value=filler)
+    ids = generate_greedily(model, prompts, length, ends)[:, prompts.shape[1] :]
+    return F.pad(ids, (0, length - ids.shape[1]), value=ends[0] if ends else 0)

@@ -43,6 +43,8 @@ def open_models(checkpoint: Path, parent: Parent | None) -> Models:
     """
     model = open_checkpoint(checkpoint, default_device())
     dense = None if parent is None else open_teacher(parent, model, model.dtype)
+    if dense is not None:
+        dense.generation_config = model.generation_config  # both generate by the same rules
     return Models(model, dense, open_tokenizer(checkpoint))
 
 

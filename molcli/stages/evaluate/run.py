@@ -49,7 +49,7 @@ def evaluate(
     be used.
     """
     models = open_models(checkpoint, parent)
-    rows = pack(_documents(models, data, config), config.context_length, seed=None, keep_short=True)
+    rows = pack(_documents(models, data, config), config.context_length, seed=None, pad_last=True)
     return predict(models, rows, config.batch_size, progress)
 
 
@@ -65,8 +65,8 @@ def measure(
     skipped: dict[str, str] = {}
     if data is not None:
         documents = _documents(models, data, config)
-        rows = pack(documents, config.context_length, seed=None, keep_short=True)
-        prompts = cut_prompts(documents, config.prompts, config.prompt_length)
+        rows = pack(documents, config.context_length, seed=None, pad_last=True)
+        prompts = cut_prompts(documents, config.num_prompts, config.prompt_length)
         heldout = predict(models, rows, config.batch_size, progress)
         if models.parent is not None and len(prompts):
             # A step of decoding takes as long for a few prompts as for many: as many at a time as
@@ -74,7 +74,7 @@ def measure(
             tokens = config.prompt_length + config.continuation_length
             at_once = max(1, config.batch_size * config.context_length // tokens)
             generation = compare(models, prompts, config.continuation_length, at_once, progress)
-        elif models.parent is not None and config.prompts:
+        elif models.parent is not None and config.num_prompts:
             skipped["generation"] = f"no document has {config.prompt_length} tokens"
     if config.recall_sequences:
         missing = missing_for_recall(models.tokenizer, config.recall_pairs)

@@ -63,11 +63,11 @@ def micro_batches(
         size: rows of a micro-batch, at most.
         accelerator: gives rank and device.
     """
-    packed = rows.rows(index)  # all rows on every rank: counting them needs no communication
+    packed = rows.select(index)  # all rows on every rank: counting them needs no communication
     places = torch.arange(len(index)).view(accelerator.num_processes, -1)
     own = places[accelerator.process_index].split(size)
     batches = [(index[part], packed.batch(part, accelerator.device)) for part in own]
-    return MicroBatches(batches, packed.tokens, packed.predicted)
+    return MicroBatches(batches, packed.tokens, packed.num_targets)
 
 
 def open_logit_cache(

@@ -25,7 +25,7 @@ from molcli.maths.recovery import tokens_to_recovery
 from molcli.model import MoLForCausalLM
 from molcli.model.precision import matmul_dtype
 from molcli.report.machine import device_name
-from molcli.report.training_page import train_page
+from molcli.report.training import training_page
 from molcli.stages.train.balance import RouterLoads
 from molcli.stages.train.state import TrainState
 
@@ -104,7 +104,7 @@ class TrainLog:
                 if self.accelerator.is_main_process:
                     # A full disk raises elsewhere, before or after this.
                     with suppress(OSError):
-                        page = train_page(self._lines(), self.config)
+                        page = training_page(self._lines(), self.config)
                         (self.out / PAGE).write_text(page, encoding="utf-8")
 
     def add_step(self, means: Tensor) -> None:

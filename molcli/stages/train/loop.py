@@ -253,7 +253,7 @@ def run_stage(
     start = time.perf_counter() - state.seconds
 
     def load(row: int) -> MicroBatches:
-        index = order.take(row, config.batch_size)
+        index = order.indices(row, config.batch_size)
         return micro_batches(rows, index, config.micro_batch_size, accelerator)
 
     parent = objective.parent if isinstance(objective.parent, MoLForCausalLM) else None
@@ -295,7 +295,7 @@ def run_stage(
             last = state.stage_step == steps
             if state.step % config.log_every == 0 or last or not finite:
                 rate = ratio * config.learning_rate
-                passes = rows.passes(state.row)
+                passes = rows.epochs(state.row)
                 run.log.write(state, name, norm, rate, objective.metrics, passes)
             if accelerator.is_main_process:
                 run.progress(state.tokens, run.total_tokens, run.log.note)

@@ -7,13 +7,16 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
+from transformers import GenerationConfig
 
 from molcli.config.recipe import RECIPE_FILE, save_recipe
 from molcli.config.sections import Recipe
 from molcli.data.tokenizer import open_tokenizer
 from molcli.errors import MolError
+from molcli.files.generation_config import read_generation, write_generation
 from molcli.files.tensors import ShardedWriter, TensorReader
 from molcli.model import MoLForCausalLM
+from molcli.model.checkpoint import open_config
 from molcli.stages.train.distributed import first_error, full_tensor
 
 _CONFIG = "config.json"
@@ -51,7 +54,8 @@ def save_model(
     Args:
         model: its tensors are cast to their dtypes in `checkpoint`; in one process the model itself
             is changed.
-        checkpoint: the model that the run began with; its tokenizer and receipt are copied.
+        checkpoint: the model that the run began with; its tokenizer,
+            generation_config.json and receipt are copied.
         recipe: of the run, saved beside the weights.
         out: folder of the run.
         accelerator: gives ranks.
@@ -90,6 +94,7 @@ def _write_unsharded(model: MoLForCausalLM, dtypes: dict[str, torch.dtype], fold
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if name in dtypes:
             tensor.data = tensor.data.to(dtypes[name])
+    model.generation_config = GenerationConfig()  # the checkpoint's own is copied
     model.save_pretrained(folder)
 
 
@@ -112,11 +117,11 @@ def _write_sharded(
         model.config.dtype = dtypes[next(iter(dtypes))]
         model.config.architectures = [MoLForCausalLM.__name__]
         model.config.save_pretrained(folder)
-        model.generation_config.save_pretrained(folder)
     return found
 
 
 def _write_small_files(checkpoint: Path, recipe: Recipe, folder: Path) -> None:
+    write_generation(read_generation(checkpoint, open_config(checkpoint)), folder)
     tokenizer = open_tokenizer(checkpoint)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

@@ -27,7 +27,7 @@ from molcli.model.configuration_mol import MoLConfig
 from molcli.model.layers import DenseLayer, MoLLayer
 from molcli.model.parent import dense_layer
 from molcli.progress import Progress, silent
-from molcli.report.receipt_page import receipt_page
+from molcli.report.receipt import receipt_page
 from molcli.stages.upcycle.comparison import Comparison, continuations
 from molcli.stages.upcycle.report import Measured, advance, receipt
 from molcli.stages.upcycle.selection import deltanet_costs, layer_costs
@@ -44,7 +44,9 @@ def upcycle(
     out: Path,
     progress: Progress = silent,
 ) -> None:
-    """Writes a checkpoint with config, tokenizer, recipe and receipt; whole, or not at all.
+    """Writes a checkpoint with config, tokenizer, generation_config.json, recipe and receipt.
+
+    It appears whole, or not at all.
 
     calibration: a folder that calibrate wrote; None is enough where `needs_text` is False, and the
     receipt then has no figures of held-out text. The parent is read, and the checkpoint written,
@@ -96,6 +98,7 @@ def upcycle(
         config.architectures = ["MoLForCausalLM"]
         config.save_pretrained(staging)
         parent.copy_tokenizer(staging)
+        parent.copy_generation(staging)
         save_recipe(asked, staging / RECIPE_FILE)
         samples = None
         if text is not None and recipe.upcycle.receipt == "full":

@@ -219,7 +219,7 @@ def test_rows_to_fit_and_to_measure_on_are_different_ones(text: Text) -> None:
     fit, kept = split_rows(text.fit)
     assert len(fit) + len(kept) == len(text.fit) and len(kept) >= 1
     assert torch.equal(torch.cat([fit.input_ids, kept.input_ids]), text.fit.input_ids)
-    alone = text.fit.rows(slice(0, 1))
+    alone = text.fit.select(slice(0, 1))
     assert split_rows(alone) == (alone, alone)
 
 

@@ -1,5 +1,6 @@
 """Greedy continuations against decoding one step after another, without a cache."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,6 +62,19 @@ def test_what_two_models_have_in_common_is_counted_to_the_first_difference(
 def test_a_model_continues_as_it_does_itself(tiny_mol: Callable[..., Path]) -> None:
     found = compare(pair(tiny_mol(), noise=0.0), PROMPTS, 7, 6, silent)
     assert (found.matching_tokens, found.full_match) == (7, 1)
+
+
+def test_penalties_and_sampling_of_the_parents_file_are_left_out(
+    tiny_mol: Callable[..., Path],
+) -> None:
+    """They travel with the checkpoint, but the comparison is greedy, for both."""
+    folder = tiny_mol(initializer_range=0.2)
+    plain = compare(pair(folder, noise=0.03), PROMPTS, 9, 4, silent)
+    asked = {"do_sample": True, "temperature": 0.7, "repetition_penalty": 1.5, "eos_token_id": 2}
+    (folder / "generation_config.json").write_text(json.dumps(asked))
+    models = pair(folder, noise=0.03)
+    assert compare(models, PROMPTS, 9, 4, silent) == plain
+    assert models.model.generation_config.repetition_penalty == 1.5
 
 
 @given(

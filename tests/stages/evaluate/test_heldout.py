@@ -34,8 +34,8 @@ def test_figures_are_those_of_the_two_models(
     student = open_checkpoint(checkpoint, torch.device("cpu"))
     parent = AutoModelForCausalLM.from_pretrained(folder).eval()
     batch = (
-        load_rows(data, None, vocab_size=128, length=16, limit=90, keep_short=True)
-        .once()
+        load_rows(data, None, vocab_size=128, length=16, limit=90, pad_last=True)
+        .without_repeats()
         .batch(slice(None))
     )
     sums = torch.zeros(5, dtype=torch.float64)

@@ -29,7 +29,7 @@ def rows() -> TokenRows:
     generator = torch.Generator().manual_seed(3)
     sizes = (16, 9, 7, 11)
     documents = [torch.randint(128, (n,), generator=generator, dtype=torch.int32) for n in sizes]
-    return pack(documents, 16, seed=None, keep_short=True)
+    return pack(documents, 16, seed=None, pad_last=True)
 
 
 def alignment(student: MoLForCausalLM, parent: Parent, weight: float = 0.0) -> AlignmentObjective:

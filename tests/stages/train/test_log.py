@@ -19,7 +19,7 @@ from molcli.errors import MolError
 from molcli.estimate.flops import training_flops
 from molcli.families.parent import Parent
 from molcli.model.checkpoint import open_checkpoint
-from molcli.report.training_page import train_page
+from molcli.report.training import training_page
 from molcli.stages.train import train
 from molcli.stages.train.balance import RouterLoads
 from molcli.stages.train.log import RecoveryCurve, mfu_scale
@@ -89,7 +89,7 @@ def test_the_page_and_the_note_say_what_the_log_says(
     log = lines(out)
     assert [line["step"] for line in log] == [4, 6]
     config = replace(settings.train, data=data)
-    assert (out / "train.html").read_text(encoding="utf-8") == train_page(log, config)
+    assert (out / "train.html").read_text(encoding="utf-8") == training_page(log, config)
     last = log[-1]
     note = notes[-1][0]
     assert note.startswith(f"0 distill, loss {last['loss']:.3f}, kl {last['kl']:.3f}, ")

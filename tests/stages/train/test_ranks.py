@@ -23,22 +23,22 @@ from pathlib import Path
 from torch.distributed.checkpoint import filesystem
 from molcli.config.recipe import load_recipe
 from molcli.errors import Interrupted
-from molcli.data.mixture import MixedOrder
+from molcli.data.order import MixedOrder
 from molcli.families.parent import open_parent
 from molcli.stages.train import train
 checkpoint, data, parent, *runs = sys.argv[1:]
-take = MixedOrder.take
+indices = MixedOrder.indices
 filesystem._OverlappingCpuLoader = None  # torch's way to read ahead, by the first GPU's stream
 
 def stopped(self, first, count):
     if os.environ["RANK"] == "1" and first == 8:  # by the second step, for the third
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)  # torchrun may repeat it
-    return take(self, first, count)
+    return indices(self, first, count)
 
 for recipe, out, how in zip(runs[::3], runs[1::3], runs[2::3]):
     dense = open_parent(parent) if "stages" in recipe else None
-    MixedOrder.take = stopped if how == "stop" else take
+    MixedOrder.indices = stopped if how == "stop" else indices
     try:
         run = Path(checkpoint), Path(out), data, load_recipe(recipe), dense
         train(*run, resume=how == "resume")

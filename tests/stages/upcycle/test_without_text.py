@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from molcli.cli.upcycle import run_upcycle
+from molcli import api
 from molcli.config.sections import Recipe, UpcycleConfig
 from molcli.families.parent import open_parent
 from molcli.stages.upcycle import upcycle
@@ -17,7 +17,7 @@ from molcli.stages.upcycle import upcycle
 
 def convert(parent: Path, out: Path, **options: Any) -> dict[str, torch.Tensor]:
     settings = {"num_blocks": 5, "top_k": 2, "d_thin": 32} | options
-    run_upcycle(open_parent(parent), Recipe(upcycle=UpcycleConfig(**settings)), out)
+    api.upcycle(parent, out, recipe=Recipe(upcycle=UpcycleConfig(**settings)), progress=False)
     return load_file(out / "model.safetensors")
 
 
@@ -25,10 +25,10 @@ def convert(parent: Path, out: Path, **options: Any) -> dict[str, torch.Tensor]:
 def no_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of text from the parent, which is what those without data would wait for."""
 
-    def refuse(*_: Any) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("text was asked for")
 
-    monkeypatch.setattr("molcli.cli.upcycle.run_calibrate", refuse)
+    monkeypatch.setattr("molcli.api.conversion.calibrate", refuse)
 
 
 @pytest.mark.parametrize("method", ["random", "svd"])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from molcli.cli.bars import bar
+from molcli.report.bars import bar
 
 
 def test_the_bar_shows_title_count_and_note(capsys: pytest.CaptureFixture[str]) -> None:
@@ -27,3 +27,24 @@ def test_an_error_before_any_work_stands_alone(capsys: pytest.CaptureFixture[str
     with pytest.raises(ZeroDivisionError), bar("training"):
         raise ZeroDivisionError
     assert capsys.readouterr().err.strip() == ""
+
+
+def test_a_bar_that_is_not_shown_and_another_processes_bar_print_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with bar("training", shown=False) as progress:
+        progress(4, 4)
+    monkeypatch.setenv("RANK", "1")
+    with bar("training") as progress:
+        progress(4, 4)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_notebook_without_widgets_gets_the_finished_bar(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setattr("molcli.report.bars.find_spec", lambda name: None)
+    with bar("training") as progress:
+        progress(3, 4)
+    assert "3/4" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The log of a run as a page."""
+"""The log of a run as an HTML page."""
 
 import json
 from html import escape
@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from molcli.config.sections import StageConfig, TrainConfig
-from molcli.report.training_page import POINTS, thinned, train_page
+from molcli.report.training import MAX_POINTS, downsample, training_page
 
 CONFIG = TrainConfig(stages=[StageConfig("align"), StageConfig("distill", temperature=2.0)])
 
 
 def log(windows: int, layers: int = 3, **changes: Any) -> list[dict[str, Any]]:
-    """A tenth of it is alignment."""
+    """The log of so many windows; the first tenth is alignment."""
     return [
         {
             "step": 10 * (i + 1),
@@ -40,7 +40,7 @@ def log(windows: int, layers: int = 3, **changes: Any) -> list[dict[str, Any]]:
 
 
 def test_the_page_shows_the_log() -> None:
-    page = train_page(log(20), CONFIG)
+    page = training_page(log(20), CONFIG)
     assert page.count("<svg") == 7 + 2  # no utilisation on this device; routing
     assert "200 steps, 1,600,000 tokens in 0.01 hours" in page
     assert "<td>0 align</td><td>20</td><td>160,000</td><td>3.000 → 2.437</td><td>–</td>" in page
@@ -51,38 +51,38 @@ def test_the_page_shows_the_log() -> None:
     assert "darkest: 0.789" in page and "darkest: 0.877" in page
     assert all(f">{layer}</text>" in page for layer in (22, 23, 24))
     assert "temperature: 2.0" in page
-    assert train_page(log(20, mfu=0.4), CONFIG).count("<svg") == 8 + 2
+    assert training_page(log(20, mfu=0.4), CONFIG).count("<svg") == 8 + 2
     assert "<script" not in page and "http" not in page
 
 
-def test_what_was_not_logged_is_left_out() -> None:
-    assert "No step" in train_page([], CONFIG)
-    one = train_page(log(1, routing=None, loss=None, gradient_norm=None), CONFIG)
+def test_missing_figures_are_omitted() -> None:
+    assert "No step" in training_page([], CONFIG)
+    one = training_page(log(1, routing=None, loss=None, gradient_norm=None), CONFIG)
     assert one.count("<svg") == 3  # balance, learning rate, tokens/s
     assert "Routing" not in one
 
 
-def test_skipped_steps_are_listed_with_their_place() -> None:
+def test_skipped_steps_are_listed_with_the_first_bad_value() -> None:
     place = "the output of <model>.layers.3"
-    page = train_page(log(30, skipped=30, not_finite=place), CONFIG)
+    page = training_page(log(30, skipped=30, not_finite=place), CONFIG)
     assert page.count(escape(place)) == 12
     assert "18 more" in page
     assert "30 of them skipped" in page
 
 
 @pytest.mark.parametrize("layers", [1, 32, 126])
-def test_a_long_run_makes_a_page_that_still_opens_at_once(layers: int) -> None:
+def test_the_page_of_a_long_run_stays_small(layers: int) -> None:
     lines = log(2500, layers, mfu=0.41, not_finite="the loss")
     for number, line in enumerate(lines):
         line["stage"] = f"{number // 200} distill"
-    assert len(train_page(lines, CONFIG).encode()) < 200_000
+    assert len(training_page(lines, CONFIG).encode()) < 200_000
     assert len(json.dumps(lines[0])) < 500 + 24 * layers
 
 
-@given(st.lists(st.floats(-1e6, 1e6), max_size=900), st.integers(2, POINTS))
-def test_thinning_keeps_order_and_extremes(heights: list[float], most: int) -> None:
+@given(st.lists(st.floats(-1e6, 1e6), max_size=900), st.integers(2, MAX_POINTS))
+def test_downsampling_keeps_order_and_extremes(heights: list[float], most: int) -> None:
     points = [(float(i), y) for i, y in enumerate(heights)]
-    kept = thinned(points, most)
+    kept = downsample(points, most)
     assert len(kept) <= most
     assert kept == sorted(set(kept)) and set(kept) <= set(points)
     if heights:

@@ -1,10 +1,10 @@
-"""What `molcli eval` prints is what was measured."""
+"""Tables of `molcli eval` show the measured figures."""
 
 import io
 
 from rich.console import Console
 
-from molcli.report.tables import report_tables
+from molcli.report.evaluation import evaluation_tables
 from molcli.stages.evaluate import Evaluation, Report
 from molcli.stages.evaluate.generation import Generation
 from molcli.stages.evaluate.recall import Recall, RecallScore
@@ -13,12 +13,12 @@ from molcli.stages.evaluate.recall import Recall, RecallScore
 def printed(report: Report) -> list[list[str]]:
     """The words of every line of all tables."""
     console = Console(width=120, file=io.StringIO(), record=True)
-    for table in report_tables("out/model", report):
+    for table in evaluation_tables("out/model", report):
         console.print(table)
     return [line.split() for line in console.export_text().splitlines()]
 
 
-def test_every_figure_stands_in_its_row() -> None:
+def test_every_figure_is_in_its_row() -> None:
     lines = printed(
         Report(
             heldout=Evaluation(1000, 3.5, 2_000_000, 1_000_000, 0.25, 0.75, 3.25, 1_500_000),
@@ -47,7 +47,7 @@ def test_every_figure_stands_in_its_row() -> None:
     assert not [line for line in lines if "acc_stderr" in line]
 
 
-def test_without_a_parent_its_columns_are_left_out() -> None:
+def test_without_a_parent_its_columns_are_omitted() -> None:
     lines = printed(Report(None, None, [Recall(0, RecallScore(0.0, 0.5, 40), None)]))
     assert ["0", "0%", "50%", "40"] in lines
     assert not [line for line in lines if "parent" in line]

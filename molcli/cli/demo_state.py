@@ -1,0 +1,153 @@
+"""What a demo has finished, so that the same command goes on where an interrupted one was."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import typer
+
+from molcli import __version__
+from molcli.config.sections import Recipe
+from molcli.errors import MolError
+
+STATE, FIGURES = "demo-state.json", "demo.json"
+# All that a demo writes: --restart removes nothing else.
+_OUTPUTS = (
+    *("drawn.jsonl", "heldout.jsonl", "text.jsonl", "upcycled", "trained", "routing.json"),
+    FIGURES,
+)
+
+
+@dataclass
+class DemoState:
+    """The content of STATE, rewritten after each stage.
+
+    identity: what the figures depend on; see `demo_identity`. results: figures of the finished
+    stages, by name; None for a stage that leaves files instead. seconds: that each stage took, its
+    interrupted runs included, but for one that was killed.
+    """
+
+    folder: Path
+    identity: dict[str, Any]
+    results: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def run(self, name: str, sentence: str, stage: Callable[[], Any]) -> Any:
+        """What the stage gave in an earlier run, or else gives now, under its sentence.
+
+        Args:
+            name: Of the stage, in `results` and `seconds`.
+            sentence: What it does, printed to stderr.
+            stage: Does the work, and goes on from what an interrupted run of it left. Its result
+                must be what JSON can hold.
+        """
+        if name in self.results:
+            typer.secho(f"{sentence} (done before)", err=True, dim=True)
+            return self.results[name]
+        typer.secho(sentence, err=True, dim=True)
+        start = monotonic()
+        try:
+            self.results[name] = stage()
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + monotonic() - start, 1)
+            self.save()
+        return self.results[name]
+
+    def save(self) -> None:
+        """Writes STATE, whole or not at all."""
+        content = {name: getattr(self, name) for name in ("identity", "results", "seconds")}
+        write_json(self.folder / STATE, content)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes the file, whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def demo_identity(recipe: Recipe, parent: str) -> dict[str, Any]:
+    """What the figures of a demo depend on. parent: the fingerprint of its weights."""
+    settings = json.loads(json.dumps(asdict(recipe)))  # as it is read back: lists, no tuples
+    return {"molcli": __version__, "parent": parent, "settings": settings}
+
+
+def check_folder(out: Path, *, restart: bool) -> None:
+    """Raises MolError unless a demo may be begun, gone on with or, with restart, begun anew there.
+
+    Reads only what lies in `out`: nothing has to be fetched for the refusal.
+    """
+    from molcli.files.folders import refuse_existing
+
+    if not (out / STATE).is_file():
+        refuse_existing(out)
+    elif (out / FIGURES).is_file() and not restart:
+        raise MolError(
+            f"{out} holds a finished demo",
+            allowed="--restart to begin again, or another folder",
+            hint=f"molcli demo --out {out} --restart",
+        )
+
+
+def open_state(out: Path, identity: dict[str, Any], *, restart: bool) -> DemoState:
+    """The state of the demo in `out`, a folder that `check_folder` has accepted.
+
+    restart: removes what an earlier demo wrote; other files stay. Raises MolError if an unfinished
+    demo there had another identity.
+    """
+    found = {} if restart else _read(out)
+    if not found.get("identity"):
+        _clear(out)
+        found = {"identity": identity}
+    state = DemoState(out, **found)
+    if state.identity != identity:
+        raise MolError(
+            f"{out} holds an unfinished demo with other "
+            + ", ".join(_differences(state.identity, identity)),
+            allowed="the command that it was begun with, or --restart to begin again",
+            hint=f"molcli demo --out {out} --restart",
+        )
+    state.save()
+    return state
+
+
+def _clear(out: Path) -> None:
+    """Removes what an earlier demo wrote. Killed in between, it leaves the folder of a demo without
+    an identity, which `open_state` clears."""
+    DemoState(out, {}).save()
+    for name in _OUTPUTS:
+        path = out / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _read(out: Path) -> dict[str, Any]:
+    """identity, results and seconds; empty where no demo has been begun."""
+    path = out / STATE
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {name: dict(content[name]) for name in ("identity", "results", "seconds")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise MolError(
+            f"{path} is damaged ({error})",
+            allowed="the file as the demo wrote it, or --restart to begin again",
+            hint=f"molcli demo --out {out} --restart",
+        ) from error
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """molcli, parent, or section.key, where the two are not equal."""
+    found = [name for name in ("molcli", "parent") if before.get(name) != now[name]]
+    old: dict[str, dict[str, Any]] = before.get("settings", {})
+    for section, values in now["settings"].items():
+        there = old.get(section, {})
+        found += [f"{section}.{key}" for key, value in values.items() if there.get(key) != value]
+    return found or ["settings"]

@@ -1,0 +1,73 @@
+"""The table of `molcli plan`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from molcli.config.sections import PRESETS
+
+if TYPE_CHECKING:  # stages import this package
+    from molcli.stages.plan import Plan
+
+
+def plan_table(found: Plan) -> Table:
+    """Return one line per candidate, the recommended one in bold."""
+    gpu = found.gpu
+    table = Table(
+        title=f"Parent: {found.parent_total / 1e6:,.1f}M parameters, "
+        f"{found.parent_flops / 1e6:,.0f}M operations a token",
+        caption="Shape: width×neurons, first of the shared block where it has its own. Share: "
+        "active parameters without embeddings, of the parent's. Time and memory (GB) are estimates "
+        f"for one {gpu.name} of {gpu.memory / 1e9:.0f} GB, training for {found.tokens:,} tokens.",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    forecast = found.candidates[0].kl is not None
+    table.add_column("shape", no_wrap=True)
+    names = ["total", "active", "share", "FLOPs", "convert", "train"]
+    for name in (["KL"] if forecast else []) + names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for c in found.candidates:
+        name = f"{c.name}, {_shapes(c.settings)}" if c.name in PRESETS else c.name
+        cells = [
+            name if c.name != found.recommended else f"[bold]{name}[/bold]",
+            _count_of(c.total),
+            _count_of(c.active),
+            f"{c.share:.0%}",
+            f"{c.flops / found.parent_flops:.0%}",
+            f"{_time(c.conversion.seconds)} {_memory(c.conversion.memory, gpu.memory)}",
+            f"{_time(c.training.seconds)} {_memory(c.training.memory, gpu.memory)}",
+        ]
+        if c.kl is not None:
+            cells.insert(1, f"{c.kl:.2f}")
+        table.add_row(*cells)
+    return table
+
+
+def _shapes(settings: dict[str, Any]) -> str:
+    wide = settings.get("d_thin_shared"), settings.get("d_ff_thin_shared")
+    thin = settings["d_thin"], settings["d_ff_thin"]
+    return ", ".join(f"{width}×{neurons}" for width, neurons in (wide, thin) if width)
+
+
+def _memory(size: float, available: float) -> str:
+    return _bytes(size) if size <= available else f"[red]{_bytes(size)}[/red]"
+
+
+def _bytes(size: float) -> str:
+    return f"{size / 1e9:.1f}G" if size < 1e10 else f"{size / 1e9:,.0f}G"
+
+
+def _count_of(parameters: int) -> str:
+    return f"{parameters / 1e9:.1f}B" if parameters >= 1e9 else f"{parameters / 1e6:.0f}M"
+
+
+def _time(seconds: float) -> str:
+    for size, unit in ((86_400, "d"), (3600, "h"), (60, "m")):
+        if seconds >= size:
+            return f"{seconds / size:.{int(seconds < 10 * size)}f}{unit}"
+    return f"{seconds:.0f}s"

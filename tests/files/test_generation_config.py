@@ -1,0 +1,45 @@
+"""generation_config.json as it is read: the file first, the config for what it does not say."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedConfig
+
+from molcli.errors import MolError
+from molcli.families.parent import open_parent
+from molcli.files.generation_config import read_generation, write_generation
+
+CONFIG = PreTrainedConfig(bos_token_id=1, eos_token_id=2, pad_token_id=None)
+
+
+@pytest.mark.parametrize("content, expected", [
+    (None, {"bos_token_id": 1, "eos_token_id": 2}),
+    ({}, {"bos_token_id": 1, "eos_token_id": 2}),
+    ({"eos_token_id": [2, 5]}, {"bos_token_id": 1, "eos_token_id": [2, 5]}),
+    ({"eos_token_id": None, "top_p": 0.9}, {"bos_token_id": 1, "eos_token_id": 2, "top_p": 0.9}),
+    # transformers itself would not write this one again: there is no do_sample beside it.
+    ({"temperature": 0.7, "pad_token_id": 0},
+     {"bos_token_id": 1, "eos_token_id": 2, "temperature": 0.7, "pad_token_id": 0}),
+])  # fmt: skip
+def test_the_file_wins_and_the_config_fills_in_tokens(
+    tmp_path: Path, content: dict[str, Any] | None, expected: dict[str, Any]
+) -> None:
+    if content is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(content))
+    found = read_generation(tmp_path, CONFIG)
+    assert found == expected
+    write_generation(found, tmp_path)
+    assert read_generation(tmp_path, CONFIG) == expected
+
+
+@pytest.mark.parametrize("text", ["{", "3", "[1, 2]", '"text"'])
+def test_a_file_that_is_no_json_object_is_refused_with_the_parent(
+    tiny_parent: Callable[..., Path], text: str
+) -> None:
+    folder = tiny_parent("llama")
+    (folder / "generation_config.json").write_text(text)
+    with pytest.raises(MolError, match="not a JSON object"):
+        open_parent(folder)
