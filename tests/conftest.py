@@ -45,8 +45,21 @@ FAMILY_CONFIG: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {"head_dim": 32},  # wider heads than hidden_size / num_attention_heads
     "phi3": {},
+    # Layer 0 is local, with its own rotary base; the attention scale is not the head's.
+    "gemma3_text": {
+        "tie_word_embeddings": True,
+        "head_dim": 32,
+        "query_pre_attn_scalar": 20,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+        },
+    },
+    "olmo2": {},
 }
-IMPLIED_HEAD_DIM = {"qwen2", "phi3"}  # whose configs have no such field
+IMPLIED_HEAD_DIM = {"qwen2", "phi3", "olmo2"}  # whose configs have no such field
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 5e5,
@@ -80,6 +93,10 @@ PARENT_CASES: list[tuple[str, dict[str, Any]]] = [
     ("phi3", {"sharded": True}),
     ("phi3", LONGROPE),
     ("phi3", {"rope_parameters": HALF_ROPE}),
+    ("gemma3_text", {}),
+    ("gemma3_text", {"attention_bias": True, "tie_word_embeddings": False}),
+    ("olmo2", {}),
+    ("olmo2", {"attention_bias": True, "sharded": True}),
 ]
 TOKENIZER_TEXT = (
     "the quick brown fox jumps over the lazy dog while the slow brown bear sleeps",

@@ -112,7 +112,8 @@ def _head(config: MoLConfig) -> int:
 def _layer(config: MoLConfig, index: int, context_length: int) -> tuple[_Cost, _Cost]:
     """Cost of a layer if every block ran, and with its active blocks."""
     if config.is_dense(index):
-        layer = _block(config.dense_spec(config.layer_mixers[index]), config, context_length)
+        mixer = config.layer_mixers[index]
+        layer = _block(config.dense_spec(mixer), config, context_length)
         return layer, layer
     routed_blocks, top_k = config.num_routed_blocks, config.num_blocks_per_tok
     always = _Cost(2.0 * config.hidden_size * routed_blocks, 0)  # the router

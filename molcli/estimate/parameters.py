@@ -50,5 +50,5 @@ def _thin_block(spec: BlockSpec, config: MoLConfig) -> int:
 
 def _block(spec: BlockSpec, config: MoLConfig) -> int:
     mlp = (3 if config.mlp_gated else 2) * spec.width * spec.d_ff
-    norms = 2 * spec.width
+    norms = 2 * spec.width * (config.pre_norms + spec.output_norms)
     return MIXERS[spec.mixer].count_parameters(spec, config) + mlp + norms

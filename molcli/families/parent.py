@@ -13,17 +13,10 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from molcli.data.tokenizer import open_tokenizer
 from molcli.errors import MolError
+from molcli.families import FAMILIES
+from molcli.families.base import EMBEDDING, FINAL_NORM, LM_HEAD, Family, Source
 from molcli.families.gguf import convert_gguf, read_gguf_config
-from molcli.families.table import (
-    EMBEDDING,
-    FAMILIES,
-    FINAL_NORM,
-    LM_HEAD,
-    Family,
-    head_dim,
-    refuse_family,
-    refuse_variant,
-)
+from molcli.families.refused import refuse_type
 from molcli.files.generation_config import TOKENS, read_generation, write_generation
 from molcli.files.tensors import TensorReader
 
@@ -36,11 +29,11 @@ _SHOWN = 3  # offending tensors that an error names
 
 @dataclass(frozen=True)
 class Parent:
-    """A validated dense checkpoint. No method holds more than what it returns.
+    """A validated dense checkpoint. No method keeps what it returns in memory.
 
-    name: as the user gave it. folder: where its safetensors are. note: a limit that the user
-    should hear of, or "". tied: whether the output head is the embedding. generation: how it
-    generates; see `read_generation`.
+    name: as the user gave it. folder: where its safetensors are. note: a limit to tell the user
+    about, or "". tied: whether the output head is the embedding. generation: how it generates; see
+    `read_generation`.
     """
 
     name: str
@@ -58,30 +51,34 @@ class Parent:
         return self._reader.read(EMBEDDING)
 
     def final_norm(self) -> torch.Tensor:
-        """(D,), stored dtype."""
-        return self._reader.read(FINAL_NORM)
+        """(D,), stored dtype; float32 where the family transforms it."""
+        weight, transform = self._reader.read(FINAL_NORM), self.family.final_norm_transform()
+        return weight if transform is None else transform(weight)
 
     def lm_head(self) -> torch.Tensor | None:
         """(V, D), stored dtype; None when tied to the embedding."""
         return None if self.tied else self._reader.read(LM_HEAD)
 
     def dense_layer(self, index: int) -> dict[str, torch.Tensor]:
-        """A layer as a stack of one full-width block: (1, ...) each, stored dtype.
+        """Read a layer as a stack of one full-width block.
 
-        The names are those of a MoL model below `model.layers.{index}.`.
+        Returns:
+            (1, ...) each, in the stored dtype, or float32 where the family transforms them. The
+            names are those of a MoL model below `model.layers.{index}.`.
         """
-        table = self.family.layer(self.config, index)
-        return {
-            ours: self._reader.read(source.name, source.rows)[None]
-            for ours, source in table.items()
-        }
+        sources = self.family.layer(self.config, index)
+        return {ours: self._read(source)[None] for ours, source in sources.items()}
+
+    def _read(self, source: Source) -> torch.Tensor:
+        tensor = self._reader.read(source.name, source.rows)
+        return tensor if source.transform is None else source.transform(tensor)
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """None if the parent came without one."""
         return self._tokenizer
 
     def copy_tokenizer(self, out: Path) -> None:
-        """Writes the tokenizer, if there is one, as this process uses it."""
+        """Write the tokenizer, if there is one, as this process uses it."""
         if self._tokenizer is not None:
             self._tokenizer.save_pretrained(out)
 
@@ -100,15 +97,15 @@ class Parent:
         config names the first alone.
         """
         tokens = {name: self.generation[name] for name in TOKENS if name in self.generation}
-        return _mol_config_kwargs(self.config, self.family, tied=self.tied) | tokens
+        return self.family.mol_config_kwargs(self.config, tied=self.tied) | tokens
 
 
 def outline(spec: str | Path) -> dict[str, Any]:
-    """`Parent.mol_config_kwargs`, and `dtype`, from the parent's configuration alone.
+    """Return `Parent.mol_config_kwargs` and `dtype`, from the parent's configuration alone.
 
-    No weights are read, nor fetched from the Hub; of a .gguf file the metadata is read. A head
-    that is stored although the configuration ties it goes unnoticed. Raises MolError as
-    `open_parent` does, as far as a configuration shows it.
+    Reads no weights and downloads none from the Hub; of a .gguf file, it reads the metadata. Does
+    not notice an output head that is stored although the configuration ties it. Raises MolError as
+    `open_parent` does, as far as a configuration shows the reason.
     """
     path = Path(spec).expanduser()
     if path.is_file() and path.suffix == ".gguf":
@@ -116,66 +113,35 @@ def outline(spec: str | Path) -> dict[str, Any]:
         family = FAMILIES[config.model_type]
     else:
         config, family = _open_config(_locate(str(spec), weights=False))
-    refuse_variant(config)
-    kwargs = _mol_config_kwargs(config, family, tied=config.tie_word_embeddings)
+    _refuse_variant(config, family)
+    kwargs = family.mol_config_kwargs(config, tied=config.tie_word_embeddings)
     return kwargs | {"dtype": config.dtype}
 
 
 def open_parent(spec: str | Path) -> Parent:
-    """Opens a local safetensors folder, a Hub id or a .gguf file.
+    """Open a local safetensors folder, a Hub id or a .gguf file.
 
-    Everything that could fail later is checked here, from the headers: raises MolError for a
+    Checks everything that could fail later, from the headers. Raises MolError for a
     family other than those of `FAMILIES`, missing, leftover or ill-shaped tensors, weights that
     are pickled, quantized or truncated, a tokenizer that does not fit the vocabulary, and a
     generation_config.json that cannot be read.
     """
     folder = _locate(str(spec))
     config, family = _open_config(folder)
-    refuse_variant(config)
+    _refuse_variant(config, family)
     reader = TensorReader(folder)
     tied = config.tie_word_embeddings and not _head_differs(reader)
     _check_tensors(reader, config, family, tied=tied)
     tokenizer = open_tokenizer(folder)
-    if tokenizer is not None and len(tokenizer) > config.vocab_size:
-        raise MolError(
-            f"the tokenizer in {folder} has {len(tokenizer)} tokens, but the model's vocab_size "
-            f"is {config.vocab_size}",
-            allowed="a tokenizer with at most vocab_size tokens",
-            hint="use the tokenizer that the model was trained with",
-        )
-    _, note = _context(config, family)
+    if tokenizer is not None:
+        _check_tokenizer(tokenizer, folder, config, family)
+    _, note = family.context(config)
     generation = read_generation(folder, config)
     return Parent(str(spec), folder, config, family, note, tied, generation, reader, tokenizer)
 
 
-def _mol_config_kwargs(config: PreTrainedConfig, family: Family, *, tied: bool) -> dict[str, Any]:
-    return {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": head_dim(config),
-        "intermediate_size": config.intermediate_size,
-        "hidden_act": config.hidden_act,
-        "mlp_gated": True,
-        "attention_bias": family.has_qkv_bias(config),
-        "attention_out_bias": family.has_out_bias(config),
-        "qk_norm": family.qk_norm,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_parameters": _rotary(config),
-        "max_position_embeddings": _context(config, family)[0],
-        "tie_word_embeddings": tied,
-        "initializer_range": config.initializer_range,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
-        "pad_token_id": config.pad_token_id,
-        "layer_structures": ["dense"] * config.num_hidden_layers,
-    }
-
-
 def _locate(spec: str, *, weights: bool = True) -> Path:
-    """The folder of the parent; of a Hub's, without its weights where they are not wanted."""
+    """The folder of the parent. weights: whether to download those of a Hub id."""
     path = Path(spec).expanduser()
     if path.is_dir():
         return path
@@ -215,7 +181,7 @@ def _open_config(folder: Path) -> tuple[PreTrainedConfig, Family]:
     except (ValueError, AttributeError) as error:
         raise MolError(f"{path} is not a JSON object ({error})") from error
     if model_type not in FAMILIES:
-        refuse_family(folder, model_type, FAMILIES)
+        refuse_type(folder, model_type, FAMILIES)
     try:
         return AutoConfig.from_pretrained(folder), FAMILIES[model_type]
     except (StrictDataclassError, ValueError, TypeError) as error:
@@ -271,37 +237,34 @@ def _check_tensors(
             )
 
 
-def _context(config: PreTrainedConfig, family: Family) -> tuple[int, str]:
-    """Positions up to which MoL sees what the parent sees, and a note where that is not all."""
-    positions: int = config.max_position_embeddings
-    window = family.sliding_window(config)
-    trained = _longrope(config) or positions
-    if window is not None and window < min(positions, trained):
-        return window, (
-            f"The parent attends to the last {window} tokens only. MoL has no sliding window, so "
-            f"max_position_embeddings becomes {window}: up to there both see the same."
+def _refuse_variant(config: PreTrainedConfig, family: Family) -> None:
+    """Raise MolError for a configuration that MoL cannot express, or that is quantized."""
+    family.refuse_variant(config)
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return
+    method = type(quantization).__name__
+    if isinstance(quantization, dict):
+        method = str(quantization.get("quant_method", "unnamed method"))
+    raise MolError(
+        f"the parent's weights are quantized ({method})",
+        allowed="weights stored as bfloat16, float16 or float32",
+        hint="use the original checkpoint that the quantized one was made from",
+    )
+
+
+def _check_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, folder: Path, config: PreTrainedConfig, family: Family
+) -> None:
+    """Raise MolError if the tokenizer has tokens that the model lacks."""
+    size: int = config.vocab_size
+    if len(tokenizer) <= size:
+        return
+    beyond = {token for token, index in tokenizer.get_vocab().items() if index >= size}
+    if beyond - family.tokens_beyond_vocabulary:
+        raise MolError(
+            f"the tokenizer in {folder} has {len(tokenizer)} tokens, but the model's vocab_size "
+            f"is {size}",
+            allowed="a tokenizer with at most vocab_size tokens",
+            hint="use the tokenizer that the model was trained with",
         )
-    if trained < positions:
-        return trained, (
-            f"The parent turns its heads more slowly in sequences of more than {trained} tokens "
-            f"(LongRoPE), and packed rows have no such length. max_position_embeddings becomes "
-            f"{trained}: up to there both see the same."
-        )
-    return positions, ""
-
-
-def _longrope(config: PreTrainedConfig) -> int | None:
-    """Tokens up to which LongRoPE's short factors hold; None without LongRoPE."""
-    rotary = config.rope_parameters
-    if rotary["rope_type"] != "longrope":
-        return None
-    return int(rotary["original_max_position_embeddings"])
-
-
-def _rotary(config: PreTrainedConfig) -> dict[str, Any]:
-    """The config's rope_parameters, independent of its max_position_embeddings."""
-    rotary = dict(config.rope_parameters)
-    trained = _longrope(config)
-    if trained is not None and rotary.get("factor") is None:
-        rotary["factor"] = config.max_position_embeddings / trained  # what transformers takes
-    return rotary

@@ -31,6 +31,12 @@ Method = Literal["random", "svd", "pca"]
 METHODS: tuple[Method, ...] = ("random", "svd", "pca")
 
 
+def methods_for(config: MoLConfig) -> tuple[Method, ...]:
+    """Those that can start this model. "svd" and "pca" project linear maps, and a norm behind
+    attention and FFN is none: thin blocks have no such norm."""
+    return ("random",) if config.output_norms else METHODS
+
+
 @dataclass(frozen=True)
 class BaselineInputs:
     """What the baselines of layer `index` are computed from.
@@ -125,6 +131,8 @@ def _untrained_layer(config: MoLConfig, index: int, seed: int) -> MoLLayer:
     alone.vocab_size, alone.num_hidden_layers = 1, 1
     alone.layer_structures = [config.layer_structures[index]]
     alone.layer_mixers = [config.layer_mixers[index]]
+    if config.sliding_windows is not None:
+        alone.sliding_windows = [config.sliding_windows[index]]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layer = MoLModel(alone).layers[0]

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
+from torch import Tensor, nn
 
 from molcli.data.packing import TokenRows
 from molcli.kernels.packed_rows import PackedRows
@@ -41,7 +40,7 @@ class Context:
     stream: TokenStream
     dense_rows: PackedRows
     shared_rows: PackedRows
-    embedding: Phi3RotaryEmbedding
+    embedding: nn.Module
 
     @property
     def rotary(self) -> tuple[Tensor, Tensor]:

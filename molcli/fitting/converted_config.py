@@ -76,7 +76,20 @@ def converted_config(dense: dict[str, Any], options: UpcycleConfig) -> MoLConfig
         num_heads = options.num_heads_shared
         changed["num_heads_shared"] = num_heads
         changed["num_kv_heads_shared"] = num_thin_kv_heads(num_heads, parent)
-    return MoLConfig(**(dense | changed))
+    config = MoLConfig(**(dense | changed))
+    if options.method in ("svd", "pca") and config.output_norms:
+        raise MolError(
+            f"`upcycle.method` is {options.method}, but the parent has norms behind attention and "
+            "FFN, through which weights cannot be projected",
+            allowed="fitted or random, for such a parent",
+            hint="--set upcycle.method=fitted",
+        )
+    if options.method == "fitted" and config.num_blocks == 1:
+        whole = replace(config.dense_spec(), output_norms=False)
+        # A copy of the parent's layers has their norms. Fitted blocks have none behind mixer and
+        # FFN, since their targets have passed those of the parent.
+        config.output_norms_thin = config.output_norms and config.shared_spec() == whole
+    return config
 
 
 def parent_shape(dense: dict[str, Any]) -> BlockShape:

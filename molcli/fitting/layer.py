@@ -43,15 +43,15 @@ class FittedLayer:
 def copy_layer(config: MoLConfig, index: int, parent: DenseLayer) -> FittedLayer:
     """Use the parent's layer as the only block, at full width, of a MoL layer. Exact."""
     with torch.device("meta"):
-        layer = MoLLayer(config, config.layer_mixers[index])
+        layer = MoLLayer(config, config.layer_mixers[index], index)
     layer.load_state_dict(copied_tensors(parent.state_dict()), assign=True)
     return FittedLayer(layer.requires_grad_(False), [1.0])
 
 
 def copied_tensors(parent: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of `copy_layer` from those of a dense layer, in the same dtype."""
-    norm = parent["block.input_norm"]
-    eye = torch.eye(norm.shape[-1], dtype=norm.dtype, device=norm.device)[None]
+    weight = parent["block.mixer.o_proj"]
+    eye = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)[None]
     thin = {"shared.thin_in": eye, "shared.thin_out": eye.clone()}
     return thin | {f"shared.{name}": tensor for name, tensor in parent.items()}
 
@@ -87,7 +87,7 @@ def fit_layer(
     x, chunks = residuals.student, residuals.chunks
     parent = x.clone() if residuals.student is residuals.parent else residuals.parent
     targets = LayerTargets(dense, parent, chunks)
-    layer = MoLLayer(config, config.layer_mixers[index]).to(x.device).requires_grad_(False)
+    layer = MoLLayer(config, config.layer_mixers[index], index).to(x.device).requires_grad_(False)
     data = FitData(
         targets=targets,
         x=x,
@@ -99,12 +99,13 @@ def fit_layer(
         penalty=options.ridge,
         shrinkage=0.0,
     )
-    groups = _shared_groups(layer, config, parts[: config.num_shared_blocks], data)
+    spec = replace(config.shared_spec(index), num_blocks=1)
+    groups = _shared_groups(layer, config, spec, parts[: config.num_shared_blocks], data)
     if layer.router is not None:
         clones = clones_per_group(config.num_routed_blocks, config.num_blocks_per_tok)
         set_router(layer.router, clones, x, generator)
         data = replace(data, shrinkage=options.shrinkage)
-        spec = config.routed_spec(config.layer_mixers[index])
+        spec = config.routed_spec(config.layer_mixers[index], index)
         routed = parts[config.num_shared_blocks :]
         groups += _routed_groups(layer, config, spec, clones, routed, data, chunks)
     for group in groups:
@@ -149,12 +150,11 @@ def set_router(router: Router, clones: list[int], x: Tensor, generator: torch.Ge
 
 
 def _shared_groups(
-    layer: MoLLayer, config: MoLConfig, parts: list[BlockPart], data: FitData
+    layer: MoLLayer, config: MoLConfig, spec: BlockSpec, parts: list[BlockPart], data: FitData
 ) -> list[BlockGroup]:
-    """Make a group of each shared block."""
+    """Make a group of each shared block. spec: of one of them."""
     if layer.shared is None:
         return []
-    spec = replace(config.shared_spec(), num_blocks=1)
     return [
         BlockGroup(_view_blocks(layer.shared, i, spec, config), part, data)
         for i, part in enumerate(parts)

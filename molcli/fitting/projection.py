@@ -43,9 +43,12 @@ def reading_gram(block: BlockStack, part: BlockPart) -> Tensor:
     neurons = torch.tensor(part.neurons, device=device)
     attention = torch.cat([mixer.q_proj[0, q], mixer.k_proj[0, kv], mixer.v_proj[0, kv]])
     ffn = torch.cat([mlp.gate_proj[0, neurons], mlp.up_proj[0, neurons]])
-    return trace_normalised_sum(
-        (attention * block.input_norm).double(), (ffn * block.post_norm).double()
-    )
+    return trace_normalised_sum(_fold(attention, block.input_norm), _fold(ffn, block.post_norm))
+
+
+def _fold(weight: Tensor, norm: Tensor | None) -> Tensor:
+    """weight: (out, d_model), norm: (1, d_model) or None -> their product, float64."""
+    return weight.double() if norm is None else weight.double() * norm.double()
 
 
 class FoldedWeights:
@@ -79,13 +82,12 @@ class FoldedWeights:
             "kv": head_rows(part.kv_heads, mixer.head_dim, device),
             "ffn": torch.tensor(part.neurons, device=device),
         }
-        attention_norm, mlp_norm = block.input_norm.double(), block.post_norm.double()
         self.q, self.k, self.v = (
-            getattr(mixer, f"{name}_proj")[0, self.rows[rows]].double() * attention_norm
+            _fold(getattr(mixer, f"{name}_proj")[0, self.rows[rows]], block.input_norm)
             for name, rows in (("q", "q"), ("k", "kv"), ("v", "kv"))
         )
         self.gate, self.up = (
-            weight[0, self.rows["ffn"]].double() * mlp_norm
+            _fold(weight[0, self.rows["ffn"]], block.post_norm)
             for weight in (block.mlp.gate_proj, block.mlp.up_proj)
         )
         heads, neurons = (
@@ -150,6 +152,7 @@ def project(stack: ThinBlocks, blocks: slice, weights: FoldedWeights, bases: Bas
         x.unflatten(0, (-1, source.head_dim)).repeat_interleave(copies, dim=0).flatten(0, 1)
         for x in (weights.k, weights.v)
     )
+    assert block.input_norm is not None and block.post_norm is not None
     values = [
         (stack.thin_in, read.mT),
         (stack.thin_out, write),

@@ -65,7 +65,7 @@ def open_residuals(
     embedding: (V, d_model), any dtype and device.
     """
     ids = rows.input_ids.flatten().long()
-    x = F.embedding(ids, embedding).to(device, torch.float32)
+    x = F.embedding(ids, embedding).to(device, torch.float32) * config.embedding_scale
     return Residuals(rows, chunk_text(config, rows, device), x, x)
 
 

@@ -55,6 +55,27 @@ class LayerTargets:
         chosen = weight[0, index]
         return chosen if bias is None else torch.cat([chosen, bias[0, index, None]], dim=1)
 
+    @torch.no_grad()
+    def head_norm(self, name: str, heads: tuple[int, ...]) -> Tensor:
+        """Return the weight of the norm of some heads, "q" or "k". Before `add_attention`.
+
+        A norm over all heads becomes one over these heads only, with their weights scaled by the
+        mean ratio of their root mean square to that of all heads.
+
+        Returns:
+            (head_dim,), or (heads * head_dim,) where the norm is over all heads.
+        """
+        weight: Tensor = getattr(self.mixer, f"{name}_norm")[0]
+        if not self.mixer.qk_norm_full_width:
+            return weight
+        own = head_rows(heads, self.mixer.head_dim, weight.device)
+        every = self.projection(name, tuple(range(len(weight) // self.mixer.head_dim)))
+        sizes = []
+        for chunk in self.chunks:
+            energy = (self.attention_input(chunk) @ every.mT).square()
+            sizes.append((energy[:, own].mean(-1) / energy.mean(-1)).sqrt())
+        return weight[own] * torch.cat(sizes).mean()
+
     def head_outputs(self, chunk: Chunk, heads: tuple[int, ...]) -> Tensor:
         """Return the outputs of some heads before o_proj, (tokens, heads, head_dim). Before
         `add_attention`."""

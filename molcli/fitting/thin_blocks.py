@@ -166,8 +166,9 @@ class BlockGroup:
         # After the norms every thin coordinate has the same size, however large its part of the
         # residual is.
         scale = (basis.variances.mean() / basis.variances).clamp(max=MAX_NORM_WEIGHT**2).sqrt()
-        blocks.block.input_norm.copy_(scale)
-        blocks.block.post_norm.copy_(scale)
+        for norm in (blocks.block.input_norm, blocks.block.post_norm):
+            if norm is not None:
+                norm.copy_(scale)
 
     def _fit_mixer(self) -> None:
         """Fit q, k and v to the parent's on what the block reads; then what else the mixer has."""
@@ -184,9 +185,9 @@ class BlockGroup:
             getattr(mixer, f"{name}_proj").copy_(own[..., :width])
             if biased:
                 getattr(mixer, f"{name}_bias").copy_(own[..., -1])
-        for name in ("q_norm", "k_norm"):
-            if getattr(mixer, name, None) is not None:
-                getattr(mixer, name).copy_(getattr(data.targets.mixer, name))
+        for name, own_heads in (("q", self.part.heads), ("k", kv_heads)):
+            if (norm := getattr(mixer, f"{name}_norm", None)) is not None:
+                norm.copy_(data.targets.head_norm(name, own_heads))
         if (o_bias := getattr(mixer, "o_bias", None)) is not None:
             o_bias.zero_()
         if isinstance(mixer, GatedDeltaNet):

@@ -38,15 +38,22 @@ class FeedForward(nn.Module):
         return self.activation(gate) * up
 
     def step(
-        self, x: Tensor, mixed: Tensor, norm: Tensor, eps: float, context: StepContext
+        self,
+        x: Tensor,
+        mixed: Tensor,
+        norm: Tensor | None,
+        out_norm: Tensor | None,
+        eps: float,
+        context: StepContext,
     ) -> Tensor:
-        """Compute mixed + mlp(norm(x + mixed)) for one new token a sequence.
+        """Compute mixed + out_norm(mlp(norm(x + mixed))) for one new token a sequence.
 
         Args:
             x: (R, width), residual rows before the mixer.
             mixed: (R, width), what the mixer adds to them.
-            norm: (B, width), weights of the RMSNorm before the network.
-            eps: of that norm.
+            norm, out_norm: (B, width), weights of the RMSNorms before and behind the network; None
+                without one.
+            eps: of these norms.
 
         Returns:
             (R, width), what mixer and network add to the residual together.
@@ -61,17 +68,34 @@ class FeedForward(nn.Module):
             eps=eps,
             activation=self.activation_name,
         )
-        return indexed_linear(hidden, [self.down_proj], context.rows, residual=mixed)
+        if out_norm is None:
+            return indexed_linear(hidden, [self.down_proj], context.rows, residual=mixed)
+        out = indexed_linear(hidden, [self.down_proj], context.rows)
+        return mixed + rms_norm(out, out_norm[context.rows.blocks], eps)
 
 
 class BlockStack(nn.Module):
-    """B blocks: each adds mixer(norm(x)) to its rows, then mlp(norm(.))."""
+    """B blocks: each adds mixer(norm(x)) to its rows, then mlp(norm(.)).
+
+    With output norms, what mixer and network add passes an RMSNorm of its own. Norms that a block
+    does not have are None.
+    """
 
     def __init__(self, spec: BlockSpec, config: MoLConfig) -> None:
         super().__init__()
         self.eps = config.rms_norm_eps
-        self.input_norm = nn.Parameter(torch.empty(spec.num_blocks, spec.width))
-        self.post_norm = nn.Parameter(torch.empty(spec.num_blocks, spec.width))
+        shape = spec.num_blocks, spec.width
+        for name, wanted in (
+            ("input_norm", config.pre_norms),
+            ("post_norm", config.pre_norms),
+            ("mixer_out_norm", spec.output_norms),
+            ("mlp_out_norm", spec.output_norms),
+        ):
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)) if wanted else None)
+        self.input_norm: nn.Parameter | None
+        self.post_norm: nn.Parameter | None
+        self.mixer_out_norm: nn.Parameter | None
+        self.mlp_out_norm: nn.Parameter | None
         self.mixer = MIXERS[spec.mixer](spec, config)
         self.mlp = FeedForward(spec, config)
 
@@ -82,17 +106,23 @@ class BlockStack(nn.Module):
 
     def mix(self, x: Tensor, context: BlockContext) -> Tensor:
         """Compute what the mixers add to x: (M, width) -> (M, width)."""
-        return self.mixer(self.norm(x, self.input_norm, context.rows), context)
+        mixed = self.mixer(self.norm(x, self.input_norm, context.rows), context)
+        return self.norm(mixed, self.mixer_out_norm, context.rows)
 
     def feed(self, x: Tensor, rows: PackedRows) -> Tensor:
         """Compute what the feed-forward networks add to x, which includes the mixers' part."""
-        return self.mlp(self.norm(x, self.post_norm, rows), rows)
+        return self.norm(
+            self.mlp(self.norm(x, self.post_norm, rows), rows), self.mlp_out_norm, rows
+        )
 
-    def norm(self, x: Tensor, weight: Tensor, rows: PackedRows) -> Tensor:
-        """Apply each block's own RMSNorm. x: (M, width), weight: (B, width)."""
-        return rms_norm(x, rows.gather_per_block(weight), self.eps)
+    def norm(self, x: Tensor, weight: Tensor | None, rows: PackedRows) -> Tensor:
+        """Apply each block's own RMSNorm, if there is one. x: (M, width), weight: (B, width)."""
+        return x if weight is None else rms_norm(x, rows.gather_per_block(weight), self.eps)
 
     def step(self, x: Tensor, context: StepContext) -> Tensor:
         """Compute what the blocks add to one new token a sequence: (R, width) -> (R, width)."""
         mixed = self.mixer.step(x, self.input_norm, context)
-        return self.mlp.step(x, mixed, self.post_norm, self.eps, context)
+        if self.mixer_out_norm is not None:
+            mixed = rms_norm(mixed, self.mixer_out_norm[context.rows.blocks], self.eps)
+        norms = self.post_norm, self.mlp_out_norm
+        return self.mlp.step(x, mixed, *norms, self.eps, context)

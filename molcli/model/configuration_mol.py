@@ -36,6 +36,9 @@ class BlockSpec:
         d_ff: neurons of the feed-forward network.
         num_heads, num_kv_heads: query heads, and key-value heads.
         head_dim: width of a head, the same at every width of a block.
+        output_norms: whether what mixer and feed-forward network add passes an RMSNorm.
+        window: how many of the latest tokens attention sees; None for all of them.
+        local_rotary: whether the rotary base is that of layers with a window.
     """
 
     num_blocks: int
@@ -45,6 +48,9 @@ class BlockSpec:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    output_norms: bool = False
+    window: int | None = None
+    local_rotary: bool = False
 
 
 class MoLConfig(PreTrainedConfig):
@@ -63,6 +69,15 @@ class MoLConfig(PreTrainedConfig):
         restrict_attention: False runs every routed block on every token and uses the K outputs.
         router_aux_loss_coef: weight of the CV^2 balance loss where router logits are asked for.
         intermediate_size, num_attention_heads, num_key_value_heads: shape of dense layers.
+        qk_norm, qk_norm_full_width: whether queries and keys pass an RMSNorm, and whether that is
+            one over all heads of a block instead of one over each head.
+        pre_norms: whether attention and FFN read the residual through an RMSNorm.
+        output_norms, output_norms_thin: whether what attention and FFN add passes an RMSNorm, in
+            dense layers and in thin blocks.
+        embedding_scale: factor of the embeddings, which the output head does not have.
+        sliding_windows: for each layer, how many of the latest tokens, itself included, a token's
+            attention sees; None for all of them.
+        rope_theta_local: rotary base of layers with a sliding window; None for the others' base.
 
     Names that earlier configurations had are accepted: `layer_kinds`, `thin_num_attention_heads`
     and the like.
@@ -88,8 +103,15 @@ class MoLConfig(PreTrainedConfig):
         attention_bias: bool = False,
         attention_out_bias: bool = False,
         qk_norm: bool = False,
+        qk_norm_full_width: bool = False,
+        pre_norms: bool = True,
+        output_norms: bool = False,
+        output_norms_thin: bool = False,
         rms_norm_eps: float = 1e-6,
         rope_parameters: dict[str, Any] | None = None,
+        rope_theta_local: float | None = None,
+        sliding_windows: list[int | None] | None = None,
+        embedding_scale: float = 1.0,
         max_position_embeddings: int = 4096,
         initializer_range: float = 0.02,
         layer_structures: list[str] | None = None,
@@ -138,8 +160,15 @@ class MoLConfig(PreTrainedConfig):
         self.attention_bias = attention_bias
         self.attention_out_bias = attention_out_bias
         self.qk_norm = qk_norm
+        self.qk_norm_full_width = qk_norm_full_width
+        self.pre_norms = pre_norms
+        self.output_norms = output_norms
+        self.output_norms_thin = output_norms_thin
         self.rms_norm_eps = rms_norm_eps
         self.rope_parameters = rope_parameters or {"rope_type": "default", "rope_theta": 10_000.0}
+        self.rope_theta_local = rope_theta_local
+        self.sliding_windows = sliding_windows
+        self.embedding_scale = embedding_scale
         self.max_position_embeddings = max_position_embeddings
         self.initializer_range = initializer_range
         self.layer_structures = layer_structures or ["mixture"] * num_hidden_layers
@@ -198,20 +227,25 @@ class MoLConfig(PreTrainedConfig):
         """Whether the mixer of a layer carries a state of fixed size."""
         return any(MIXERS[mixer].is_recurrent for mixer in self.layer_mixers)
 
-    def dense_spec(self, mixer: str = "attention") -> BlockSpec:
-        """Return the shape of a dense layer's one block."""
-        return self._spec(dense_shape(self), 1, mixer)
+    def dense_spec(self, mixer: str = "attention", layer: int = 0) -> BlockSpec:
+        """Return the shape of the one block of dense layer `layer`."""
+        return self._spec(dense_shape(self), 1, mixer, layer, self.output_norms)
 
-    def shared_spec(self) -> BlockSpec:
-        """Return the shape of a mixture's shared blocks."""
-        return self._spec(shared_shape(self), self.num_shared_blocks, "attention")
+    def shared_spec(self, layer: int = 0) -> BlockSpec:
+        """Return the shape of the shared blocks of mixture `layer`."""
+        count, norms = self.num_shared_blocks, self.output_norms_thin
+        return self._spec(shared_shape(self), count, "attention", layer, norms)
 
-    def routed_spec(self, mixer: str) -> BlockSpec:
-        """Return the shape of a mixture's routed blocks with this mixer."""
-        return self._spec(routed_shape(self), self.num_routed_blocks, mixer)
+    def routed_spec(self, mixer: str, layer: int = 0) -> BlockSpec:
+        """Return the shape of the routed blocks of mixture `layer`, with this mixer."""
+        count, norms = self.num_routed_blocks, self.output_norms_thin
+        return self._spec(routed_shape(self), count, mixer, layer, norms)
 
-    def _spec(self, shape: BlockShape, num_blocks: int, mixer: str) -> BlockSpec:
+    def _spec(
+        self, shape: BlockShape, num_blocks: int, mixer: str, layer: int, output_norms: bool
+    ) -> BlockSpec:
         shares = MIXERS[mixer].shares_kv_heads
+        window = None if self.sliding_windows is None else self.sliding_windows[layer]
         return BlockSpec(
             num_blocks=num_blocks,
             width=shape.width,
@@ -220,6 +254,9 @@ class MoLConfig(PreTrainedConfig):
             num_heads=shape.num_heads,
             num_kv_heads=shape.num_kv_heads if shares else shape.num_heads,
             head_dim=shape.head_dim,
+            output_norms=output_norms,
+            window=window,
+            local_rotary=window is not None and self.rope_theta_local is not None,
         )
 
     def _check(self) -> None:
@@ -232,6 +269,11 @@ class MoLConfig(PreTrainedConfig):
                     f"{name} names {len(given)} layers, "
                     f"num_hidden_layers is {self.num_hidden_layers}"
                 )
+        if self.sliding_windows and len(self.sliding_windows) != self.num_hidden_layers:
+            raise ValueError(
+                f"sliding_windows names {len(self.sliding_windows)} layers, "
+                f"num_hidden_layers is {self.num_hidden_layers}"
+            )
         if not 0 <= self.num_shared_blocks <= self.num_blocks:
             raise ValueError(
                 f"num_shared_blocks is {self.num_shared_blocks} of num_blocks {self.num_blocks}"

@@ -68,9 +68,9 @@ class ThinBlocks(nn.Module):
 class DenseLayer(GradientCheckpointingLayer):
     """A pre-norm Transformer layer: a stack of one block at full width."""
 
-    def __init__(self, config: MoLConfig, mixer: str = "attention") -> None:
+    def __init__(self, config: MoLConfig, mixer: str = "attention", index: int = 0) -> None:
         super().__init__()
-        self.block = BlockStack(config.dense_spec(mixer), config)
+        self.block = BlockStack(config.dense_spec(mixer, index), config)
 
     def forward(
         self, x: Tensor, context: ForwardContext, states: MoLCacheLayer | None = None
@@ -104,14 +104,14 @@ class MoLLayer(GradientCheckpointingLayer):
     Shared and routed blocks are independent and may run concurrently.
     """
 
-    def __init__(self, config: MoLConfig, mixer: str) -> None:
+    def __init__(self, config: MoLConfig, mixer: str, index: int = 0) -> None:
         super().__init__()
         self.top_k, self.restrict_attention = config.num_blocks_per_tok, config.restrict_attention
         self.shared = self.routed = self.router = None
         if config.num_shared_blocks:
-            self.shared = ThinBlocks(config.shared_spec(), config)
+            self.shared = ThinBlocks(config.shared_spec(index), config)
         if config.num_routed_blocks:
-            self.routed = ThinBlocks(config.routed_spec(mixer), config)
+            self.routed = ThinBlocks(config.routed_spec(mixer, index), config)
             self.router = Router(config.hidden_size, config.num_routed_blocks, self.top_k)
 
     def forward(
@@ -227,4 +227,4 @@ STRUCTURES = {"dense": DenseLayer, "mixture": MoLLayer}
 
 def new_layer(config: MoLConfig, index: int) -> Layer:
     """Make layer `index`, of the structure and with the mixer that the configuration says."""
-    return STRUCTURES[config.layer_structures[index]](config, config.layer_mixers[index])
+    return STRUCTURES[config.layer_structures[index]](config, config.layer_mixers[index], index)

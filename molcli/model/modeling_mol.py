@@ -70,6 +70,18 @@ class MoLCausalLMOutput(MoeCausalLMOutputWithPast):
     routing: tuple[Routing, ...] | None = None
 
 
+class Embedding(nn.Embedding):
+    """Token embeddings times a factor, which is rounded to their dtype (as Gemma does)."""
+
+    def __init__(self, size: int, width: int, scale: float) -> None:
+        super().__init__(size, width)
+        self.scale = scale
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = super().forward(input_ids)
+        return x if self.scale == 1.0 else x * torch.tensor(self.scale, dtype=x.dtype).item()
+
+
 class MoLPreTrainedModel(PreTrainedModel):
     """Loading, saving and initialisation."""
 
@@ -107,7 +119,8 @@ class MoLModel(MoLPreTrainedModel):
 
     def __init__(self, config: MoLConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        size = config.vocab_size, config.hidden_size
+        self.embed_tokens = Embedding(*size, scale=config.embedding_scale)
         self.layers = nn.ModuleList(new_layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = FinalNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = rotary_embedding(config)

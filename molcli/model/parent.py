@@ -15,7 +15,7 @@ from molcli.model.modeling_mol import MoLForCausalLM
 def dense_layer(parent: Parent, config: MoLConfig, index: int, device: torch.device) -> DenseLayer:
     """Layer `index` of the parent, float32, without gradients."""
     with torch.device("meta"):
-        layer = DenseLayer(config)
+        layer = DenseLayer(config, index=index)
     # Casts where there is room: the host holds the layer as it is stored.
     tensors = {n: x.to(device).to(torch.float32) for n, x in parent.dense_layer(index).items()}
     layer.load_state_dict(tensors, strict=True, assign=True)

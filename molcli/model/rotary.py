@@ -1,7 +1,10 @@
 """Rotary position embeddings, with all the scalings that transformers knows."""
 
+import copy
 from typing import Any
 
+import torch
+from torch import Tensor, nn
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 from molcli.model.configuration_mol import MoLConfig
@@ -16,10 +19,30 @@ def reads_positions_back(config: MoLConfig) -> bool:
     return config.rope_parameters["rope_type"] in _BY_LENGTH
 
 
-def rotary_embedding(config: MoLConfig) -> Phi3RotaryEmbedding:
-    """x (for its dtype), position_ids (B, T) -> cos and sin, (B, T, channels that turn).
+def rotary_embedding(config: MoLConfig) -> nn.Module:
+    """x (for its dtype), position_ids (B, T) -> cos and sin, (B, T, channels that rotate).
 
-    Phi-3's is Llama's with a `partial_rotary_factor` of head_dim.
+    With a second base for layers with a sliding window, its channels stand behind the first's.
+    Phi-3's class is Llama's with a `partial_rotary_factor` of head_dim.
     """
     named_alike: Any = config  # it reads rope_parameters, head_dim and max_position_embeddings
-    return Phi3RotaryEmbedding(config=named_alike)
+    everywhere = Phi3RotaryEmbedding(config=named_alike)
+    if config.rope_theta_local is None:
+        return everywhere
+    local: Any = copy.copy(config)
+    local.rope_parameters = {"rope_type": "default", "rope_theta": config.rope_theta_local}
+    return TwoBases(everywhere, Phi3RotaryEmbedding(config=local))
+
+
+class TwoBases(nn.Module):
+    """Two rotary embeddings, their channels side by side."""
+
+    def __init__(self, first: Phi3RotaryEmbedding, second: Phi3RotaryEmbedding) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """x: for its dtype; position_ids: (B, T) -> cos and sin, (B, T, 2 r)."""
+        both = self.first(x, position_ids), self.second(x, position_ids)
+        cos, sin = (torch.cat(parts, dim=-1) for parts in zip(*both, strict=True))
+        return cos, sin

@@ -17,6 +17,10 @@ class Architecture(Protocol):
     attention_bias: bool
     attention_out_bias: bool
     qk_norm: bool
+    qk_norm_full_width: bool
+    pre_norms: bool
+    output_norms: bool
+    output_norms_thin: bool
     tie_word_embeddings: bool
     layer_structures: list[str]
     layer_mixers: list[str]

@@ -81,6 +81,7 @@ def _save_moments(
     device, count = default_device(), model.num_hidden_layers
     embedding = parent.embedding()
     x = F.embedding(fit.input_ids.flatten().long(), embedding).to(device, torch.float32)
+    x *= model.embedding_scale
     del embedding
     chunks = chunk_text(model, fit, device)
     done, saved = unfinished.load() or (0, {})

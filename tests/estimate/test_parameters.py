@@ -74,6 +74,10 @@ def test_active_parameters_of_the_large_model_match_the_paper() -> None:
                 "attention_bias",
                 "attention_out_bias",
                 "qk_norm",
+                "qk_norm_full_width",
+                "pre_norms",
+                "output_norms",
+                "output_norms_thin",
                 "tie_word_embeddings",
             )
         }

@@ -33,11 +33,9 @@ def edit_weights(folder: Path, add: dict[str, torch.Tensor], drop: str = "") -> 
         ("gpt2", "LayerNorms with biases, learned positions"),
         ("gemma", r"1 \+ weight"),
         ("gemma2", "norms behind attention and FFN .* soft caps"),
-        ("gemma3", "norms behind attention and FFN .* rotary base"),
-        ("gemma3_text", "norms behind attention and FFN .* rotary base"),
+        ("gemma3", "an image encoder"),
         ("olmo", "LayerNorms without weights"),
-        ("olmo2", "norms behind attention and FFN .* over all heads together"),
-        ("olmo3", "norms behind attention and FFN .* over all heads together"),
+        ("olmo3", "norms of OLMo-2, and sliding windows"),
         ("mixtral", "mixture of experts"),
         ("qwen3_moe", "mixture of experts"),
         ("bert", None),
@@ -52,7 +50,14 @@ def test_other_families_are_refused_with_the_reason(
     with pytest.raises(MolError) as error:
         open_parent(tmp_path)
     assert re.search(expected, error.value.found)
-    assert "llama, mistral, qwen2, qwen3, phi3" in error.value.allowed
+    assert "llama, mistral, qwen2, qwen3, phi3, gemma3_text, olmo2" in error.value.allowed
+
+
+def test_experts_are_refused_with_a_dense_parent_of_their_series(tmp_path: Path) -> None:
+    AutoConfig.for_model("qwen3_moe").save_pretrained(tmp_path)
+    with pytest.raises(MolError, match="not one dense FFN a layer") as error:
+        open_parent(tmp_path)
+    assert "Qwen/Qwen3-0.6B" in error.value.hint
 
 
 @pytest.mark.parametrize(

@@ -27,11 +27,13 @@ def case(device="cpu", dtype=torch.float64, heads=4, kv=2, dim=16, n=70, ends=(2
     return tensors, rows
 
 
-def naive(q, k, v, segments):
+def naive(q, k, v, segments, window=None, time=None):
     """All scores, with one (M, M) mask."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     scores = torch.einsum("ihd,jhd->hij", q, k) * q.shape[-1] ** -0.5
     seen = (segments[:, None] == segments[None]).tril()
+    if window is not None:
+        seen &= time[:, None] - time[None] < window
     return torch.einsum("hij,jhd->ihd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
 
 
@@ -59,6 +61,24 @@ def test_reference_takes_no_rows_at_all():
     out = segment_attention_reference(q, k, v, cu)
     grads = torch.autograd.grad(out.sum(), (q, k, v))
     assert [x.shape for x in (out, *grads)] == [x.shape for x in (q, q, k, v)]
+
+
+@pytest.mark.parametrize("ends", [(), (25, 50), (1, 3, 4, 8, 10, 12, 14, 60)])
+def test_a_window_counts_time_not_rows(ends):
+    """Blocks skip tokens, so the rows of a segment are of times that are apart."""
+    tensors, rows = case(ends=ends)
+    time, weight = rows.tokens, torch.randn_like(tensors[0])
+    found, wanted, unlimited = (
+        with_gradients(function, tensors, weight)
+        for function in (
+            lambda *x: segment_attention(*x, rows, 7, time),
+            lambda *x: naive(*x, rows.segments, 7, time),
+            lambda *x: segment_attention(*x, rows),
+        )
+    )
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+    assert not torch.allclose(found[0], unlimited[0])
 
 
 def joint(lengths, heads, kv, dim, dtype, device="cpu"):
@@ -137,6 +157,21 @@ def test_short_segments_take_their_own_kernels(triton_device, check):
     assert "short_segment_attention" in found[0].grad_fn.name()
     eager, truth = (
         with_gradients(lambda *x: naive(*x, rows.segments), inputs, weight)
+        for inputs in (tensors, [x.double() for x in tensors])
+    )
+    check("out dq dk dv", found, eager, truth)
+
+
+@pytest.mark.gpu
+def test_gpu_window_is_as_exact_as_eager_bf16(check):
+    """Three segments of all 300 tokens: FlashAttention's window."""
+    tensors, weight, segments, cu = joint([300] * 3, 3, 1, 64, torch.bfloat16, "cuda")
+    time = torch.arange(300, device="cuda").repeat(3)
+    _, rows = case("cuda")
+    rows = replace(rows, segments=segments, cu_seqlens=cu, max_seqlen=300, equal_lengths=True)
+    found = with_gradients(lambda *x: segment_attention(*x, rows, 50, time), tensors, weight)
+    eager, truth = (
+        with_gradients(lambda *x: naive(*x, segments, 50, time), inputs, weight)
         for inputs in (tensors, [x.double() for x in tensors])
     )
     check("out dq dk dv", found, eager, truth)

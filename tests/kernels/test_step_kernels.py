@@ -209,9 +209,13 @@ def test_attention(draw, triton_device, rotary_dim, length, filled, settings):
         check(*three, name)
     assert torch.equal(caches[0][2], caches[2][2])
     assert (caches[0][2][1, filled] == -1).all(), "padding belongs to no block"
-    found = step_attend(found, *caches[0], time, blocks, BLOCKS)
-    eager = step_attend_reference(eager, *caches[1], time, blocks)
-    check(found, eager, step_attend_reference(truth, *caches[2], time, blocks), "output")
+    for window in (0, 30):
+        checked = step_attend(found, *caches[0], time, blocks, BLOCKS, window)
+        reference = step_attend_reference(eager, *caches[1], time, blocks, window)
+        wanted = step_attend_reference(truth, *caches[2], time, blocks, window)
+        check(checked, reference, wanted, f"output, window {window}")
+    seen = step_attend_reference(truth, *caches[2], time, blocks)
+    assert torch.equal(wanted, seen) == (filled < 30)
 
 
 def test_attention_of_one_block_leaves_out_padding(draw, triton_device):

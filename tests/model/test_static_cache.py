@@ -22,6 +22,17 @@ CASES = {
         attention_bias=True, attention_out_bias=True, mlp_gated=False, hidden_act="gelu"
     ),
     "query and key norms": dict(qk_norm=True),
+    "norms of all heads together, and biases": dict(
+        qk_norm=True, qk_norm_full_width=True, attention_bias=True
+    ),
+    "norms behind mixer and FFN": dict(output_norms=True, output_norms_thin=True),
+    "no norms before": dict(output_norms=True, pre_norms=False, initializer_range=0.05),
+    "windows, two rotary bases, scaled embeddings": dict(
+        layer_kinds=["softmax", "dense", "dense"],
+        sliding_windows=[6, None, 4],
+        rope_theta_local=100.0,
+        embedding_scale=8.0,
+    ),
     "wide shared blocks": dict(
         d_thin_shared=48,
         d_ff_thin_shared=40,

@@ -85,6 +85,7 @@ def step_attend(
     filled: Tensor,
     blocks: Tensor,
     num_blocks: int,
+    window: int = 0,
 ) -> Tensor:
     """Attend to the cache's entries of each row's own sequence and block.
 
@@ -94,6 +95,7 @@ def step_attend(
         q: (R, H, D), queries.
         keys, values, cache_blocks, filled, blocks: as for `step_append`.
         num_blocks: how many blocks write to this cache.
+        window: how many of the latest times a row sees; 0 for all of them.
 
     Returns:
         (R, H * D), zeros for a row that sees no entry. Scores are scaled by D^-1/2.
@@ -101,8 +103,8 @@ def step_attend(
     if backend.use_triton(q):
         from molcli.kernels.step_attention.triton_kernels import launch_attend
 
-        return launch_attend(q, keys, values, cache_blocks, filled, blocks, num_blocks)
-    return step_attend_reference(q, keys, values, cache_blocks, filled, blocks)
+        return launch_attend(q, keys, values, cache_blocks, filled, blocks, num_blocks, window)
+    return step_attend_reference(q, keys, values, cache_blocks, filled, blocks, window)
 
 
 @step_attend.register_fake
@@ -114,5 +116,6 @@ def _(
     filled: Tensor,
     blocks: Tensor,
     num_blocks: int,
+    window: int = 0,
 ) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[1] * q.shape[2])

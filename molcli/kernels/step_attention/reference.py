@@ -54,13 +54,22 @@ def step_append_reference(
 
 
 def step_attend_reference(
-    q: Tensor, keys: Tensor, values: Tensor, cache_blocks: Tensor, filled: Tensor, blocks: Tensor
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    cache_blocks: Tensor,
+    filled: Tensor,
+    blocks: Tensor,
+    window: int = 0,
 ) -> Tensor:
     """Attend to the cache. Arguments and returns are those of `step_attend`."""
     batch, length, slots, _, _ = keys.shape
     rows, heads, _ = q.shape
     exact = torch.promote_types(q.dtype, torch.float32)
-    visible = torch.arange(length, device=q.device) <= filled  # (length,)
+    time = torch.arange(length, device=q.device)
+    visible = time <= filled  # (length,)
+    if window:
+        visible = visible & (time > filled - window)
     same = blocks.view(batch, slots, 1, 1) == cache_blocks[:, None]  # (batch, slots, length, slots)
     mask = (same & visible[:, None]).flatten(2)[:, None]
     # A row that sees no entry gets zeros instead of NaN.

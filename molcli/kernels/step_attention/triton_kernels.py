@@ -72,7 +72,7 @@ def _append_kernel(
 @triton.jit
 def _attend_kernel(
     q, keys, values, owners, filled, blocks, partial, best, total, length, slots, scale,
-    H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr,
+    window, H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr,
     PIECE: tl.constexpr, BLOCK_D: tl.constexpr, EVERY: tl.constexpr,
 ):  # fmt: skip
     program, split = tl.program_id(0), tl.program_id(1)
@@ -81,8 +81,11 @@ def _attend_kernel(
     block = tl.load(blocks + row)
     first = (row // slots).to(tl.int64) * length * slots
     entries = (tl.load(filled) + 1) * slots
-    share = tl.cdiv(tl.cdiv(entries, SPLITS), PIECE) * PIECE
-    begin = split * share
+    oldest = 0  # the first entry inside the window
+    if window > 0:
+        oldest = tl.maximum(entries - window * slots, 0)
+    share = tl.cdiv(tl.cdiv(entries - oldest, SPLITS), PIECE) * PIECE
+    begin = oldest + split * share
     end = tl.minimum(begin + share, entries)
     d = tl.arange(0, BLOCK_D)
     real = d < D
@@ -171,6 +174,7 @@ def launch_attend(
     filled: Tensor,
     blocks: Tensor,
     num_blocks: int,
+    window: int,
 ) -> Tensor:
     """Attend. Arguments and returns are those of `step_attend`."""
     _, length, slots, kv, dim = keys.shape
@@ -184,7 +188,7 @@ def launch_attend(
     _attend_kernel[(rows * heads, splits)](
         q, keys, values, cache_blocks, filled, blocks, partial, best, total, length, slots,
         dim**-0.5,
-        H=heads, KV=kv, D=dim, SPLITS=splits, PIECE=_PIECE, BLOCK_D=block_d,
+        window, H=heads, KV=kv, D=dim, SPLITS=splits, PIECE=_PIECE, BLOCK_D=block_d,
         EVERY=num_blocks == 1, num_warps=4,
     )  # fmt: skip
     _merge_kernel[(rows * heads,)](

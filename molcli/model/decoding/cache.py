@@ -111,9 +111,9 @@ def cache_layers(config: MoLConfig, make: Callable[[BlockSpec, int], State]) -> 
     layers = []
     for i in range(config.num_hidden_layers):
         mixer, dense = config.layer_mixers[i], config.is_dense(i)
-        always = config.dense_spec(mixer) if dense else config.shared_spec()
+        always = config.dense_spec(mixer, i) if dense else config.shared_spec(i)
         routed = None
         if not dense and config.num_routed_blocks:
-            routed = make(config.routed_spec(mixer), visited)
+            routed = make(config.routed_spec(mixer, i), visited)
         layers.append(MoLCacheLayer(make(always, always.num_blocks), routed))
     return layers

@@ -1,5 +1,6 @@
 """Causal softmax attention with rotary positions, for the stacked weights of B blocks."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,6 +36,10 @@ class Attention(Mixer):
 
     def __init__(self, spec: "BlockSpec", config: "MoLConfig") -> None:
         super().__init__(spec, config)
+        self.window, self.qk_norm_full_width = spec.window, config.qk_norm_full_width
+        # With a second rotary base, its cosines and sines stand behind the first's.
+        self.rotary_bases = 1 if config.rope_theta_local is None else 2
+        self.rotary_base = int(spec.local_rotary)
         b, d = spec.num_blocks, spec.width
         q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         self.q_proj = nn.Parameter(torch.empty(b, q, d))
@@ -46,8 +51,8 @@ class Attention(Mixer):
             ("k_bias", kv, config.attention_bias),
             ("v_bias", kv, config.attention_bias),
             ("o_bias", d, config.attention_out_bias),
-            ("q_norm", spec.head_dim, config.qk_norm),
-            ("k_norm", spec.head_dim, config.qk_norm),
+            ("q_norm", q if config.qk_norm_full_width else spec.head_dim, config.qk_norm),
+            ("k_norm", kv if config.qk_norm_full_width else spec.head_dim, config.qk_norm),
         ):
             self.register_parameter(name, nn.Parameter(torch.empty(b, size)) if wanted else None)
         self.q_bias: nn.Parameter | None
@@ -74,35 +79,45 @@ class Attention(Mixer):
         rows, stream, state = context.rows, context.stream, context.state
         weights = (self.q_proj, self.k_proj, self.v_proj)
         biases = (self.q_bias, self.k_bias, self.v_bias)
-        q, k, v = (
-            z.unflatten(1, (-1, self.head_dim)) for z in grouped_linears(x, weights, rows, biases)
-        )
-        if self.q_norm is not None and self.k_norm is not None:
+        q, k, v = grouped_linears(x, weights, rows, biases)
+        if self.qk_norm_full_width:
+            q, k = self._norm_full_width(q, k, rows.gather_per_block)
+        q, k, v = (z.unflatten(1, (-1, self.head_dim)) for z in (q, k, v))
+        if not self.qk_norm_full_width and self.q_norm is not None and self.k_norm is not None:
             q = rms_norm(q, rows.gather_per_block(self.q_norm)[:, None], self.eps)
             k = rms_norm(k, rows.gather_per_block(self.k_norm)[:, None], self.eps)
-        cos, sin = (rows.gather(x) for x in context.rotary)
+        cos, sin = (rows.gather(self._of_own_base(x)) for x in context.rotary)
         q, k, v = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype), v
-        if state is None:
+        if state is not None:
+            assert isinstance(state, AttentionState)
+            fresh = state.empty
+            state.append(k, v, rows, stream)
+            if not fresh:
+                return state.attend(q, rows, stream, self.window)
+        if self.window is None or stream.length <= self.window:
             return segment_attention(q, k, v, rows)
-        assert isinstance(state, AttentionState)
-        fresh = state.empty
-        state.append(k, v, rows, stream)
-        return segment_attention(q, k, v, rows) if fresh else state.attend(q, rows, stream)
+        return segment_attention(q, k, v, rows, self.window, stream.time[rows.tokens])
 
-    def step(self, x: Tensor, norm: Tensor, context: StepContext) -> Tensor:
+    def step(self, x: Tensor, norm: Tensor | None, context: StepContext) -> Tensor:
         """Append keys and values to the static cache and attend: (R, width) -> (R, width)."""
         rows, state = context.rows, context.state
         weights = [self.q_proj, self.k_proj, self.v_proj]
         projected = indexed_linear(x, list(weights), rows, norm=norm, eps=self.eps)
         biases = [b for b in (self.q_bias, self.k_bias, self.v_bias) if b is not None]
         norms = [w for w in (self.q_norm, self.k_norm) if w is not None]
+        if self.qk_norm_full_width:  # the kernel normalises head by head
+            q, k, v = projected.split([w.shape[1] for w in weights], dim=-1)
+            if biases:
+                q, k, v = (z + b[rows.blocks] for z, b in zip((q, k, v), biases, strict=True))
+            q, k = self._norm_full_width(q, k, lambda weight: weight[rows.blocks])
+            projected, biases, norms = torch.cat([q, k, v], dim=-1), [], []
         cache = [state.tensors[name] for name in ("keys", "values", "blocks")]
         filled, num_heads = context.length.filled, self.q_proj.shape[1] // self.head_dim
         q = step_append(
             projected,
             biases,
             norms,
-            *context.rotary,
+            *(self._of_own_base(x).contiguous() for x in context.rotary),
             *cache,
             filled,
             rows.blocks,
@@ -110,8 +125,21 @@ class Attention(Mixer):
             num_heads,
             self.eps,
         )
-        heads = step_attend(q, *cache, filled, rows.blocks, rows.num_blocks)
+        window = self.window or 0
+        heads = step_attend(q, *cache, filled, rows.blocks, rows.num_blocks, window)
         return indexed_linear(heads, [self.o_proj], rows, bias=self.o_bias)
+
+    def _norm_full_width(
+        self, q: Tensor, k: Tensor, per_row: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """RMSNorm over all heads of a block. per_row: (B, ...), a block's -> (M, ...), a row's."""
+        assert self.q_norm is not None and self.k_norm is not None
+        q = rms_norm(q, per_row(self.q_norm), self.eps)
+        return q, rms_norm(k, per_row(self.k_norm), self.eps)
+
+    def _of_own_base(self, x: Tensor) -> Tensor:
+        """Cosines or sines (n, bases * channels) -> (n, channels), of this layer's rotary base."""
+        return x if self.rotary_bases == 1 else x.chunk(2, dim=-1)[self.rotary_base]
 
     @staticmethod
     def new_state(spec: "BlockSpec") -> State:
@@ -135,7 +163,8 @@ class Attention(Mixer):
         q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         weights = 2 * (q + kv) * spec.width  # q and o, k and v
         biases = config.attention_bias * (q + 2 * kv) + config.attention_out_bias * spec.width
-        return weights + biases + config.qk_norm * 2 * spec.head_dim
+        norms = q + kv if config.qk_norm_full_width else 2 * spec.head_dim
+        return weights + biases + config.qk_norm * norms
 
     @staticmethod
     def count_flops(spec: "BlockSpec", tokens: float) -> tuple[float, float]:
@@ -204,12 +233,15 @@ class AttentionState(State):
         old = self.tensors
         self.tensors = {n: torch.cat([old[n], x], 1) if old else x for n, x in new.items()}
 
-    def attend(self, q: Tensor, rows: PackedRows, stream: TokenStream) -> Tensor:
+    def attend(
+        self, q: Tensor, rows: PackedRows, stream: TokenStream, window: int | None = None
+    ) -> Tensor:
         """Attend to everything held: a row sees the keys of its own block and sequence, up to its
         own time.
 
         Args:
             q: (M, h, head_dim), rows of the newest tokens.
+            window: how many of the latest tokens a row sees; None for all of them.
 
         Returns:
             (M, h, head_dim).
@@ -219,7 +251,10 @@ class AttentionState(State):
         query_block = _by_slot(rows.blocks, rows, stream, fill=-1)
         total, new = keys.shape[1], query.shape[1]
         time = torch.arange(total, device=q.device)
-        earlier = time[None, :] <= time[total - new :, None]  # (T', T)
+        distance = time[total - new :, None] - time[None, :]  # (T', T)
+        earlier = distance >= 0
+        if window is not None:
+            earlier = earlier & (distance < window)
         same = query_block[:, :, :, None, None] == blocks[:, None, None]  # (B, T', s, T, s)
         visible = same & earlier[:, None, :, None]
         q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (query, keys, values))

@@ -216,12 +216,12 @@ class Mixer(nn.Module, ABC):
         raise NotImplementedError(f"the mixer {self.name} has no heads that could be fitted")
 
     @abstractmethod
-    def step(self, x: Tensor, norm: Tensor, context: StepContext) -> Tensor:
+    def step(self, x: Tensor, norm: Tensor | None, context: StepContext) -> Tensor:
         """Mix one new token a sequence, without host synchronisation; update the state in place.
 
         Args:
             x: (R, width), residual rows.
-            norm: (B, width), weights of the RMSNorm that stands before the mixer.
+            norm: (B, width), weights of the RMSNorm that stands before the mixer; None without one.
 
         Returns:
             (R, width), what the mixer adds to the residual.

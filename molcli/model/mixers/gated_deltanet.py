@@ -142,7 +142,7 @@ class GatedDeltaNet(Mixer):
             }
         return {n: state.read(n, segments.numbers, batch) for n in sizes}
 
-    def step(self, x: Tensor, norm: Tensor, context: StepContext) -> Tensor:
+    def step(self, x: Tensor, norm: Tensor | None, context: StepContext) -> Tensor:
         """Advance convolution and state by one token, in place: (R, width) -> (R, width)."""
         weights = [self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.a_proj, self.b_proj]
         projected = indexed_linear(x, list(weights), context.rows, norm=norm, eps=self.eps)

@@ -11,7 +11,7 @@ from torch import Tensor
 from molcli.data.packing import TokenRows
 from molcli.estimate.parameters import count_parameters
 from molcli.families.parent import Parent
-from molcli.fitting.baselines import METHODS, BaselineInputs, baseline_layer
+from molcli.fitting.baselines import BaselineInputs, baseline_layer, methods_for
 from molcli.fitting.residuals import LayerSensitivity, OutputHead, Residuals
 from molcli.maths.moments import CHUNK_ROWS
 from molcli.model.checkpoint import default_device, open_checkpoint
@@ -66,7 +66,7 @@ def _documents(rows: TokenRows) -> Iterator[list[int]]:
 class Comparison:
     """Run the baselines through all layers beside the student, up to the logits.
 
-    "skipped": the converted layers add nothing. `METHODS`: the same shape, filled without a fit.
+    "skipped": the converted layers add nothing. `methods_for`: the same shape, not fitted.
     "depth_pruned": the parent without its least influential layers, as many as bring it down to the
     student's active parameters; missing where the student has no fewer than the parent. Influence
     is one minus the cosine of a layer's input and output (arXiv 2403.03853), on the text that
@@ -84,7 +84,8 @@ class Comparison:
         self.sensitivity = LayerSensitivity(rows, config, parent.embedding(), device)
         self._parent, self._config, self._seed = parent, config, seed
         self._heldout, self._start = heldout, heldout.parent
-        self._residuals = dict.fromkeys(("skipped", *METHODS), heldout.parent)
+        self._methods = methods_for(config)
+        self._residuals = dict.fromkeys(("skipped", *self._methods), heldout.parent)
         self._influence: list[float] = []
 
     def advance(
@@ -110,7 +111,7 @@ class Comparison:
         if self._config.is_dense(inputs.index):
             self._residuals = self._run_dense(inputs.dense, before)
             return
-        for method in METHODS:
+        for method in self._methods:
             layer = baseline_layer(method, self._config, inputs, self._seed).layer
             self._residuals[method] = self._heldout.chunks.run(layer, self._residuals[method])
 
@@ -133,7 +134,7 @@ class Comparison:
         full = {"params_total": count.total, "params_active": count.active}
         structures = self._config.layer_structures
         skipped = self._dense_size(structures.count("dense"))
-        sizes = dict.fromkeys(METHODS, full) | {"skipped": skipped}
+        sizes = dict.fromkeys(self._methods, full) | {"skipped": skipped}
         found: dict[str, dict[str, Any]] = {
             name: _losses(head, self._heldout, x) | sizes[name]
             for name, x in self._residuals.items()
@@ -166,7 +167,12 @@ class Comparison:
     def _dense_size(self, layers: int) -> dict[str, int]:
         kwargs = self._parent.mol_config_kwargs()
         dense = MoLConfig(
-            **kwargs | {"num_hidden_layers": layers, "layer_structures": ["dense"] * layers}
+            **kwargs
+            | {
+                "num_hidden_layers": layers,
+                "layer_structures": ["dense"] * layers,
+                "sliding_windows": None,
+            }
         )
         total = count_parameters(dense).total
         return {"params_total": total, "params_active": total}

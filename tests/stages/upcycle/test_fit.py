@@ -33,7 +33,14 @@ def heldout_losses(converted: Any, model: nn.Module) -> dict[str, float]:
 
 @pytest.mark.parametrize(
     "family, config",
-    [("llama", {"attention_bias": True}), ("mistral", {}), ("qwen2", {}), ("qwen3", {})],
+    [
+        ("llama", {"attention_bias": True}),
+        ("mistral", {}),
+        ("qwen2", {}),
+        ("qwen3", {}),
+        ("gemma3_text", {}),  # windows of 16 tokens in rows of 32
+        ("olmo2", {}),
+    ],
 )
 @pytest.mark.parametrize("mixer", ["none", "all"])
 def test_the_checkpoint_has_the_losses_of_the_receipt(
