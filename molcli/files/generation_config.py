@@ -1,7 +1,8 @@
-"""How a model generates, generation_config.json: it travels from the parent to what is made of it.
+"""generation_config.json: copy how a parent generates to the models that are made of it.
 
-The file's content is kept as it is. transformers' class for it refuses to write some of what it
-reads, such as a temperature without `do_sample`, which parents on the Hub have.
+Values are copied as they are: transformers' class for the file refuses to write some of what it
+reads, such as a temperature without `do_sample`, which parents on the Hub have. Left out are ways to
+decode, and caches, that a Mixture of Layers model does not support.
 """
 
 import json
@@ -14,18 +15,24 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from molcli.errors import MolError
 
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Ways to decode that take tokens back from the cache, which a recurrent state cannot.
+TAKES_TOKENS_BACK = (
+    *("prompt_lookup_num_tokens", "assistant_early_exit"),
+    *("penalty_alpha", "dola_layers"),
+)
+CACHES = (None, "dynamic", "static")  # values of cache_implementation that blocks have states for
 
 
 def read_generation(folder: Path, config: PreTrainedConfig) -> dict[str, Any]:
-    """The values of the folder's generation_config.json, and of `config` the special tokens that it
-    does not name: all of them where there is no such file.
+    """Read generation_config.json, and take special tokens that it does not name from `config`.
 
     Args:
-        folder: A model's.
-        config: Of the same model.
+        folder: of a model; without the file, all special tokens come from `config`.
+        config: of the same model.
 
     Returns:
-        What the file holds but for nulls; `eos_token_id` may be a list.
+        The values that are not null and that a converted model supports; `eos_token_id` may be a
+        list.
 
     Raises:
         MolError: if the file is not a JSON object.
@@ -41,10 +48,16 @@ def read_generation(folder: Path, config: PreTrainedConfig) -> dict[str, Any]:
             ) from error
     tokens = {name: getattr(config, name) for name in TOKENS}
     values = tokens | {name: value for name, value in content.items() if value is not None}
-    return {name: value for name, value in values.items() if value is not None}
+    if values.get("cache_implementation") not in CACHES:
+        del values["cache_implementation"]
+    return {
+        name: value
+        for name, value in values.items()
+        if value is not None and name not in TAKES_TOKENS_BACK
+    }
 
 
 def write_generation(values: dict[str, Any], folder: Path) -> None:
-    """Writes the folder's generation_config.json."""
+    """Write the folder's generation_config.json."""
     text = json.dumps(values, indent=2, sort_keys=True) + "\n"
     (folder / GENERATION_CONFIG_NAME).write_text(text, encoding="utf-8")

@@ -23,6 +23,11 @@ CONFIG = PreTrainedConfig(bos_token_id=1, eos_token_id=2, pad_token_id=None)
     # transformers itself would not write this one again: there is no do_sample beside it.
     ({"temperature": 0.7, "pad_token_id": 0},
      {"bos_token_id": 1, "eos_token_id": 2, "temperature": 0.7, "pad_token_id": 0}),
+    # Not supported by thin blocks: the model would refuse every call of generate.
+    ({"cache_implementation": "hybrid", "penalty_alpha": 0.6, "top_k": 4},
+     {"bos_token_id": 1, "eos_token_id": 2, "top_k": 4}),
+    ({"cache_implementation": "static"},
+     {"bos_token_id": 1, "eos_token_id": 2, "cache_implementation": "static"}),
 ])  # fmt: skip
 def test_the_file_wins_and_the_config_fills_in_tokens(
     tmp_path: Path, content: dict[str, Any] | None, expected: dict[str, Any]

@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from molcli.files.generation_config import CACHES, TAKES_TOKENS_BACK
 from molcli.model.decoding.static_cache import MoLStaticCache, StaticStore
 from molcli.model.forward_inputs import CACHE_FIELD
 
@@ -58,11 +59,6 @@ class StepGraph:
         return self.logits
 
 
-# Ways to generate that take tokens back from the cache, and what to use instead of them.
-_TAKES_BACK = ("prompt_lookup_num_tokens", "assistant_early_exit", "penalty_alpha", "dola_layers")
-_CACHES = (None, "dynamic", "static")
-
-
 class MoLGenerationMixin(GenerationMixin):
     """`generate`, with `cache_implementation="static"`."""
 
@@ -81,7 +77,9 @@ class MoLGenerationMixin(GenerationMixin):
         """
         asked = kwargs.get("assistant_model") is not None
         for config in (self.generation_config, generation_config):
-            asked |= any(kwargs.get(n, getattr(config, n, None)) is not None for n in _TAKES_BACK)
+            asked |= any(
+                kwargs.get(n, getattr(config, n, None)) is not None for n in TAKES_TOKENS_BACK
+            )
         if asked:
             raise ValueError(
                 "assisted and contrastive decoding take tokens back, which a recurrent state "
@@ -90,7 +88,7 @@ class MoLGenerationMixin(GenerationMixin):
             )
         config = self.generation_config if generation_config is None else generation_config
         chosen = kwargs.get("cache_implementation", config.cache_implementation)
-        if chosen not in _CACHES:
+        if chosen not in CACHES:
             raise ValueError(
                 f"cache_implementation={chosen!r} has no place for the states of thin blocks; use "
                 '"static", or leave it out for a cache that grows'

@@ -83,7 +83,7 @@ def test_a_conversion_of_no_layer_is_the_parent(
 def test_other_methods_need_text(
     options: dict[str, Any], tmp_path: Path, tiny_parent: Callable[..., Path]
 ) -> None:
-    with pytest.raises(AssertionError, match="text was sampled"):
+    with pytest.raises(AssertionError, match="text was asked for"):
         convert(tiny_parent("llama"), tmp_path / "out", **options)
 
 
