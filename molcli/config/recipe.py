@@ -19,6 +19,7 @@ RECIPE_FILE = "recipe.yaml"
 RENAMED_KEYS = {
     "convert.budget": "convert.gated_deltanet_budget",
     "evaluate.prompts": "evaluate.num_prompts",
+    "model.layer_kind": "model.layer_mixer",
 }
 """Old -> new name. Recipes with an old name are refused with the new one."""
 

@@ -309,7 +309,7 @@ class InspectConfig:
 class ModelConfig:
     """An untrained checkpoint (`molcli init`). The defaults are the paper's 80M-scale 1+3of15.
 
-    layer_kind: the mixer of the routed blocks, in every layer.
+    layer_mixer: the mixer of the routed blocks, in every layer.
     num_blocks, num_shared_blocks, top_k, d_thin, d_ff_thin: as in the upcycle section.
     restrict_attention: false runs every routed block on every token and weights the top_k.
     """
@@ -318,7 +318,7 @@ class ModelConfig:
     hidden_size: Count = 1024
     num_hidden_layers: Count = 8
     head_dim: Annotated[int, AtLeast(2)] = 64
-    layer_kind: Literal["softmax", "gated_deltanet"] = "gated_deltanet"
+    layer_mixer: Literal["attention", "gated_deltanet"] = "gated_deltanet"
     num_blocks: Count = 15
     num_shared_blocks: int = 1
     top_k: int = 3

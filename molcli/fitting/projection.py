@@ -5,17 +5,19 @@ Input: a dense layer with softmax attention, as a stack of one block at width d_
 that a fit needs of the weights; or, without a fit, a thin block's weights at width r by `project`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from molcli.fitting.partition import BlockPart
+from molcli.kernels.grouped_linear import grouped_linear
 from molcli.maths.bases import leading_directions, procrustes_rotation, trace_normalised_sum
 from molcli.model.blocks import BlockStack
 from molcli.model.layers import DenseLayer, ThinBlocks
 from molcli.model.mixers import Attention
+from molcli.model.mixers.base import AttentionSample, Regression
 
 
 def head_rows(heads: tuple[int, ...], head_dim: int, device: torch.device) -> Tensor:
@@ -177,3 +179,47 @@ def project(stack: ThinBlocks, blocks: slice, weights: FoldedWeights, bases: Bas
         values.append((o_bias, write.mT @ source.o_bias[0].double() / weights.num_parts))
     for parameter, value in values:
         parameter[blocks] = value.to(parameter)
+
+
+def fit_projection(
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    num_heads: int,
+    head_dim: int,
+    inputs: Sequence[AttentionSample],
+    regress: Regression,
+) -> Tensor:
+    """Turn q_proj, k_proj or v_proj of softmax attention into that of a mixer that has a
+    key-value head for every query head.
+
+    Gated DeltaNet has a key-value head for every query head, no biases here, and brings q and k to
+    unit length without weights of its own: a bias is fitted into the matrix, and the weights of a
+    norm multiply the matrix's rows.
+
+    Args:
+        weight: (B, heads * head_dim, d), of query or of key-value heads.
+        bias: (B, heads * head_dim), or None.
+        norm: (B, head_dim), the weight of q_norm or k_norm, or None.
+        num_heads: query heads.
+        head_dim: width of a head.
+        inputs: the whole text, in order.
+        regress: used where there is a bias.
+
+    Returns:
+        (B, num_heads * head_dim, d).
+    """
+    if bias is not None:
+        samples = (
+            (i.read, grouped_linear(i.read, weight, i.rows, bias), i.rows.offsets) for i in inputs
+        )
+        weight = regress(samples).to(weight)
+    heads = weight.unflatten(1, (-1, head_dim))
+    if norm is not None:
+        heads = heads * norm[:, None, :, None]
+    return repeat_kv_heads(heads, num_heads).flatten(1, 2)
+
+
+def repeat_kv_heads(heads: Tensor, num_heads: int) -> Tensor:
+    """Repeat key-value heads for their query heads. (B, kv_heads, ...) -> (B, num_heads, ...)."""
+    return heads.repeat_interleave(num_heads // heads.shape[1], dim=1)

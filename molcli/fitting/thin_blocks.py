@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from molcli.fitting.chunks import MAX_KEPT_HEADS, Chunk
-from molcli.fitting.gated_deltanet import MixerInputs, fit_gated_deltanet
 from molcli.fitting.partition import BlockPart
 from molcli.fitting.projection import reading_gram
 from molcli.fitting.targets import LayerTargets
@@ -31,7 +30,7 @@ from molcli.maths.bases import reading_basis
 from molcli.maths.least_squares import aligning_rotation, least_squares_left, reduced_rank, ridge
 from molcli.maths.moments import Sample, regression_moments
 from molcli.model.layers import ThinBlocks
-from molcli.model.mixers import GatedDeltaNet
+from molcli.model.mixers.base import AttentionSample
 
 MAX_NORM_WEIGHT = 100.0  # limits how much coordinates that hardly vary are amplified
 
@@ -190,8 +189,7 @@ class BlockGroup:
                 norm.copy_(data.targets.head_norm(name, own_heads))
         if (o_bias := getattr(mixer, "o_bias", None)) is not None:
             o_bias.zero_()
-        if isinstance(mixer, GatedDeltaNet):
-            fit_gated_deltanet(mixer, self._mixer_inputs(), data.regress)
+        mixer.start_from_attention(self._samples, data.regress)
 
     def _fit_first_o_proj(self) -> Tensor:
         """Fit o_proj to thin_in of the whole layer's attention, as far as these heads predict it.
@@ -292,10 +290,10 @@ class BlockGroup:
             features = self._neurons(own, group_rows).mul_(weight)
             yield features, wanted.sub_(written), group_rows.rows.offsets
 
-    def _mixer_inputs(self) -> list[MixerInputs]:
+    def _samples(self) -> list[AttentionSample]:
         targets = self.data.targets
         return [
-            MixerInputs(
+            AttentionSample(
                 self._mixer_input(group_rows),
                 group_rows.rows,
                 group_rows.chunk.context,

@@ -10,9 +10,6 @@ from molcli.files.folders import output_folder
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.modeling_mol import MoLForCausalLM
 
-# Names in a recipe.
-_MIXERS = {"softmax": "attention", "gated_deltanet": "gated_deltanet"}
-
 
 def untrained_config(model: ModelConfig) -> MoLConfig:
     """Return the configuration of a recipe's section `model`; all layers are Mixture of Layers."""
@@ -29,7 +26,7 @@ def untrained_config(model: ModelConfig) -> MoLConfig:
         attention_out_bias=model.attention_bias,
         rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
         max_position_embeddings=model.max_position_embeddings,
-        layer_mixers=[_MIXERS[model.layer_kind]] * model.num_hidden_layers,
+        layer_mixers=[model.layer_mixer] * model.num_hidden_layers,
         num_blocks=model.num_blocks,
         num_shared_blocks=model.num_shared_blocks,
         num_blocks_per_tok=model.top_k,

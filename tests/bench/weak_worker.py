@@ -30,8 +30,8 @@ def main() -> None:
     parser.add_argument("--sharding", choices=["auto", "full", "optimizer"], required=True)
     parser.add_argument("--compile", choices=["on", "off"], required=True)
     args = parser.parse_args()
-    kind = "gated_deltanet" if find_spec("fla") else "softmax"
-    recipe = load_recipe("paper-1.3b-1+3of15", [f"model.layer_kind={kind}"])
+    kind = "gated_deltanet" if find_spec("fla") else "attention"
+    recipe = load_recipe("paper-1.3b-1+3of15", [f"model.layer_mixer={kind}"])
     accelerator, compiled = create_accelerator(recipe.train, Path("unused")), args.compile == "on"
     torch.manual_seed(0)
     with accelerator.device:

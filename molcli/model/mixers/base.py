@@ -6,8 +6,9 @@ or an attribute of its class: no other code asks which mixer a block has.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NoReturn
+from typing import TYPE_CHECKING, ClassVar, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from transformers import initialization as init
 
 from molcli.kernels.decode_rows import DecodeRows
 from molcli.kernels.packed_rows import PackedRows
+from molcli.maths.moments import Sample
 from molcli.model.tokens import TokenStream
 
 if TYPE_CHECKING:
@@ -148,6 +150,43 @@ class StepContext:
     state: State
 
 
+class BlockContexts(Protocol):
+    """Gives stacks of blocks their context, on the tokens of one chunk of a text."""
+
+    @property
+    def stream(self) -> TokenStream:
+        """The chunk's tokens."""
+
+    def blocks(self, rows: PackedRows) -> BlockContext:
+        """Return what a stack of blocks reads when it runs on these rows."""
+
+
+@dataclass(frozen=True)
+class AttentionSample:
+    """Inputs of a mixer and outputs of the softmax attention that it replaces, one chunk of text.
+
+    Attributes:
+        read: (M, width), what the blocks read, normalised.
+        rows: the blocks and tokens of these rows.
+        contexts: of the chunk's tokens.
+        targets: (M, num_heads, head_dim), the softmax heads' outputs.
+    """
+
+    read: Tensor
+    rows: PackedRows
+    contexts: BlockContexts
+    targets: Tensor
+
+    def first_tokens(self, count: int) -> "AttentionSample":
+        """Return the rows of the chunk's first `count` tokens."""
+        rows, kept = self.rows.first_tokens(count)
+        return AttentionSample(self.read[kept], rows, self.contexts, self.targets[kept])
+
+
+Regression = Callable[[Iterator[Sample]], Tensor]
+"""Solves for a linear map per block: features (M, p), targets (M, q), by chunk -> (B, q, p)."""
+
+
 class Mixer(nn.Module, ABC):
     """A sequence mixer of B blocks with stacked weights, (B, ...) each.
 
@@ -225,6 +264,17 @@ class Mixer(nn.Module, ABC):
 
         Returns:
             (R, width), what the mixer adds to the residual.
+        """
+
+    def start_from_attention(
+        self, make_samples: Callable[[], Sequence[AttentionSample]], regress: Regression
+    ) -> None:
+        """Set the parameters that softmax attention does not have, so that the heads come close to
+        its heads. q_proj, k_proj and v_proj are set before, o_proj is fitted next.
+
+        Args:
+            make_samples: returns samples of the whole text, in order; called if they are needed.
+            regress: solves regressions on all of its rows.
         """
 
     @staticmethod

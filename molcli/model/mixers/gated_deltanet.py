@@ -1,5 +1,7 @@
 """Gated DeltaNet (arXiv 2412.06464), for the stacked weights of B blocks."""
 
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,10 +15,14 @@ from molcli.kernels.grouped_linear import grouped_linear, grouped_linears
 from molcli.kernels.indexed_linear import indexed_linear
 from molcli.kernels.packed_rows import PackedRows
 from molcli.kernels.qkv_conv import qkv_conv, short_conv_state
+from molcli.maths.least_squares import ridge
+from molcli.maths.moments import add_cross_moments
 from molcli.model.mixers.base import (
+    AttentionSample,
     BlockContext,
     CacheLength,
     Mixer,
+    Regression,
     State,
     StaticState,
     StepContext,
@@ -30,6 +36,15 @@ CONV_WIDTH = 4  # inputs that the short convolutions see
 # Operations of a step of the gated delta rule, per entry of its state: decay 1, read at the key 2,
 # rank-one update 2, read at the query 2.
 DELTA_RULE_FLOPS = 7
+# SiLU is nearly linear for small inputs; q and k are normalised after it, and the read-out too.
+INPUT_RMS = 0.3
+# Half-lives of a head's memory, in tokens that its block sees; and the fraction of a key's old
+# value that a new one replaces.
+HALF_LIVES = (4.0, 16.0, 64.0, 256.0, 2048.0)
+BETAS = (0.1, 0.25, 0.5, 0.75)
+FIRST_BETA = 0.25
+SEARCH_TOKENS = 4096  # of the text: enough for two numbers per head
+SEARCH_PENALTY = 1e-2
 
 
 class GatedDeltaNet(Mixer):
@@ -160,6 +175,30 @@ class GatedDeltaNet(Mixer):
         )
         return indexed_linear(heads, [self.o_proj], context.rows)
 
+    @torch.no_grad()
+    def start_from_attention(
+        self, make_samples: Callable[[], Sequence[AttentionSample]], regress: Regression
+    ) -> None:
+        """Search decay and beta, and fit gate, convolutions and norm to softmax heads.
+
+        Decay and beta are constants of a head, searched on a grid: for each value the heads run,
+        and a ridge regression per head measures how much of the softmax head's output a linear map
+        of theirs predicts. Convolutions and the norm absorb the sizes of their inputs and
+        outputs, so that q, k, v and o are as large as with softmax: Adam's steps are as long for a
+        small weight as for a large one.
+        """
+        samples = make_samples()
+        count = sum(len(i.read) for i in samples)
+        _set_convolutions(self, samples, count)
+        self.a_proj.zero_()
+        self.A_log.zero_()
+        _fit_norm_and_gate(self, samples, count, regress)
+        # The linear map of the input that is closest to a constant 1, (B, 1, d).
+        constant = regress(
+            (i.read, torch.ones_like(i.read[:, :1]), i.rows.offsets) for i in samples
+        )
+        _search_decay_and_beta(self, list(_first_tokens(samples, SEARCH_TOKENS)), constant)
+
     @staticmethod
     def new_state(spec: "BlockSpec") -> State:
         """Make an empty `RecurrentState`."""
@@ -261,3 +300,86 @@ class StaticRecurrentState(StaticState, RecurrentState):
             "conv": torch.zeros(conv, dtype=dtype, device=device),
             "recurrent": torch.zeros(*shape, heads, dim, dim, dtype=exact, device=device),
         }
+
+
+def head_errors(mixer: "GatedDeltaNet", samples: Sequence[AttentionSample]) -> Tensor:
+    """Measure what a linear map of each head's gated read-out misses of the softmax head's output.
+
+    Returns:
+        (B, heads) float64, squared errors summed over the block's tokens.
+    """
+    heads, dim = samples[0].targets.shape[1:]
+    blocks, device = samples[0].rows.num_blocks, samples[0].read.device
+    # By head: gram of the read-out, its cross moment with the targets, gram of the targets.
+    sums = torch.zeros(3, heads, blocks, dim, dim, dtype=torch.float64, device=device)
+    for i in samples:
+        have = mixer.heads(i.read, i.contexts.blocks(i.rows))
+        for head, (x, y) in enumerate(zip(have.unbind(1), i.targets.unbind(1), strict=True)):
+            for total, a, b in zip(sums[:, head], (x, x, y), (x, y, y), strict=True):
+                add_cross_moments(total, a, b, i.rows.offsets)
+    gram, cross, energy = sums
+    fitted = ridge(gram, cross, SEARCH_PENALTY)
+    error = energy - 2 * fitted @ cross + fitted @ gram @ fitted.mT
+    return error.diagonal(dim1=-2, dim2=-1).sum(-1).mT
+
+
+def _set_convolutions(
+    mixer: "GatedDeltaNet", samples: Sequence[AttentionSample], count: int
+) -> None:
+    """Let convolutions pass the newest token on, scaled to INPUT_RMS."""
+    for name in ("q", "k", "v"):
+        weight, conv = getattr(mixer, f"{name}_proj"), getattr(mixer, f"{name}_conv")
+        products = (grouped_linear(i.read, weight, i.rows) for i in samples)
+        energy = torch.stack([product.square().sum() for product in products]).sum()
+        conv.zero_()
+        conv[..., -1] = INPUT_RMS / (energy / (count * weight.shape[1])).sqrt()
+
+
+def _fit_norm_and_gate(
+    mixer: "GatedDeltaNet", samples: Sequence[AttentionSample], count: int, regress: Regression
+) -> None:
+    """Set o_norm to the size of the targets, and fit the gate to how that varies.
+
+    The gate is half constant, and half the norm of the softmax head's output over its mean, which
+    the normalised read-out cannot follow: as far as a linear map of the input predicts it.
+    """
+    sizes = [i.targets.norm(dim=-1, keepdim=True) for i in samples]
+    mean = (torch.stack([size.sum(0) for size in sizes]).sum(0) / count).clamp(min=1e-30)
+    rms = (mean.mean() / math.sqrt(mixer.o_norm.shape[1])).clamp(min=1e-6)
+    mixer.o_norm.copy_(rms.expand_as(mixer.o_norm))
+    gates = (
+        (i.read, ((1 + size / mean) / 2).expand_as(i.targets).flatten(1), i.rows.offsets)
+        for i, size in zip(samples, sizes, strict=True)
+    )
+    mixer.g_proj.copy_(regress(gates))
+
+
+def _search_decay_and_beta(
+    mixer: "GatedDeltaNet", samples: Sequence[AttentionSample], constant: Tensor
+) -> None:
+    """Choose each head's half-life, then its beta, by `head_errors`. constant: (B, 1, d)."""
+
+    def set_half_lives(values: Tensor) -> None:
+        rate = (math.log(2.0) / values).to(mixer.dt_bias)
+        mixer.dt_bias.copy_(torch.log(torch.expm1(rate)))
+
+    def set_betas(values: Tensor) -> None:
+        mixer.b_proj.copy_(torch.logit(values)[..., None] * constant)
+
+    set_betas(torch.full_like(mixer.dt_bias, FIRST_BETA))
+    for grid, setter in ((HALF_LIVES, set_half_lives), (BETAS, set_betas)):
+        errors = []
+        for value in grid:
+            setter(torch.full_like(mixer.dt_bias, value))
+            errors.append(head_errors(mixer, samples))
+        best = torch.stack(errors).argmin(0)
+        setter(torch.tensor(grid).to(mixer.dt_bias)[best])
+
+
+def _first_tokens(samples: Sequence[AttentionSample], count: int) -> Iterator[AttentionSample]:
+    """The inputs of the text's first `count` tokens."""
+    for chunk in samples:
+        if count <= 0:
+            return
+        yield chunk.first_tokens(count)
+        count -= len(chunk.contexts.stream.document)

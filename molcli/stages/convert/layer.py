@@ -13,14 +13,15 @@ from molcli.config.sections import ConvertConfig
 from molcli.data.order import ShuffledOrder
 from molcli.data.packing import TokenRows
 from molcli.fitting.chunks import Chunks, Context, token_context
-from molcli.fitting.gated_deltanet import MixerInputs, fit_gated_deltanet, fit_projection
+from molcli.fitting.projection import fit_projection
 from molcli.kernels.grouped_linear import grouped_linear
 from molcli.maths.least_squares import ridge
 from molcli.maths.moments import Sample, regression_moments
 from molcli.model.blocks import BlockStack
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.layers import DenseLayer, Layer, new_layer
-from molcli.model.mixers import Attention, GatedDeltaNet
+from molcli.model.mixers import Attention, Mixer
+from molcli.model.mixers.base import AttentionSample
 
 STEP_TOKENS = 4096  # of a step of Adam, at most, unless a row is longer
 FIXED_WEIGHTS = ("q_proj", "k_proj", "v_proj")  # as the conversion sets them
@@ -48,8 +49,8 @@ def convert_layer(
     kept = {n: y for n, y in softmax.state_dict().items() if not n.startswith(prefix)}
     layer.load_state_dict(kept, strict=False)
     old, new = converted_block(softmax).mixer, converted_block(layer).mixer
-    assert isinstance(old, Attention) and isinstance(new, GatedDeltaNet)
-    inputs = [_mixer_inputs(softmax, old, x[chunk.tokens], chunk.context) for chunk in chunks]
+    assert isinstance(old, Attention)
+    samples = [_sample(softmax, old, x[chunk.tokens], chunk.context) for chunk in chunks]
 
     def regress(samples: Iterator[Sample]) -> Tensor:
         return ridge(*regression_moments(samples, 0.0), penalty)
@@ -58,10 +59,10 @@ def convert_layer(
     for name in ("q", "k", "v"):
         weight, bias = (getattr(old, f"{name}_{kind}") for kind in ("proj", "bias"))
         norm = None if name == "v" else getattr(old, f"{name}_norm")
-        projection = fit_projection(weight, bias, norm, num_heads, old.head_dim, inputs, regress)
+        projection = fit_projection(weight, bias, norm, num_heads, old.head_dim, samples, regress)
         getattr(new, f"{name}_proj").copy_(projection)
-    fit_gated_deltanet(new, inputs, regress)
-    new.o_proj.copy_(regress(_output_samples(old, new, inputs)))
+    new.start_from_attention(lambda: samples, regress)
+    new.o_proj.copy_(regress(_output_samples(old, new, samples)))
     return layer
 
 
@@ -127,7 +128,7 @@ def converted_block(layer: Layer) -> BlockStack:
     return layer.routed.block
 
 
-def _mixer_inputs(layer: Layer, mixer: Attention, x: Tensor, context: Context) -> MixerInputs:
+def _sample(layer: Layer, mixer: Attention, x: Tensor, context: Context) -> AttentionSample:
     """What the blocks to convert read and their heads give, one chunk. x: (tokens, d_model)."""
     block = converted_block(layer)
     if isinstance(layer, DenseLayer):
@@ -137,15 +138,15 @@ def _mixer_inputs(layer: Layer, mixer: Attention, x: Tensor, context: Context) -
         rows, _ = layer.route(layer.router(x), context.stream)
         thin = grouped_linear(rows.gather(x), layer.routed.thin_in, rows)
     read = block.norm(thin, block.input_norm, rows)
-    return MixerInputs(read, rows, context, mixer.heads(read, context.blocks(rows)))
+    return AttentionSample(read, rows, context, mixer.heads(read, context.blocks(rows)))
 
 
 def _output_samples(
-    old: Attention, new: GatedDeltaNet, inputs: Sequence[MixerInputs]
+    old: Attention, new: Mixer, samples: Sequence[AttentionSample]
 ) -> Iterator[Sample]:
     """The new heads' outputs, and the old mixer's output."""
-    for chunk in inputs:
+    for chunk in samples:
         rows = chunk.rows
-        out = new.heads(chunk.read, chunk.context.blocks(rows))
+        out = new.heads(chunk.read, chunk.contexts.blocks(rows))
         wanted = grouped_linear(chunk.targets.flatten(1), old.o_proj, rows, old.o_bias)
         yield out.flatten(1), wanted, rows.offsets

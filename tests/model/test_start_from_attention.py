@@ -9,21 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from molcli.fitting.chunks import token_context
-from molcli.fitting.gated_deltanet import (
-    FIRST_BETA,
-    HALF_LIVES,
-    INPUT_RMS,
-    MixerInputs,
-    fit_gated_deltanet,
-    fit_projection,
-    head_errors,
-    repeat_kv_heads,
-)
+from molcli.fitting.projection import fit_projection, repeat_kv_heads
 from molcli.kernels.grouped_linear import grouped_linear
 from molcli.kernels.packed_rows import all_rows
 from molcli.maths.moments import Sample
 from molcli.model import MoLConfig
-from molcli.model.mixers.gated_deltanet import GatedDeltaNet
+from molcli.model.mixers.base import AttentionSample
+from molcli.model.mixers.gated_deltanet import (
+    FIRST_BETA,
+    HALF_LIVES,
+    INPUT_RMS,
+    GatedDeltaNet,
+    head_errors,
+)
 
 BLOCKS, HEADS, HEAD_DIM, WIDTH, TOKENS = 2, 3, 8, 12, 400
 CONFIG = MoLConfig(
@@ -46,7 +44,7 @@ def random_mixer() -> GatedDeltaNet:
     return mixer
 
 
-def mixer_inputs(targets: Tensor | None = None) -> MixerInputs:
+def mixer_inputs(targets: Tensor | None = None) -> AttentionSample:
     """Two blocks, both on all tokens of one document; the first channel is constant.
 
     targets: (BLOCKS * TOKENS, HEADS, HEAD_DIM); None for ones.
@@ -58,7 +56,7 @@ def mixer_inputs(targets: Tensor | None = None) -> MixerInputs:
     context = token_context(CONFIG, zeros, zeros, torch.device("cpu"))
     if targets is None:
         targets = torch.ones(BLOCKS * TOKENS, HEADS, HEAD_DIM)
-    return MixerInputs(read, rows, context, targets)
+    return AttentionSample(read, rows, context, targets)
 
 
 def least_squares(samples: Iterator[Sample]) -> Tensor:
@@ -68,12 +66,12 @@ def least_squares(samples: Iterator[Sample]) -> Tensor:
     return torch.linalg.lstsq(*split).solution.mT
 
 
-def run(mixer: GatedDeltaNet, inputs: MixerInputs) -> Tensor:
-    return mixer.heads(inputs.read, inputs.context.blocks(inputs.rows))
+def run(mixer: GatedDeltaNet, inputs: AttentionSample) -> Tensor:
+    return mixer.heads(inputs.read, inputs.contexts.blocks(inputs.rows))
 
 
-def fit(mixer: GatedDeltaNet, inputs: MixerInputs) -> None:
-    fit_gated_deltanet(mixer, [inputs], least_squares)
+def fit(mixer: GatedDeltaNet, inputs: AttentionSample) -> None:
+    mixer.start_from_attention(lambda: [inputs], least_squares)
 
 
 def test_it_finds_the_half_lives_behind_the_targets() -> None:
