@@ -21,7 +21,10 @@ RENAMED_KEYS = {
     "evaluate.prompts": "evaluate.num_prompts",
     "model.layer_kind": "model.layer_mixer",
 }
-"""Old -> new name. Recipes with an old name are refused with the new one."""
+"""Old -> new name. Recipes with an old name are refused with the new one; those that molcli saved
+beside a checkpoint are read with the new one."""
+_RENAMED_VALUES = {("model.layer_mixer", "softmax"): "attention"}
+_SAVED = "# Resolved by molcli "  # how a saved recipe begins
 
 Override = str | tuple[str, Any]
 """Text such as "upcycle.d_thin=192", whose value is YAML, or a key and a Python value."""
@@ -66,7 +69,7 @@ def load_recipe(source: str | Path | Recipe | None, overrides: Iterable[Override
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write every value of the recipe; `load_recipe(path)` returns an equal one."""
-    header = f"# Resolved by molcli {__version__}: every value that was in force.\n"
+    header = f"{_SAVED}{__version__}: every value that was in force.\n"
     path.write_text(header + yaml_text.dump(asdict(recipe)), encoding="utf-8")
 
 
@@ -129,9 +132,23 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
             raise MolError(
                 f"section `{section}` is {keys!r}", allowed="`key: value` lines, indented"
             )
+        if keys and text.startswith(_SAVED):
+            content[section] = keys = _with_new_names(section, keys)
         for key in keys or {}:
             _check_key(section, str(key), f"rename the key in {path}")
     return {section: dict(keys or {}) for section, keys in content.items()}
+
+
+def _with_new_names(section: str, keys: dict[str, Any]) -> dict[str, Any]:
+    """Rename keys and values of a recipe that an earlier molcli saved."""
+    found = {}
+    for key, value in keys.items():
+        name = RENAMED_KEYS.get(f"{section}.{key}", f"{section}.{key}")
+        known = isinstance(value, str)
+        found[name.partition(".")[2]] = (
+            _RENAMED_VALUES.get((name, value), value) if known else value
+        )
+    return found
 
 
 def _parse_override(override: Override) -> tuple[str, str, Any]:

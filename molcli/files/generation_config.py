@@ -1,8 +1,8 @@
 """generation_config.json: copy how a parent generates to the models that are made of it.
 
 Values are copied as they are: transformers' class for the file refuses to write some of what it
-reads, such as a temperature without `do_sample`, which parents on the Hub have. Left out are ways to
-decode, and caches, that a Mixture of Layers model does not support.
+reads, such as a temperature without `do_sample`, which parents on the Hub have. Left out are ways
+to decode, and caches, that a Mixture of Layers model does not support.
 """
 
 import json

@@ -52,7 +52,11 @@ DENSE = {
 def config(layer_kind: str) -> MoLConfig:
     """Return the model that the recipe smollm2-135m makes; "dense" is the parent."""
     if layer_kind == "dense":
-        return MoLConfig(**DENSE, layer_kinds=["dense"] * DENSE["num_hidden_layers"])
+        return MoLConfig(
+            **DENSE,
+            layer_structures=["dense"] * DENSE["num_hidden_layers"],
+            layer_mixers=["attention"] * DENSE["num_hidden_layers"],
+        )
     kind = "all" if layer_kind == "gated_deltanet" else "none"
     options = replace(load_recipe("smollm2-135m").upcycle, gated_deltanet=kind)
     return converted_config(DENSE, options)

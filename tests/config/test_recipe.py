@@ -408,3 +408,13 @@ def test_a_path_elsewhere_is_not_taken_for_a_bundled_name(name: str) -> None:
 @pytest.mark.parametrize("name", list(bundled_recipes()))
 def test_every_bundled_recipe_is_valid(name: str) -> None:
     validate(load_recipe(name))
+
+
+def test_a_recipe_that_an_earlier_release_saved_is_read_with_the_new_names(tmp_path: Path) -> None:
+    old = "model:\n  layer_kind: softmax\nevaluate:\n  prompts: 3\nconvert:\n  budget: 0.25\n"
+    saved = write(tmp_path, "# Resolved by molcli 0.1.0: every value that was in force.\n" + old)
+    recipe = load_recipe(saved)
+    assert recipe.model.layer_mixer == "attention"
+    assert (recipe.evaluate.num_prompts, recipe.convert.gated_deltanet_budget) == (3, 0.25)
+    with pytest.raises(MolError, match="is now"):  # one that somebody wrote is refused
+        load_recipe(write(tmp_path, old))

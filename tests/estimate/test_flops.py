@@ -56,13 +56,18 @@ def test_flops_of_one_token_match_torchs_counter(kind: str, gated: bool) -> None
 
 def test_flops_of_a_wider_shared_block_match_torchs_counter() -> None:
     wide = dict(d_thin_shared=24, d_ff_thin_shared=8, num_heads_shared=4)
-    config = MoLConfig(layer_kinds=["softmax"] * 2, num_kv_heads_shared=2, **SHAPE | wide)
+    config = MoLConfig(
+        layer_structures=["mixture"] * 2,
+        layer_mixers=["attention"] * 2,
+        num_kv_heads_shared=2,
+        **SHAPE | wide,
+    )
     attention = 2 * (4 + 2 * 2) * 4 * 8
     assert counted(config) == count_flops(config, 1).active - attention
 
 
 def test_a_dense_model_takes_two_flops_per_weight_plus_attention() -> None:
-    config = MoLConfig(layer_kinds=["dense"] * 2, **SHAPE)
+    config = MoLConfig(layer_structures=["dense"] * 2, layer_mixers=["attention"] * 2, **SHAPE)
     norms = 5 * 32
     weights = count_parameters(config).total - norms  # the tied head counts, the look-up does not
     attention = 2 * 4 * 4 * 8 * (101 + 1) / 2
@@ -92,7 +97,12 @@ def test_routed_attention_sees_its_own_tokens_and_deltanet_none() -> None:
     shared, routed = 1000 / 2 * key, 2 * (1000 * 2 / 4) / 2 * key
     assert softmax[1] - softmax[0] == 2 * (shared + routed)
     assert deltanet[1] - deltanet[0] == 2 * shared
-    unrestricted = MoLConfig(layer_kinds=["softmax"] * 2, restrict_attention=False, **SHAPE)
+    unrestricted = MoLConfig(
+        layer_structures=["mixture"] * 2,
+        layer_mixers=["attention"] * 2,
+        restrict_attention=False,
+        **SHAPE,
+    )
     found = count_flops(unrestricted, 1000)
     assert found.total == found.active
 
@@ -108,7 +118,11 @@ def test_training_takes_three_passes_plus_the_parents() -> None:
 
 def test_frozen_weights_cost_less_and_least_below_the_trained_ones() -> None:
     shape = SHAPE | {"num_hidden_layers": 3}
-    config = MoLConfig(layer_kinds=["dense", "softmax", "dense"], **shape)
+    config = MoLConfig(
+        layer_structures=["dense", "mixture", "dense"],
+        layer_mixers=["attention", "attention", "attention"],
+        **shape,
+    )
     attention = 4 * 4 * 8 * (64 + 1) // 2  # whose two operands both take a gradient
     reached = 2 * (layer("dense") - attention) + 3 * attention
     mol = layer("dense") + 3 * layer("softmax") + reached + 2 * HEAD
@@ -117,6 +131,6 @@ def test_frozen_weights_cost_less_and_least_below_the_trained_ones() -> None:
     assert again == mol + layer("softmax") + layer("dense")
     alone = training_flops(config, 64, parent=config, layerwise=True)
     assert alone == 3 * layer("softmax") + count_flops(config, 64).active - HEAD
-    every = MoLConfig(layer_kinds=["softmax"] * 3, **shape)
+    every = MoLConfig(layer_structures=["mixture"] * 3, layer_mixers=["attention"] * 3, **shape)
     frozen_head = training_flops(every, 64, parent=None) - HEAD
     assert training_flops(every, 64, parent=None, trainable="mol") == frozen_head

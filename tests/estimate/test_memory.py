@@ -124,7 +124,12 @@ def test_activations_grow_with_the_shared_block_alone(kind: str, compiled: bool)
 
 
 def test_recomputation_and_layerwise_training_need_less_memory() -> None:
-    c = config("softmax", num_hidden_layers=12, layer_kinds=["softmax"] * 12)
+    c = config(
+        "softmax",
+        num_hidden_layers=12,
+        layer_structures=["mixture"] * 12,
+        layer_mixers=["attention"] * 12,
+    )
     whole, again, alone = (
         memory(c, tokens=4096, **setting)
         for setting in ({}, {"recompute": True}, {"layerwise": True})
@@ -146,7 +151,12 @@ def test_recomputation_and_layerwise_training_need_less_memory() -> None:
 
 def test_ranks_shard_all_but_gathered_layers() -> None:
     """In addition to its shard, each of four ranks holds two layers of 24 and the embedding."""
-    c = config("softmax", num_hidden_layers=24, layer_kinds=["softmax"] * 24)
+    c = config(
+        "softmax",
+        num_hidden_layers=24,
+        layer_structures=["mixture"] * 24,
+        layer_mixers=["attention"] * 24,
+    )
     total = count_parameters(c).total
     alone, shared = (memory(c, trainable=total, ranks=ranks) for ranks in (1, 4))
     assert shared.optimizer == pytest.approx(alone.optimizer / 4)
@@ -211,7 +221,12 @@ def test_compiled_steps_are_near_measured_peaks_on_an_h100(
     c = MoLConfig(
         **shape, num_shared_blocks=1, layer_kinds=[kind] * layers, tie_word_embeddings=True
     )
-    parent = MoLConfig(**SMOLLM2, layer_kinds=["dense"] * 30, tie_word_embeddings=True)
+    parent = MoLConfig(
+        **SMOLLM2,
+        layer_structures=["dense"] * 30,
+        layer_mixers=["attention"] * 30,
+        tie_word_embeddings=True,
+    )
     estimate = memory(
         c,
         trainable=count_parameters(c).total,

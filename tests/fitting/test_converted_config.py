@@ -38,7 +38,9 @@ def one_shape(name: str, **options: Any) -> UpcycleConfig:
 def active_fraction(dense: dict[str, Any], config: MoLConfig) -> float:
     """Active non-embedding parameters over the parent's."""
     layers = dense["num_hidden_layers"]
-    whole = count_parameters(MoLConfig(**dense, layer_kinds=["dense"] * layers))
+    whole = count_parameters(
+        MoLConfig(**dense, layer_structures=["dense"] * layers, layer_mixers=["attention"] * layers)
+    )
     count = count_parameters(config)
     return (count.active - count.embedding) / whole.non_embedding
 

@@ -150,7 +150,12 @@ def test_sparse_dispatch_equals_dense_restricted(make_model, kind):
 @torch.no_grad()
 def test_restricted_softmax_equals_a_mask_on_all_keys(make_model):
     """The same once more with an explicit attention mask, independent of any row layout."""
-    model = make_model(dtype=torch.float64, layer_kinds=["softmax"] * 3, num_shared_blocks=0)
+    model = make_model(
+        dtype=torch.float64,
+        layer_structures=["mixture"] * 3,
+        layer_mixers=["attention"] * 3,
+        num_shared_blocks=0,
+    )
     ids, _ = batch(model, rows=1)
     x, context = layer_inputs(model, model.model.embed_tokens(ids))
     rotary = context.rotary

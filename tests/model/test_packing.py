@@ -17,7 +17,11 @@ def packed_batch():
 
 @torch.no_grad()
 def test_a_packed_document_is_as_it_would_be_alone(make_model):
-    model = make_model(dtype=torch.float64, layer_kinds=["softmax", "gated_deltanet", "dense"])
+    model = make_model(
+        dtype=torch.float64,
+        layer_structures=["mixture", "mixture", "dense"],
+        layer_mixers=["attention", "gated_deltanet", "attention"],
+    )
     batch = packed_batch()
     packed = model(**batch.inputs(), use_cache=False).logits
     seen = 0
@@ -32,7 +36,11 @@ def test_a_packed_document_is_as_it_would_be_alone(make_model):
 
 def test_no_gradient_crosses_a_document(make_model):
     """Attention, convolution and state, forward and backward, in training mode."""
-    model = make_model(dtype=torch.float64, layer_kinds=["softmax", "gated_deltanet", "dense"])
+    model = make_model(
+        dtype=torch.float64,
+        layer_structures=["mixture", "mixture", "dense"],
+        layer_mixers=["attention", "gated_deltanet", "attention"],
+    )
     batch = packed_batch()
     embedded = model.model.embed_tokens(batch.input_ids).detach().requires_grad_()
     inputs = {name: x for name, x in batch.inputs().items() if name != "input_ids"}

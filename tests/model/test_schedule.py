@@ -43,7 +43,7 @@ def test_parts_one_after_the_other_are_the_layer(make_model, monkeypatch, change
 
 @torch.no_grad()
 def test_parts_run_in_calls_to_record_and_nowhere_else(make_model, monkeypatch):
-    model = make_model(layer_kinds=["softmax"] * 3).eval()
+    model = make_model(layer_structures=["mixture"] * 3, layer_mixers=["attention"] * 3).eval()
     begun = []
     concurrent(model, monkeypatch, lambda part: lambda *args: begun.append(part) or part(*args))
     graphs = ForwardGraphs(model)
@@ -69,7 +69,13 @@ def test_parts_are_whole_graphs_for_all_layers(make_model, monkeypatch):
     # One routed block: grouped products of several would go block by block on a CPU.
     blocks = dict(num_blocks=2, num_shared_blocks=1, num_blocks_per_tok=1)
     widths = dict(head_dim=16, d_thin=32)
-    model = make_model(layer_kinds=["softmax"] * 3, dtype=torch.float16, **blocks, **widths).eval()
+    model = make_model(
+        layer_structures=["mixture"] * 3,
+        layer_mixers=["attention"] * 3,
+        dtype=torch.float16,
+        **blocks,
+        **widths,
+    ).eval()
     generator = torch.Generator().manual_seed(0)
     texts = [torch.randint(97, (2, length), generator=generator) for length in (24, 30, 36)]
 

@@ -12,8 +12,14 @@ from molcli.model.decoding.generation import static_cache
 from molcli.model.decoding.static_cache import MoLStaticCache
 
 CASES = {
-    "softmax": dict(layer_kinds=["softmax", "dense", "softmax"]),
-    "deltanet": dict(layer_kinds=["gated_deltanet", "dense_gated_deltanet", "gated_deltanet"]),
+    "softmax": dict(
+        layer_structures=["mixture", "dense", "mixture"],
+        layer_mixers=["attention", "attention", "attention"],
+    ),
+    "deltanet": dict(
+        layer_structures=["mixture", "dense", "mixture"],
+        layer_mixers=["gated_deltanet", "gated_deltanet", "gated_deltanet"],
+    ),
     "no shared block": dict(num_shared_blocks=0),
     "no routed block": dict(num_blocks=2, num_blocks_per_tok=0),
     "one chosen": dict(num_shared_blocks=1, num_blocks_per_tok=1),
@@ -28,7 +34,8 @@ CASES = {
     "norms behind mixer and FFN": dict(output_norms=True, output_norms_thin=True),
     "no norms before": dict(output_norms=True, pre_norms=False, initializer_range=0.05),
     "windows, two rotary bases, scaled embeddings": dict(
-        layer_kinds=["softmax", "dense", "dense"],
+        layer_structures=["mixture", "dense", "dense"],
+        layer_mixers=["attention", "attention", "attention"],
         sliding_windows=[6, None, 4],
         rope_theta_local=100.0,
         embedding_scale=8.0,

@@ -77,9 +77,8 @@ class MoLGenerationMixin(GenerationMixin):
         """
         asked = kwargs.get("assistant_model") is not None
         for config in (self.generation_config, generation_config):
-            asked |= any(
-                kwargs.get(n, getattr(config, n, None)) is not None for n in TAKES_TOKENS_BACK
-            )
+            values = (kwargs.get(n, getattr(config, n, None)) for n in TAKES_TOKENS_BACK)
+            asked |= any(value is not None for value in values)
         if asked:
             raise ValueError(
                 "assisted and contrastive decoding take tokens back, which a recurrent state "

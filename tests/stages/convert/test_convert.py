@@ -22,7 +22,10 @@ from molcli.stages.convert import ConversionText, convert, open_source_checkpoin
 from molcli.stages.convert.layer import align_mixer, convert_layer
 from molcli.stages.convert.selection import layer_costs, with_gated_deltanet
 
-SOFTMAX = {"layer_kinds": ["dense", "softmax", "softmax"]}
+SOFTMAX = {
+    "layer_structures": ["dense", "mixture", "mixture"],
+    "layer_mixers": ["attention", "attention", "attention"],
+}
 MIXERS = ("model.layers.1.routed.block.mixer.", "model.layers.2.routed.block.mixer.")
 
 
@@ -234,10 +237,25 @@ def test_rows_to_fit_and_to_measure_on_are_disjoint(text: ConversionText) -> Non
     "settings, choice, message",
     [
         ({}, [3], "layer 3"),
-        ({"layer_kinds": ["dense", "softmax", "gated_deltanet"]}, [2], "already"),
+        (
+            {
+                "layer_structures": ["dense", "mixture", "mixture"],
+                "layer_mixers": ["attention", "attention", "gated_deltanet"],
+            },
+            [2],
+            "already",
+        ),
         ({"num_blocks": 1, "num_blocks_per_tok": 0}, [1], "shared blocks alone"),
-        ({"layer_kinds": ["dense"] * 3}, "all", "no layer has routed blocks"),
-        ({"layer_kinds": ["dense"] * 3}, "auto", "no layer has routed blocks"),
+        (
+            {"layer_structures": ["dense"] * 3, "layer_mixers": ["attention"] * 3},
+            "all",
+            "no layer has routed blocks",
+        ),
+        (
+            {"layer_structures": ["dense"] * 3, "layer_mixers": ["attention"] * 3},
+            "auto",
+            "no layer has routed blocks",
+        ),
     ],
 )
 def test_choices_that_do_not_fit_are_refused(

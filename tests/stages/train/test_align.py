@@ -94,7 +94,8 @@ def test_micro_batches_add_up(
 
 def test_a_copy_of_the_parent_has_nothing_to_learn(dense_parent: Parent, rows: TokenRows) -> None:
     full_width = dict(
-        layer_kinds=["softmax"] * 3,
+        layer_structures=["mixture"] * 3,
+        layer_mixers=["attention"] * 3,
         num_blocks=1,
         num_shared_blocks=1,
         num_blocks_per_tok=0,

@@ -135,7 +135,9 @@ def test_a_run_starts_with_more_blocks_and_ends_with_the_models(
         top_k_fraction=0.5,
         precision="fp32",
     )
-    checkpoint = tiny_mol(num_hidden_layers=1, layer_kinds=["softmax"])
+    checkpoint = tiny_mol(
+        num_hidden_layers=1, layer_structures=["mixture"], layer_mixers=["attention"]
+    )
     train(checkpoint, tmp_path / "out", corpus(), replace(Recipe(), train=settings))
     assert seen == [4, 4, 3, 3, 2, 2, 2, 2]
     for wrong in (1, 5):

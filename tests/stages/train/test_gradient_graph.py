@@ -96,7 +96,11 @@ def test_a_model_that_synchronises_is_not_captured(monkeypatch: pytest.MonkeyPat
 def test_what_changes_or_synchronises_is_not_captured(
     kind: str, processes: int, settings: dict[str, Any], expected: bool
 ) -> None:
-    model = MoLConfig(num_hidden_layers=2, layer_kinds=["softmax", "dense"])
+    model = MoLConfig(
+        num_hidden_layers=2,
+        layer_structures=["mixture", "dense"],
+        layer_mixers=["attention", "attention"],
+    )
     device = torch.device(kind)
     assert should_capture(TrainConfig(**settings), model, device, processes) is expected
 
@@ -105,12 +109,19 @@ def test_what_changes_or_synchronises_is_not_captured(
     "settings",
     [
         {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-        {"layer_kinds": ["softmax", "gated_deltanet"]},
-        {"layer_kinds": ["softmax", "dense_gated_deltanet"]},
+        {
+            "layer_structures": ["mixture", "mixture"],
+            "layer_mixers": ["attention", "gated_deltanet"],
+        },
+        {"layer_structures": ["mixture", "dense"], "layer_mixers": ["attention", "gated_deltanet"]},
     ],
 )
 def test_models_that_are_not_captured(settings: dict[str, Any]) -> None:
-    shape = {"num_hidden_layers": 2, "layer_kinds": ["softmax", "dense"]}
+    shape = {
+        "num_hidden_layers": 2,
+        "layer_structures": ["mixture", "dense"],
+        "layer_mixers": ["attention", "attention"],
+    }
     model = MoLConfig(**(shape | settings))
     assert not should_capture(TrainConfig(), model, torch.device("cuda"), 1)
 

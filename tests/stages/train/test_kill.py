@@ -72,7 +72,11 @@ for number, arm in enumerate(moments):
 train(Path(checkpoint), Path(out), data, load_recipe(recipe), resume=True)
 """
 
-SMALL: dict[str, Any] = {"num_hidden_layers": 2, "layer_kinds": ["dense", "softmax"]}
+SMALL: dict[str, Any] = {
+    "num_hidden_layers": 2,
+    "layer_structures": ["dense", "mixture"],
+    "layer_mixers": ["attention", "attention"],
+}
 
 
 def recipe(**settings: Any) -> Recipe:

@@ -273,7 +273,10 @@ def test_gradient_checkpointing_changes_nothing(
 
 
 def test_dense_layers_can_be_frozen(tiny_mol: Make, corpus: Corpus, tmp_path: Path) -> None:
-    checkpoint = tiny_mol(layer_kinds=["dense", "softmax", "dense"])
+    checkpoint = tiny_mol(
+        layer_structures=["dense", "mixture", "dense"],
+        layer_mixers=["attention", "attention", "attention"],
+    )
     train(checkpoint, tmp_path / "out", corpus(), recipe(trainable="mol"))
     before, after = weights(checkpoint), weights(tmp_path / "out")
     moved = {name for name in before if not torch.equal(before[name], after[name])}
@@ -284,7 +287,7 @@ def test_dense_layers_can_be_frozen(tiny_mol: Make, corpus: Corpus, tmp_path: Pa
 def test_training_mol_layers_alone_needs_some(
     tiny_mol: Make, corpus: Corpus, tmp_path: Path
 ) -> None:
-    checkpoint = tiny_mol(layer_kinds=["dense"] * 3)
+    checkpoint = tiny_mol(layer_structures=["dense"] * 3, layer_mixers=["attention"] * 3)
     with pytest.raises(MolError, match=r"train.trainable. is mol, but all layers"):
         train(checkpoint, tmp_path / "out", corpus(), recipe(trainable="mol"))
     assert not (tmp_path / "out").exists()

@@ -19,7 +19,9 @@ from molcli.model import MoLConfig
 from molcli.stages.train.batches import tokens_per_step
 from molcli.stages.train.plan import Situation, estimate, launch_seconds, plan
 
-SOFTMAX = MoLConfig(num_hidden_layers=2, layer_kinds=["softmax"] * 2)
+SOFTMAX = MoLConfig(
+    num_hidden_layers=2, layer_structures=["mixture"] * 2, layer_mixers=["attention"] * 2
+)
 DELTANET = MoLConfig(num_hidden_layers=2, max_position_embeddings=8192)
 
 
