@@ -151,13 +151,13 @@ def interrupt_training(*arguments: Any, **keywords: Any) -> object:
 @pytest.mark.parametrize(
     "place, stop, finished",
     [
-        ("molcli.cli.demo.run_sample", interrupt, 0),
+        ("molcli.api.sample", interrupt, 0),
         ("molcli.cli.demo._split", interrupt, 0),
-        ("molcli.cli.demo.run_upcycle", interrupt, 1),
-        ("molcli.cli.demo.run_evaluate", interrupt, 2),
-        ("molcli.cli.demo.run_train", interrupt, 3),
+        ("molcli.api.upcycle", interrupt, 1),
+        ("molcli.api.evaluate", interrupt, 2),
+        ("molcli.api.train", interrupt, 3),
         ("molcli.stages.train.train", interrupt_training, 3),
-        ("molcli.cli.demo.run_inspect", interrupt, 5),
+        ("molcli.api.inspect", interrupt, 5),
         ("molcli.cli.demo_report.continuations", interrupt, 6),
         ("molcli.cli.demo_report.show", interrupt, 7),
     ],
@@ -229,7 +229,7 @@ def test_an_unfinished_demo_goes_on_with_its_own_settings_alone(
 ) -> None:
     out = tmp_path / "demo"
     with monkeypatch.context() as patch:
-        patch.setattr("molcli.cli.demo.run_train", interrupt)
+        patch.setattr("molcli.api.train", interrupt)
         llama = ["--parent", tiny_parent("llama"), "--recipe", "demo"]
         assert demo(monkeypatch, out, *llama, *sets(TINY)) == 130
     upcycled = (out / "upcycled" / "receipt.json").read_bytes()
