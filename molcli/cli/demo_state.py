@@ -1,4 +1,4 @@
-"""What a demo has finished, so that the same command goes on where an interrupted one was."""
+"""Record the finished stages of a demo, so that the same command continues an interrupted one."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from molcli.config.sections import Recipe
 from molcli.errors import MolError
 
 STATE, FIGURES = "demo-state.json", "demo.json"
-# All that a demo writes: --restart removes nothing else.
+# Everything that a demo writes; --restart removes nothing else.
 _OUTPUTS = (
     *("drawn.jsonl", "heldout.jsonl", "text.jsonl", "upcycled", "trained", "routing.json"),
     FIGURES,
@@ -24,11 +24,13 @@ _OUTPUTS = (
 
 @dataclass
 class DemoState:
-    """The content of STATE, rewritten after each stage.
+    """The content of STATE, written again after each stage.
 
-    identity: what the figures depend on; see `demo_identity`. results: figures of the finished
-    stages, by name; None for a stage that leaves files instead. seconds: that each stage took, its
-    interrupted runs included, but for one that was killed.
+    Attributes:
+        folder: of the demo.
+        identity: what the figures depend on; see `demo_identity`.
+        results: figures of finished stages by name; None for a stage that only writes files.
+        seconds: duration of each stage, interrupted runs included, killed ones not.
     """
 
     folder: Path
@@ -37,13 +39,15 @@ class DemoState:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def run(self, name: str, sentence: str, stage: Callable[[], Any]) -> Any:
-        """What the stage gave in an earlier run, or else gives now, under its sentence.
+        """Run a stage, or return its result of an earlier run.
 
         Args:
-            name: Of the stage, in `results` and `seconds`.
-            sentence: What it does, printed to stderr.
-            stage: Does the work, and goes on from what an interrupted run of it left. Its result
-                must be what JSON can hold.
+            name: of the stage, in `results` and `seconds`.
+            sentence: what the stage does, printed to stderr.
+            stage: does the work, and continues from the files of an interrupted run.
+
+        Returns:
+            The result of the stage, JSON-serialisable.
         """
         if name in self.results:
             typer.secho(f"{sentence} (done before)", err=True, dim=True)
@@ -58,28 +62,29 @@ class DemoState:
         return self.results[name]
 
     def save(self) -> None:
-        """Writes STATE, whole or not at all."""
+        """Write STATE atomically."""
         content = {name: getattr(self, name) for name in ("identity", "results", "seconds")}
         write_json(self.folder / STATE, content)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes the file, whole or not at all."""
+    """Write a JSON file atomically."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     partial.replace(path)
 
 
 def demo_identity(recipe: Recipe, parent: str) -> dict[str, Any]:
-    """What the figures of a demo depend on. parent: the fingerprint of its weights."""
+    """Return what the figures of a demo depend on. parent: the fingerprint of its weights."""
     settings = json.loads(json.dumps(asdict(recipe)))  # as it is read back: lists, no tuples
     return {"molcli": __version__, "parent": parent, "settings": settings}
 
 
 def check_folder(out: Path, *, restart: bool) -> None:
-    """Raises MolError unless a demo may be begun, gone on with or, with restart, begun anew there.
+    """Check that a demo may start, continue or restart in a folder. Reads only files in `out`.
 
-    Reads only what lies in `out`: nothing has to be fetched for the refusal.
+    Raises:
+        MolError: if the folder is not a demo's, or holds a finished demo and `restart` is not set.
     """
     from molcli.files.folders import refuse_existing
 
@@ -94,10 +99,15 @@ def check_folder(out: Path, *, restart: bool) -> None:
 
 
 def open_state(out: Path, identity: dict[str, Any], *, restart: bool) -> DemoState:
-    """The state of the demo in `out`, a folder that `check_folder` has accepted.
+    """Open the state of the demo in a folder that `check_folder` accepted.
 
-    restart: removes what an earlier demo wrote; other files stay. Raises MolError if an unfinished
-    demo there had another identity.
+    Args:
+        out: the folder.
+        identity: of this demo.
+        restart: remove what an earlier demo wrote; other files stay.
+
+    Raises:
+        MolError: if the folder holds an unfinished demo with another identity.
     """
     found = {} if restart else _read(out)
     if not found.get("identity"):
@@ -108,7 +118,7 @@ def open_state(out: Path, identity: dict[str, Any], *, restart: bool) -> DemoSta
         raise MolError(
             f"{out} holds an unfinished demo with other "
             + ", ".join(_differences(state.identity, identity)),
-            allowed="the command that it was begun with, or --restart to begin again",
+            allowed="the command that it was started with, or --restart to begin again",
             hint=f"molcli demo --out {out} --restart",
         )
     state.save()
@@ -116,8 +126,8 @@ def open_state(out: Path, identity: dict[str, Any], *, restart: bool) -> DemoSta
 
 
 def _clear(out: Path) -> None:
-    """Removes what an earlier demo wrote. Killed in between, it leaves the folder of a demo without
-    an identity, which `open_state` clears."""
+    """Remove what an earlier demo wrote. If killed, it leaves a state without an identity, which
+    `open_state` clears."""
     DemoState(out, {}).save()
     for name in _OUTPUTS:
         path = out / name
@@ -128,7 +138,7 @@ def _clear(out: Path) -> None:
 
 
 def _read(out: Path) -> dict[str, Any]:
-    """identity, results and seconds; empty where no demo has been begun."""
+    """Read identity, results and seconds; empty if no demo was started."""
     path = out / STATE
     if not path.is_file():
         return {}
@@ -144,7 +154,7 @@ def _read(out: Path) -> dict[str, Any]:
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """molcli, parent, or section.key, where the two are not equal."""
+    """Return the names in which two identities differ: molcli, parent, or section.key."""
     found = [name for name in ("molcli", "parent") if before.get(name) != now[name]]
     old: dict[str, dict[str, Any]] = before.get("settings", {})
     for section, values in now["settings"].items():

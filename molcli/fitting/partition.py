@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from molcli.model.shapes import Architecture, BlockShape, dense_shape, routed_shape, shared_shape
+from molcli.model.shapes import ShapeConfig, BlockShape, dense_shape, routed_shape, shared_shape
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class BlockPart:
     neurons: tuple[int, ...]
 
 
-def block_parts(config: Architecture) -> list[BlockPart]:
+def block_parts(config: ShapeConfig) -> list[BlockPart]:
     """Divide the dense layer of a converted model's parent among its active blocks.
 
     Returns:

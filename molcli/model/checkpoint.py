@@ -1,4 +1,4 @@
-"""A model from its tensors, without drawing any first."""
+"""Open a Mixture of Layers checkpoint, or say what is wrong with it."""
 
 import json
 from pathlib import Path
@@ -16,14 +16,24 @@ from molcli.model.mixers import parameter_names
 from molcli.model.modeling_mol import MoLForCausalLM
 from molcli.model.rotary import rotary_embedding
 
+# Tensors of a router that stay in float32, like those that mixers name.
+_ROUTER = ("router.weight", "router.correction_bias")
+
 
 def assemble(
     config: MoLConfig, tensors: dict[str, Tensor], device: torch.device
 ) -> tuple[MoLForCausalLM, list[str]]:
-    """The model, in evaluation mode, of these tensors as they are, all on the device; a tied head
-    needs none. And the names of those that are missing or unknown: with any, it is of no use.
+    """Build a model from its tensors, without initialising any weights.
 
-    Raises RuntimeError for a tensor of another shape.
+    Args:
+        tensors: by name, all on the device, used as they are; a tied head needs none.
+
+    Returns:
+        The model in evaluation mode, and the names of missing or unknown tensors. If there are
+        any, the model must not be used.
+
+    Raises:
+        RuntimeError: for a tensor of another shape.
     """
     with torch.device("meta"):
         model = MoLForCausalLM(config)
@@ -36,43 +46,45 @@ def assemble(
     return model.eval(), sorted([*missing, *unknown])
 
 
-_ROUTER = ("router.weight", "router.correction_bias")
-
-
 def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """In which a tensor of a layer is stored, in a model of this dtype."""
+    """Return the dtype in which a tensor is stored in a model of `dtype`."""
     exact = (*parameter_names("float32_parameters"), *_ROUTER)
     return torch.float32 if name.endswith(exact) else dtype
 
 
 def default_device() -> torch.device:
-    """The GPU if there is one."""
+    """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def open_config(folder: Path) -> MoLConfig:
-    """The configuration alone. Raises MolError if the folder is no Mixture of Layers checkpoint."""
+    """Open the configuration only.
+
+    Raises:
+        MolError: if the folder holds no Mixture of Layers checkpoint.
+    """
     check_model_type(folder)
     return MoLConfig.from_pretrained(folder)
 
 
 def open_checkpoint(folder: Path, device: torch.device) -> MoLForCausalLM:
-    """The model, in evaluation mode: as stored on a GPU, in float32 on a CPU.
+    """Open the model in evaluation mode: in its stored dtype on a GPU, in float32 on a CPU.
 
-    Raises MolError if the folder is not a Mixture of Layers checkpoint, or not a whole one.
+    Raises:
+        MolError: if the folder holds no Mixture of Layers checkpoint, or an incomplete one.
     """
     config = open_config(folder)
-    try:  # from_pretrained would take two seconds for a model of 700 tensors
+    try:  # from_pretrained takes two seconds for a model of 700 tensors
         model, wrong = assemble(config, _tensors(folder, config, device), device)
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         raise MolError(
             f"the checkpoint {folder} cannot be read: {' '.join(str(error).split())}",
-            allowed="a whole folder that molcli wrote",
+            allowed="a complete folder that molcli wrote",
         ) from error
     if wrong:
         raise MolError(
             f"the checkpoint {folder} has missing or unknown tensors: {', '.join(wrong[:3])}",
-            allowed="a whole folder that molcli wrote",
+            allowed="a complete folder that molcli wrote",
         )
     if (folder / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -92,7 +104,7 @@ def _tensors(folder: Path, config: MoLConfig, device: torch.device) -> dict[str,
 
 
 def check_model_type(folder: Path) -> None:
-    """Raises MolError if the folder holds no Mixture of Layers model."""
+    """Raise MolError if the folder holds no Mixture of Layers model."""
     config = folder / "config.json"
     if not config.is_file():
         raise MolError(

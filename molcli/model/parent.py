@@ -1,4 +1,4 @@
-"""Dense parents as models of ours: layer by layer, whole, or as a teacher."""
+"""Load a dense parent as a model of ours, layer by layer or whole, and generate from it."""
 
 import torch
 from torch import Tensor
@@ -13,17 +13,17 @@ from molcli.model.modeling_mol import MoLForCausalLM
 
 
 def dense_layer(parent: Parent, config: MoLConfig, index: int, device: torch.device) -> DenseLayer:
-    """Layer `index` of the parent, float32, without gradients."""
+    """Load layer `index` of the parent, float32, without gradients."""
     with torch.device("meta"):
         layer = DenseLayer(config, index=index)
-    # Casts where there is room: the host holds the layer as it is stored.
+    # Cast on the device: the host holds the layer in its stored dtype only.
     tensors = {n: x.to(device).to(torch.float32) for n, x in parent.dense_layer(index).items()}
     layer.load_state_dict(tensors, strict=True, assign=True)
     return layer.requires_grad_(False).eval()
 
 
 def load_dense(parent: Parent, dtype: torch.dtype, device: torch.device) -> MoLForCausalLM:
-    """The whole parent as a model whose layers are all dense, for use as a teacher."""
+    """Load the whole parent as a model of dense layers, without gradients."""
     config = MoLConfig(**parent.mol_config_kwargs())
     tensors = {
         "model.embed_tokens.weight": parent.embedding(),
@@ -41,8 +41,10 @@ def load_dense(parent: Parent, dtype: torch.dtype, device: torch.device) -> MoLF
 
 
 def open_teacher(parent: Parent, student: MoLForCausalLM, dtype: torch.dtype) -> MoLForCausalLM:
-    """The parent on the student's device, without gradients. Raises MolError if the two do not
-    share a vocabulary: then their predictions cannot be compared.
+    """Load the parent on the student's device, without gradients.
+
+    Raises:
+        MolError: if their vocabularies differ, so that predictions cannot be compared.
     """
     found, wanted = parent.config.vocab_size, student.config.vocab_size
     if found != wanted:
@@ -54,7 +56,7 @@ def open_teacher(parent: Parent, student: MoLForCausalLM, dtype: torch.dtype) ->
 
 
 def end_tokens(model: PreTrainedModel) -> list[int]:
-    """All that generation stops at, by config.json or generation_config.json; ascending."""
+    """Return the tokens that end generation, by config and generation config, ascending."""
     found: set[int] = set()
     for eos in (model.config.eos_token_id, model.generation_config.eos_token_id):
         found.update(eos if isinstance(eos, list) else [] if eos is None else [eos])
@@ -64,13 +66,13 @@ def end_tokens(model: PreTrainedModel) -> list[int]:
 def generate_greedily(
     model: MoLForCausalLM, ids: Tensor, new_tokens: int, ends: list[int]
 ) -> Tensor:
-    """The likeliest tokens, whatever sampling and penalties generation_config.json asks for.
+    """Generate greedily, without the sampling and penalties of the model's generation config.
 
     Args:
-        model: Stays as it is.
+        model: not changed.
         ids: (B, T) int64, without padding.
-        new_tokens: At most so many.
-        ends: Tokens that end a row, which is then filled with the first of them.
+        new_tokens: the most tokens to generate.
+        ends: tokens that end a row, which is then filled with the first of them.
 
     Returns:
         (B, T + new tokens), the prompts included.
@@ -96,9 +98,11 @@ def continue_greedily(
     prompt: list[int],
     new_tokens: int,
 ) -> str:
-    """The prompt and its likeliest continuation, token by token, as text without special tokens.
+    """Continue a prompt greedily and return both as text, without special tokens.
 
-    prompt: at least one token. The text ends early at an end-of-text token.
+    Args:
+        prompt: at least one token.
+        new_tokens: the most tokens to generate; an end token stops earlier.
     """
     ids = torch.tensor([prompt], device=model.device)
     out = generate_greedily(model, ids, new_tokens, end_tokens(model))

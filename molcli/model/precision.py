@@ -1,4 +1,4 @@
-"""Which number formats a device is good at."""
+"""Choose the dtype of matrix products for a device."""
 
 import torch
 
@@ -6,7 +6,7 @@ from molcli.config.sections import TrainConfig
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """bf16 where the device multiplies matrices in it natively, fp32 elsewhere."""
+    """Return bfloat16 if the device multiplies matrices in it natively, else float32."""
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -15,7 +15,10 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 
 
 def matmul_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """What student and parent multiply in; the student's weights are fp32 in any case."""
+    """Return the dtype of matrix products of student and parent.
+
+    The student's weights are float32 in any case.
+    """
     if config.precision == "auto":
         return fast_dtype(device)
     return torch.bfloat16 if config.precision == "bf16" else torch.float32

@@ -1,29 +1,17 @@
-"""The numbers of a MoLConfig that decide its size, and the shapes of thin blocks in them."""
+"""The shapes of blocks, dense and thin, from the numbers of a MoLConfig."""
 
 from dataclasses import dataclass
 from typing import Protocol
 
 
-class Architecture(Protocol):
-    """The fields of a MoLConfig that decide how many parameters there are."""
+class ShapeConfig(Protocol):
+    """The fields of a MoLConfig that decide the shapes of its blocks."""
 
-    vocab_size: int
     hidden_size: int
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
     intermediate_size: int
-    mlp_gated: bool
-    attention_bias: bool
-    attention_out_bias: bool
-    qk_norm: bool
-    qk_norm_full_width: bool
-    pre_norms: bool
-    output_norms: bool
-    output_norms_thin: bool
-    tie_word_embeddings: bool
-    layer_structures: list[str]
-    layer_mixers: list[str]
     num_blocks: int
     num_shared_blocks: int
     num_blocks_per_tok: int
@@ -35,16 +23,17 @@ class Architecture(Protocol):
     d_ff_thin_shared: int | None
     num_heads_shared: int | None
     num_kv_heads_shared: int | None
-    restrict_attention: bool
 
 
 @dataclass(frozen=True)
 class BlockShape:
     """The shape of one Transformer block, dense or thin, with softmax attention.
 
-    width: of its residual stream: d_model in a dense layer, d_thin in a thin block.
-    num_heads, num_kv_heads: query heads, and key-value heads. head_dim: width of a head.
-    d_ff: FFN neurons.
+    Attributes:
+        width: of its residual: d_model in a dense layer, d_thin in a thin block.
+        num_heads, num_kv_heads: query heads, and key-value heads.
+        head_dim: width of a head.
+        d_ff: neurons of the feed-forward network.
     """
 
     width: int
@@ -64,7 +53,7 @@ class BlockShape:
         return self.num_weights + 2 * d_model * self.width
 
 
-def dense_shape(config: Architecture) -> BlockShape:
+def dense_shape(config: ShapeConfig) -> BlockShape:
     """Return the shape of a dense layer's one block."""
     return BlockShape(
         width=config.hidden_size,
@@ -75,7 +64,7 @@ def dense_shape(config: Architecture) -> BlockShape:
     )
 
 
-def routed_shape(config: Architecture) -> BlockShape:
+def routed_shape(config: ShapeConfig) -> BlockShape:
     """Return the shape of a routed block with softmax attention."""
     return BlockShape(
         width=config.d_thin,
@@ -86,7 +75,7 @@ def routed_shape(config: Architecture) -> BlockShape:
     )
 
 
-def shared_shape(config: Architecture) -> BlockShape:
+def shared_shape(config: ShapeConfig) -> BlockShape:
     """Return the shape of a shared block. Numbers that are None are those of a routed block."""
 
     def own(number: int | None, routed: int) -> int:

@@ -1,7 +1,7 @@
-"""The flat token stream that every layer works on.
+"""The flat stream of tokens that every layer reads.
 
-Padding is dropped once, at the model's entry: what is not in the stream can neither be attended
-to, nor routed, nor shift a convolution or a recurrent state.
+Padding is dropped once, before the first layer. What is not in the stream is neither attended to
+nor routed, and changes no convolution or recurrent state.
 """
 
 from dataclasses import dataclass
@@ -12,12 +12,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenStream:
-    """n unpadded tokens of a (batch_size, length) batch, in batch-major order.
+    """n unpadded tokens of a (batch_size, length) batch, row by row.
 
-    sequence: (n,) int64, batch row. time: (n,) int64, column, pads counted.
-    document: (n,) int64, ascending over the batch; tokens of different documents never meet.
-    position: (n,) int64, for rotary embeddings. padded: whether some of the batch was dropped.
-    packed: whether a row may hold several documents.
+    Attributes:
+        sequence: (n,) int64, row of the batch.
+        time: (n,) int64, column of the batch, padding counted.
+        document: (n,) int64, ascending; tokens of different documents do not see each other.
+        position: (n,) int64, for rotary embeddings.
+        padded: whether padding was dropped.
+        packed: whether a row may hold several documents.
     """
 
     sequence: Tensor
@@ -31,12 +34,15 @@ class TokenStream:
     packed: bool
 
     def flatten(self, x: Tensor) -> Tensor:
-        """x: (batch_size, length, ...) -> (n, ...), never a view: compiled layers of any length
-        guard on what a view is of, and the first layer would have a graph of its own."""
+        """Drop padding: x, (batch_size, length, ...) -> (n, ...).
+
+        The result is never a view: compiled layers guard on the base of a view, and the first layer
+        would need a graph of its own.
+        """
         return x[self.sequence, self.time] if self.padded else x.flatten(0, 1).clone()
 
     def unflatten(self, x: Tensor) -> Tensor:
-        """x: (n, ...) -> (batch_size, length, ...), zeros where padding was."""
+        """Restore the batch: x, (n, ...) -> (batch_size, length, ...), zeros at padding."""
         if not self.padded:
             return x.view(self.batch_size, self.length, *x.shape[1:])
         out = x.new_zeros(self.batch_size, self.length, *x.shape[1:])

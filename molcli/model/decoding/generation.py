@@ -1,4 +1,4 @@
-"""How `generate` gets a static cache, and its steps from a CUDA graph."""
+"""Give `generate` a static cache, and replay its steps from a CUDA graph."""
 
 import weakref
 from collections.abc import Callable
@@ -15,14 +15,17 @@ from molcli.files.generation_config import CACHES, TAKES_TOKENS_BACK
 from molcli.model.decoding.static_cache import MoLStaticCache, StaticStore
 from molcli.model.forward_inputs import CACHE_FIELD
 
-# Lengths are rounded up to this, so that prompts of about one length share tensors and graph.
+# Lengths are rounded up to a multiple of this, so that similar prompts share tensors and graph.
 _LENGTHS = 64
 
 
 @dataclass
 class _Kept:
-    """The tensors that a model decoded with last. weights: where its parameters lay then; user:
-    the cache that took them, while somebody holds it."""
+    """The tensors that a model decoded with last.
+
+    weights: addresses of its parameters at that time. user: the cache that uses the tensors, as
+    long as it exists.
+    """
 
     store: StaticStore
     weights: tuple[int, ...]
@@ -33,7 +36,7 @@ _KEPT: "weakref.WeakKeyDictionary[Any, _Kept]" = weakref.WeakKeyDictionary()
 
 
 class StepGraph:
-    """One step of a model on a store's tensors, recorded once and repeated."""
+    """A decoding step of a model on the tensors of a store, captured once and replayed."""
 
     def __init__(self, model: Any, store: StaticStore) -> None:
         counts = store.length.counts
@@ -49,7 +52,7 @@ class StepGraph:
     def __call__(
         self, ids: Tensor, position_ids: Tensor | None, mask: Tensor | None, counts: Tensor
     ) -> Tensor:
-        """Logits, (B, 1, V), that the next call overwrites."""
+        """Replay the step. Returns logits, (B, 1, V), that the next call overwrites."""
         self.ids.copy_(ids)
         self.position.copy_(counts if position_ids is None else position_ids[:, -1])
         if mask is not None or not self.all_active:
@@ -113,7 +116,8 @@ class MoLGenerationMixin(GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> None:
-        """As transformers, whose later releases let the caller ask for `max_cache_len` too."""
+        """Make a static cache; leave other caches to transformers. Newer releases of it have
+        `max_cache_len`, which is respected here in all of them."""
         static = generation_config.cache_implementation == "static"
         fresh = model_kwargs.get(CACHE_FIELD) is None
         if not (static and fresh) or generation_config.use_cache is False:
@@ -128,18 +132,21 @@ class MoLGenerationMixin(GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        """`generate` leaves other caches to the model's first call: blocks have states of their own
-        that its standard caches have no place for."""
+        """Return False: `generate` makes no cache of its own, which would have no place for the
+        states of blocks. The model's first call makes one."""
         return False
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
-        """The model takes the mask as it is."""
+        """Return the mask unchanged: the model reads one of two dimensions."""
         return attention_mask
 
     def get_compiled_call(self, compile_config: Any) -> Callable[..., Any]:
-        """What `generate` makes its steps with where the cache allows it: a CUDA graph of our own,
-        not torch.compile's, whose guards on a thousand parameters cost more than the step."""
+        """Return the function that runs a decoding step if the cache is compileable.
+
+        It replays a CUDA graph of our own: torch.compile's guards on a thousand parameters take
+        longer than the step.
+        """
         model: Any = self
 
         def call(
@@ -152,7 +159,7 @@ class MoLGenerationMixin(GenerationMixin):
             one = input_ids is not None and input_ids.shape[1] == 1
             if not (one and isinstance(cache, MoLStaticCache) and cache.store.warm):
                 if one and isinstance(cache, MoLStaticCache):
-                    cache.store.warm = True  # kernels are compiled now, not while recording
+                    cache.store.warm = True  # this call compiles kernels, which capture cannot
                 return model(
                     input_ids=input_ids,
                     attention_mask=attention_mask,
@@ -173,9 +180,10 @@ class MoLGenerationMixin(GenerationMixin):
 
 
 def static_cache(model: Any, batch_size: int, length: int) -> MoLStaticCache:
-    """An empty cache, in the tensors of the model's last one if they fit and are free.
+    """Make an empty static cache, in the tensors of the model's last one if they fit and are free.
 
-    Raises ValueError where the model is spread over several devices.
+    Raises:
+        ValueError: if the model is spread over several devices.
     """
     if len({p.device for p in model.parameters()}) > 1:
         raise ValueError("a static cache needs the whole model on one device")
@@ -189,7 +197,7 @@ def static_cache(model: Any, batch_size: int, length: int) -> MoLStaticCache:
             kept.user = weakref.ref(cache)
             return cache
         del _KEPT[model]
-        if same:  # one that grows now and then is not to be recorded for every length
+        if same:  # never shrink: a graph would be captured again for every length
             length = max(length, held.length)
     length = -(-length // _LENGTHS) * _LENGTHS
     embedding = model.get_input_embeddings().weight

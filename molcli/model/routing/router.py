@@ -1,4 +1,4 @@
-"""Which routed blocks a token visits, and with what weights."""
+"""Choose the routed blocks that a token visits, and their weights."""
 
 from dataclasses import dataclass
 
@@ -11,10 +11,12 @@ from molcli.kernels.router_logits import router_logits
 
 @dataclass(frozen=True)
 class Routing:
-    """One layer's decisions about n unpadded tokens and R routed blocks.
+    """The routing of n unpadded tokens to R routed blocks, in one layer.
 
-    logits: (n, R) float32. blocks: (n, k) int64, the chosen blocks. weights: (n, k) float32;
-    they sum to 1 when k > 1.
+    Attributes:
+        logits: (n, R) float32.
+        blocks: (n, k) int64, the chosen blocks.
+        weights: (n, k) float32; they sum to 1 if k > 1.
     """
 
     logits: Tensor
@@ -25,11 +27,11 @@ class Routing:
 class Router(nn.Module):
     """A linear router in float32.
 
-    The paper's router reads the residual as it is. Here the residual is first brought to unit
-    mean square, without parameters: the order of the logits is the same, but their size no longer
-    grows with the residual, whose norm in a trained parent rises a hundredfold with depth and
-    would saturate the softmax. `correction_bias` takes part in the choice and not in the weights
-    (arXiv 2408.15664); it is zero unless something sets it.
+    The paper's router reads the residual as it is. Here the residual is first scaled to unit mean
+    square, without parameters: the order of the logits is the same, but their size no longer grows
+    with the residual, whose norm in a trained parent rises a hundredfold with depth and would
+    saturate the softmax. `correction_bias` is added for the choice of blocks, not for the weights
+    (arXiv 2408.15664); it is zero unless training sets it.
     """
 
     def __init__(self, hidden_size: int, num_blocks: int, top_k: int) -> None:
@@ -40,6 +42,6 @@ class Router(nn.Module):
         self.correction_bias: Tensor
 
     def forward(self, x: Tensor) -> Routing:
-        """x: (n, d_model) residual. Ties go to the block with the lower index."""
+        """Route the residual x, (n, d_model). The block with the lower index wins a tie."""
         logits = router_logits(x, self.weight)
         return Routing(logits, *select_blocks(logits, self.correction_bias, self.top_k))
