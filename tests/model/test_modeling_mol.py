@@ -126,6 +126,27 @@ def test_a_checkpoint_from_before_shared_shapes_loads_as_it_was(make_model, tmp_
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
 
 
+def test_a_checkpoint_with_the_earlier_names_loads_as_it_was(make_model, tmp_path):
+    """Up to 0.1, one name said structure and mixer of a layer, and thin heads had longer names."""
+    kinds = ["softmax", "dense", "gated_deltanet", "dense_gated_deltanet"]
+    heads = dict(num_heads_thin=2, num_kv_heads_thin=1, num_heads_shared=4, num_kv_heads_shared=2)
+    model = make_model(num_hidden_layers=4, layer_kinds=kinds, d_thin_shared=48, **heads)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    settings = json.loads(file.read_text())
+    del settings["layer_structures"], settings["layer_mixers"]
+    for new in heads:
+        size, shape = ("key_value_heads" if "kv" in new else "attention_heads"), new.split("_")[-1]
+        settings[f"{shape}_num_{size}"] = settings.pop(new)
+    file.write_text(json.dumps(settings | {"layer_kinds": kinds}))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.layer_labels == model.config.layer_labels
+    state = loaded.state_dict()
+    assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
+    ids = torch.randint(0, 97, (2, 9))
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+
+
 def test_config_round_trip(tmp_path, make_model):
     config = make_model().config
     config.save_pretrained(tmp_path)
