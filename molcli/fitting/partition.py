@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from molcli.model.shapes import ShapeConfig, BlockShape, dense_shape, routed_shape, shared_shape
+from molcli.model.shapes import BlockShape, ShapeConfig, dense_shape, routed_shape, shared_shape
 
 
 @dataclass(frozen=True)
