@@ -45,12 +45,14 @@ def reading_gram(block: BlockStack, part: BlockPart) -> Tensor:
     neurons = torch.tensor(part.neurons, device=device)
     attention = torch.cat([mixer.q_proj[0, q], mixer.k_proj[0, kv], mixer.v_proj[0, kv]])
     ffn = torch.cat([mlp.gate_proj[0, neurons], mlp.up_proj[0, neurons]])
-    return trace_normalised_sum(_fold(attention, block.input_norm), _fold(ffn, block.post_norm))
+    return trace_normalised_sum(
+        _scale(attention, block.input_norm).double(), _scale(ffn, block.post_norm).double()
+    )
 
 
-def _fold(weight: Tensor, norm: Tensor | None) -> Tensor:
-    """weight: (out, d_model), norm: (1, d_model) or None -> their product, float64."""
-    return weight.double() if norm is None else weight.double() * norm.double()
+def _scale(weight: Tensor, norm: Tensor | None) -> Tensor:
+    """Multiply the columns of weight, (out, d_model), by norm, (1, d_model), if there is one."""
+    return weight if norm is None else weight * norm
 
 
 class FoldedWeights:
@@ -84,12 +86,15 @@ class FoldedWeights:
             "kv": head_rows(part.kv_heads, mixer.head_dim, device),
             "ffn": torch.tensor(part.neurons, device=device),
         }
+        attention_norm, mlp_norm = (
+            None if norm is None else norm.double() for norm in (block.input_norm, block.post_norm)
+        )
         self.q, self.k, self.v = (
-            _fold(getattr(mixer, f"{name}_proj")[0, self.rows[rows]], block.input_norm)
+            _scale(getattr(mixer, f"{name}_proj")[0, self.rows[rows]].double(), attention_norm)
             for name, rows in (("q", "q"), ("k", "kv"), ("v", "kv"))
         )
         self.gate, self.up = (
-            _fold(weight[0, self.rows["ffn"]], block.post_norm)
+            _scale(weight[0, self.rows["ffn"]].double(), mlp_norm)
             for weight in (block.mlp.gate_proj, block.mlp.up_proj)
         )
         heads, neurons = (
