@@ -13,8 +13,8 @@ import typer
 from molcli import api
 from molcli.api.arguments import open_dense
 from molcli.api.conversion import with_data
-from molcli.cli.demo_state import DemoState, check_folder, demo_identity, open_state
-from molcli.cli.options import Overrides, ParentOption, RecipeName, recipe_for, write_json
+from molcli.cli.demo_state import DemoState, check_folder, demo_identity, open_state, write_json
+from molcli.cli.options import Overrides, ParentOption, RecipeName, recipe_for
 from molcli.errors import Interrupted
 from molcli.report.bars import bar
 

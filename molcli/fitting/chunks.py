@@ -54,7 +54,7 @@ class Context:
 
     def blocks(self, rows: PackedRows) -> BlockContext:
         """Return what a stack of blocks reads when it runs on these rows."""
-        return BlockContext(rows, self.rotary, self.stream)
+        return self.forward_context().blocks(rows)
 
     def run(self, layer: Layer, x: Tensor) -> Tensor:
         """Run one layer on the residual x (n, d_model) -> (n, d_model)."""
@@ -119,12 +119,8 @@ def token_context(
         position_ids=position_ids.to(device),
         document_ids=document_ids.to(device),
     )
-    return Context(
-        stream=stream,
-        dense_rows=rows_of_all(stream, 1),
-        shared_rows=rows_of_all(stream, config.num_shared_blocks),
-        embedding=rotary_embedding(config).to(device),
-    )
+    rows = rows_of_all(stream, config.num_shared_blocks)
+    return Context(stream, *rows, rotary_embedding(config).to(device))
 
 
 def bytes_per_token(config: MoLConfig) -> int:

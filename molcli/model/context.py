@@ -36,9 +36,17 @@ class ForwardContext:
         return BlockContext(rows, self.rotary, self.stream, state)
 
 
-def rows_of_all(stream: TokenStream, num_blocks: int) -> PackedRows:
-    """Lay out all tokens of a stream in each of `num_blocks` blocks, at least one."""
-    return all_rows(stream.document, stream.num_documents, max(1, num_blocks), stream.length)
+def rows_of_all(stream: TokenStream, num_shared_blocks: int) -> tuple[PackedRows, PackedRows]:
+    """Lay out all tokens of a stream.
+
+    Returns:
+        The tokens once, and in every shared block; the same rows for up to one shared block.
+    """
+    sizes = stream.document, stream.num_documents
+    once = all_rows(*sizes, 1, stream.length)
+    if num_shared_blocks <= 1:
+        return once, once
+    return once, all_rows(*sizes, num_shared_blocks, stream.length)
 
 
 @dataclass(frozen=True)

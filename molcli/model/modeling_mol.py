@@ -214,13 +214,8 @@ class MoLModel(MoLPreTrainedModel):
             held = MoLCache(config)
         x = stream.flatten(embeds)
         cos, sin = self.rotary_emb(x, stream.position[None])
-        context = ForwardContext(
-            stream,
-            rotary=(cos[0], sin[0]),
-            dense_rows=rows_of_all(stream, 1),
-            shared_rows=rows_of_all(stream, config.num_shared_blocks),
-            schedule=self.schedule,
-        )
+        rows = rows_of_all(stream, config.num_shared_blocks)
+        context = ForwardContext(stream, (cos[0], sin[0]), *rows, self.schedule)
         routings, hidden = [], []
         for i, layer in enumerate(self.layers):
             states = None if held is None else held.layers[i]
@@ -309,8 +304,11 @@ class MoLForCausalLM(MoLGenerationMixin, MoLPreTrainedModel):
         self.post_init()
 
     def compile(self, *, graphs: bool = True) -> None:
-        """Makes later calls faster on a GPU: compiles the layers, each kind once, and with `graphs`
-        repeats prefill (`use_cache=False`, no gradients) of shapes it has met from CUDA graphs.
+        """Make later calls faster on a GPU.
+
+        Args:
+            graphs: replay prefill (`use_cache=False`, no gradients) from CUDA graphs, by shape.
+                Layers are compiled in any case, each kind once.
         """
         compile_layers(self)
         if graphs:

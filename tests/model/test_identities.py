@@ -106,8 +106,8 @@ def layer_inputs(model, embedded, mask=None):
     )
     x = stream.flatten(embedded)
     rotary = rotary_of(model.model.rotary_emb, stream.position)
-    shared = rows_of_all(stream, model.config.num_shared_blocks)
-    return x, ForwardContext(stream, rotary, rows_of_all(stream, 1), shared)
+    rows = rows_of_all(stream, model.config.num_shared_blocks)
+    return x, ForwardContext(stream, rotary, *rows)
 
 
 def dense_restricted(layer: MoLLayer, x, context):
