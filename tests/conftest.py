@@ -134,6 +134,12 @@ def tiny_tokenizer(vocab_size: int = 120) -> PreTrainedTokenizerFast:
     )
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test draws the same random numbers, whatever ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session", name="tiny_tokenizer")
 def tiny_tokenizer_fixture() -> Callable[..., PreTrainedTokenizerFast]:
     """`tiny_tokenizer`, for test modules: they cannot import one another."""
