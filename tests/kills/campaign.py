@@ -129,12 +129,14 @@ class Campaign:
             killed = self._run(command, at=case.moment, number=case.signal, then=case.then)
             verdict.moment = self._noted("moment")
         now = self._tree(command)
+        done = judge.is_done(now)
         verdict.out = (
-            "complete" if judge.is_done(now) else
+            "complete" if done else
             "unfinished" if f"{WORK}/{command.out}" in now and command.done else "absent"
         )  # fmt: skip
         self._look(verdict, now)
-        if killed.code not in (0, 128 + case.signal) and (case.then is None or killed.code != 137):
+        statuses = {128 + case.signal, *([137] if case.then else ()), *([0] if done else ())}
+        if killed.code not in statuses:
             verdict.faults.append(f"status {killed.code} after {case.signal.name}: {_end(killed)}")
         if killed.code != 128 + signal.SIGKILL:
             verdict.faults += [f"scratch {path}" for path in judge.scratch(now, stopped=True)]
