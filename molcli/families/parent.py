@@ -1,6 +1,5 @@
 """The dense model that an upcycling starts from, opened strictly and read tensor by tensor."""
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,16 +7,19 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from molcli.data.tokenizer import open_tokenizer
 from molcli.errors import MolError
 from molcli.families import FAMILIES
 from molcli.families.base import EMBEDDING, FINAL_NORM, LM_HEAD, Family, Source
+from molcli.families.config_numbers import check_numbers
 from molcli.families.gguf import convert_gguf, read_gguf_config
 from molcli.families.refused import refuse_type
+from molcli.families.rotary import INVALID_CONFIG, check_rotary
 from molcli.files.generation_config import TOKENS, read_generation, write_generation
+from molcli.files.json_files import read_object, shortened
 from molcli.files.tensors import TensorReader
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -123,6 +125,7 @@ def outline(spec: str | Path) -> dict[str, Any]:
         config, family = _open_config(_locate(str(spec), weights=False))
     _refuse_variant(config, family)
     kwargs = family.mol_config_kwargs(config, tied=config.tie_word_embeddings)
+    check_rotary(config, kwargs)
     return kwargs | {"dtype": config.dtype}
 
 
@@ -143,6 +146,7 @@ def open_parent(spec: str | Path) -> Parent:
     tokenizer = open_tokenizer(folder)
     if tokenizer is not None:
         _check_tokenizer(tokenizer, folder, config, family)
+    check_rotary(config, family.mol_config_kwargs(config, tied=tied))
     note = family.context_limit(config).note
     generation = read_generation(folder, config)
     return Parent(str(spec), folder, config, family, note, tied, generation, reader, tokenizer)
@@ -184,16 +188,26 @@ def _open_config(folder: Path) -> tuple[PreTrainedConfig, Family]:
             allowed="a folder as save_pretrained writes it",
             hint="give the folder that holds config.json and the safetensors",
         )
-    try:
-        model_type = json.loads(path.read_text()).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise MolError(f"{path} is not a JSON object ({error})") from error
-    if model_type not in FAMILIES:
+    content = read_object(
+        path, allowed="the config.json of a model", hint="download it again, with the weights"
+    )
+    model_type = content.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         refuse_type(folder, model_type, FAMILIES)
+    check_numbers(content, path)
     try:
-        return AutoConfig.from_pretrained(folder), FAMILIES[model_type]
-    except (StrictDataclassError, ValueError, TypeError) as error:
-        raise MolError(f"{path} is not a valid {model_type} config: {error}") from error
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        # As the model does when it is made. Before that, `original_max_position_embeddings` beside
+        # the other rotary parameters is not yet among them.
+        config.standardize_rope_params()
+        return config, FAMILIES[model_type]
+    except INVALID_CONFIG as error:
+        reason = shortened(" ".join(str(error).split()), 200)
+        raise MolError(
+            f"{path} is not a valid {model_type} config: {reason}",
+            allowed="a config.json as save_pretrained writes it",
+            hint="use the config.json that was published with the weights",
+        ) from error
 
 
 def _head_differs(reader: TensorReader) -> bool:

@@ -76,9 +76,9 @@ def context_limit(positions: int, rope: dict[str, Any], window: int | None) -> C
 
 def fixed_rope(rope: dict[str, Any], positions: int) -> dict[str, Any]:
     """The rope_parameters, made independent of max_position_embeddings, which may be capped."""
-    trained = _longrope_limit(rope)
-    if trained is not None and rope.get("factor") is None:
-        return rope | {"factor": positions / trained}  # as transformers computes it
+    if rope["rope_type"] in ("longrope", "yarn") and rope.get("factor") is None:
+        # As transformers computes it.
+        return rope | {"factor": positions / rope["original_max_position_embeddings"]}
     return dict(rope)
 
 

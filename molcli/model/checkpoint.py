@@ -10,11 +10,11 @@ from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from molcli.errors import MolError
+from molcli.families.rotary import rotary_embedding
 from molcli.files.tensors import TensorReader
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.mixers import parameter_names
 from molcli.model.modeling_mol import MoLForCausalLM
-from molcli.model.rotary import rotary_embedding
 
 # Tensors of a router that stay in float32, like those that mixers name.
 _ROUTER = ("router.weight", "router.correction_bias")
