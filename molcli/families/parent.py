@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ from molcli.families.config_numbers import check_numbers
 from molcli.families.gguf import convert_gguf, read_gguf_config
 from molcli.families.refused import refuse_type
 from molcli.families.rotary import INVALID_CONFIG, check_rotary
+from molcli.files.finite import FLOATS, check_all_finite
 from molcli.files.generation_config import TOKENS, read_generation, write_generation
 from molcli.files.json_files import read_object, shortened
 from molcli.files.tensors import TensorReader
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _HUB_FILES = ["*.json", "model*.safetensors", "*.txt", "*.jinja", "tokenizer.model"]
-_FLOAT_DTYPES = {"F64", "F32", "F16", "BF16"}
+_ADAPTER = "adapter_config.json"  # transformers then reads the weights of its base model
 _ROWS = 4096  # of two large matrices that are compared
 _SHOWN = 3  # offending tensors that an error names
 
@@ -47,6 +49,28 @@ class Parent:
     generation: dict[str, Any]
     _reader: TensorReader
     _tokenizer: PreTrainedTokenizerBase | None
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The smallest dtype that holds the weights of all tensors, which may be stored in several.
+
+        float16 beside bfloat16 gives float32: neither holds all numbers of the other.
+        """
+        names = self.family.expected(self.config, tied=self.tied)
+        stored = (FLOATS[self._reader.tensors[name].dtype] for name in names)
+        return reduce(torch.promote_types, stored)
+
+    def check_weights(self) -> None:
+        """Refuse weights that are NaN or infinite, of any tensor. Reads all, at the first call.
+
+        Whatever runs the parent calls this before. Raises MolError, which names the tensor.
+        """
+        _ = self._weights_are_finite
+
+    @cached_property
+    def _weights_are_finite(self) -> bool:
+        check_all_finite(self._reader)
+        return True
 
     def embedding(self) -> torch.Tensor:
         """(V, D), stored dtype."""
@@ -181,6 +205,12 @@ def _locate(spec: str, *, weights: bool = True) -> Path:
 
 
 def _open_config(folder: Path) -> tuple[PreTrainedConfig, Family]:
+    if (folder / _ADAPTER).is_file():
+        raise MolError(
+            f"{folder} has an {_ADAPTER}: the model is another one with an adapter",
+            allowed="a whole model",
+            hint="merge the adapter into its model, or remove the file if it is not in use",
+        )
     path = folder / "config.json"
     if not path.is_file():
         raise MolError(
@@ -251,7 +281,7 @@ def _check_tensors(
                 allowed=f"{shape}, as its config.json says",
                 hint="use the config.json that belongs to the weights",
             )
-        if found[name].dtype not in _FLOAT_DTYPES:
+        if found[name].dtype not in FLOATS:
             raise MolError(
                 f"{name} in {reader.folder} is stored as {found[name].dtype}",
                 allowed="weights stored as bfloat16, float16 or float32",
