@@ -7,6 +7,7 @@ A new family is one file beside this one, with a subclass of `Family`, and one l
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -181,10 +182,13 @@ class Family:
 
     # What a GGUF file says.
 
-    def gguf_config(self, read: Callable[[str], Any], tensors: set[str]) -> dict[str, Any]:
+    def gguf_config(
+        self, path: Path, read: Callable[[str], Any], tensors: set[str]
+    ) -> dict[str, Any]:
         """Arguments of the transformers config beyond those that all families have.
 
         Args:
+            path: the file, for messages.
             read: returns the file's metadata below the architecture's name, such as
                 "attention.key_length"; None where there is none.
             tensors: the names of the file's tensors.
