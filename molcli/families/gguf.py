@@ -140,12 +140,20 @@ def _tokenizer(path: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
     # The class that AutoTokenizer would choose, which parses the file once more for its config.
     kind: Any = TOKENIZER_MAPPING.get(type(config), PreTrainedTokenizerFast)
     tokenizer: PreTrainedTokenizerBase
-    tokenizer = kind.from_pretrained(path.parent, gguf_file=path.name)
-    for name in ("bos", "eos"):  # transformers 5.17 takes a Llama's BOS for both
-        token = getattr(config, f"{name}_token_id")
-        token = token[0] if isinstance(token, list) else token
-        if token is not None:
-            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(token))
+    try:
+        tokenizer = kind.from_pretrained(path.parent, gguf_file=path.name)
+        for name in ("bos", "eos"):  # transformers 5.17 takes a Llama's BOS for both
+            token = getattr(config, f"{name}_token_id")
+            token = token[0] if isinstance(token, list) else token
+            if token is not None:
+                setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(token))
+    except Exception as error:  # the tokenizers library raises bare Exception
+        reason = shortened(" ".join(str(error).split()) or type(error).__name__, 200)
+        raise MolError(
+            f"the tokenizer in {path} cannot be read ({reason})",
+            allowed="a tokenizer that transformers reads from GGUF files",
+            hint="use the model's safetensors, with its tokenizer.json",
+        ) from error
     return tokenizer
 
 

@@ -370,8 +370,18 @@ def _replacing(self: gguf.GGUFWriter, key: str, *rest: Any, **options: Any) -> N
 
 def test_special_tokens_beyond_the_vocabulary_are_none(tiny_parent, tmp_path: Path) -> None:
     extra = {"tokenizer.ggml.padding_token_id": 2**32 - 1}
-    parent = open_parent(write_gguf(tmp_path / "m.gguf", tiny_parent("llama"), extra=extra))
+    folder = tiny_parent("llama", tokenizer=False)
+    parent = open_parent(write_gguf(tmp_path / "m.gguf", folder, extra=extra))
     assert parent.config.pad_token_id is None
+
+
+def test_a_tokenizer_that_cannot_be_read(tiny_parent, tmp_path: Path, cache: Path) -> None:
+    folder = tiny_parent("llama", tokenizer=False)
+    extra = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a", "b"]}
+    path = write_gguf(tmp_path / "m.gguf", folder, extra=extra)
+    with pytest.raises(MolError, match=r"the tokenizer in .*m\.gguf cannot be read"):
+        open_parent(path)
+    assert not any(each.is_dir() for each in cache.iterdir())
 
 
 def test_weights_that_are_not_finite_are_refused_by_name(
