@@ -171,6 +171,12 @@ class Family:
                 allowed="mlp_bias: false",
                 hint="choose a parent without FFN biases, such as any Llama released by Meta",
             )
+        if getattr(config, "is_causal", True) is not True:
+            raise MolError(
+                "the parent's config.json has is_causal: false, and MoL's attention is causal",
+                allowed="is_causal: true, or no such key",
+                hint="choose a model that predicts the next token, not an embedding model",
+            )
         fraction = self.rope_parameters(config).get("partial_rotary_factor", 1.0)
         if fraction != 1.0 and not self.allows_partial_rotary:
             raise MolError(

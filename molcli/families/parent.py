@@ -9,24 +9,21 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from molcli.data.tokenizer import open_tokenizer
 from molcli.errors import MolError
 from molcli.families import FAMILIES
 from molcli.families.base import EMBEDDING, FINAL_NORM, LM_HEAD, Family, Source
-from molcli.families.config_numbers import check_numbers
+from molcli.families.config_file import open_config, refuse_variant
 from molcli.families.gguf import convert_gguf, read_gguf_config
-from molcli.families.refused import refuse_type
-from molcli.families.rotary import INVALID_CONFIG, check_rotary
+from molcli.families.rotary import check_rotary
 from molcli.files.finite import FLOATS, check_all_finite
 from molcli.files.generation_config import TOKENS, read_generation, write_generation
-from molcli.files.json_files import read_object, shortened
 from molcli.files.tensors import TensorReader
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _HUB_FILES = ["*.json", "model*.safetensors", "*.txt", "*.jinja", "tokenizer.model"]
-_ADAPTER = "adapter_config.json"  # transformers then reads the weights of its base model
 _ROWS = 4096  # of two large matrices that are compared
 _SHOWN = 3  # offending tensors that an error names
 
@@ -146,8 +143,8 @@ def outline(spec: str | Path) -> dict[str, Any]:
         config = read_gguf_config(path)
         family = FAMILIES[config.model_type]
     else:
-        config, family = _open_config(_locate(str(spec), weights=False))
-    _refuse_variant(config, family)
+        config, family = open_config(_locate(str(spec), weights=False))
+    refuse_variant(config, family)
     kwargs = family.mol_config_kwargs(config, tied=config.tie_word_embeddings)
     check_rotary(config, kwargs)
     return kwargs | {"dtype": config.dtype}
@@ -162,8 +159,8 @@ def open_parent(spec: str | Path) -> Parent:
     generation_config.json that cannot be read.
     """
     folder = _locate(str(spec))
-    config, family = _open_config(folder)
-    _refuse_variant(config, family)
+    config, family = open_config(folder)
+    refuse_variant(config, family)
     reader = TensorReader(folder)
     tied = config.tie_word_embeddings and not _head_differs(reader)
     _check_tensors(reader, config, family, tied=tied)
@@ -191,7 +188,7 @@ def _locate(spec: str, *, weights: bool = True) -> Path:
     try:
         # The config comes first, so that a wrong family costs no download of weights.
         folder = Path(snapshot_download(spec, allow_patterns=["config.json"]))
-        _open_config(folder)
+        open_config(folder)
         if not weights:
             return folder
         return Path(snapshot_download(spec, allow_patterns=_HUB_FILES))
@@ -201,42 +198,6 @@ def _locate(spec: str, *, weights: bool = True) -> Path:
             f"{spec} is no local path, and the Hub did not give it ({reason})",
             allowed=allowed,
             hint=f"check the name and the network; for a gated model: hf auth login ({spec})",
-        ) from error
-
-
-def _open_config(folder: Path) -> tuple[PreTrainedConfig, Family]:
-    if (folder / _ADAPTER).is_file():
-        raise MolError(
-            f"{folder} has an {_ADAPTER}: the model is another one with an adapter",
-            allowed="a whole model",
-            hint="merge the adapter into its model, or remove the file if it is not in use",
-        )
-    path = folder / "config.json"
-    if not path.is_file():
-        raise MolError(
-            f"{folder} has no config.json",
-            allowed="a folder as save_pretrained writes it",
-            hint="give the folder that holds config.json and the safetensors",
-        )
-    content = read_object(
-        path, allowed="the config.json of a model", hint="download it again, with the weights"
-    )
-    model_type = content.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        refuse_type(folder, model_type, FAMILIES)
-    check_numbers(content, path)
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        # As the model does when it is made. Before that, `original_max_position_embeddings` beside
-        # the other rotary parameters is not yet among them.
-        config.standardize_rope_params()
-        return config, FAMILIES[model_type]
-    except INVALID_CONFIG as error:
-        reason = shortened(" ".join(str(error).split()), 200)
-        raise MolError(
-            f"{path} is not a valid {model_type} config: {reason}",
-            allowed="a config.json as save_pretrained writes it",
-            hint="use the config.json that was published with the weights",
         ) from error
 
 
@@ -287,22 +248,6 @@ def _check_tensors(
                 allowed="weights stored as bfloat16, float16 or float32",
                 hint="use the original checkpoint, before quantization",
             )
-
-
-def _refuse_variant(config: PreTrainedConfig, family: Family) -> None:
-    """Raise MolError for a configuration that MoL cannot express, or that is quantized."""
-    family.refuse_variant(config)
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is None:
-        return
-    method = type(quantization).__name__
-    if isinstance(quantization, dict):
-        method = str(quantization.get("quant_method", "unnamed method"))
-    raise MolError(
-        f"the parent's weights are quantized ({method})",
-        allowed="weights stored as bfloat16, float16 or float32",
-        hint="use the original checkpoint that the quantized one was made from",
-    )
 
 
 def _check_tokenizer(

@@ -56,6 +56,10 @@ def edit_config(folder: Path, key: str, value: object) -> None:
     *(("qwen2", *case) for case in SLIDING),
     *(("gemma3_text", *case) for case in SLIDING[:-1]),
     ("gemma3_text", "query_pre_attn_scalar", 0),
+    ("llama", "is_causal", False),
+    ("llama", "layer_types", ["full_attention", "sliding_attention"]),
+    ("qwen2", "layer_types", ["full_attention", "sliding_attention"]),  # without a window
+    ("llama", "per_layer_config", {"0": {"intermediate_size": 48}}),
 ])  # fmt: skip
 def test_impossible_numbers_are_refused(
     tiny_parent: Callable[..., Path], family: str, key: str, value: object
@@ -96,6 +100,12 @@ def test_files_that_are_no_configuration(tmp_path: Path, content: str) -> None:
         ("sliding_window", None),
         ("hidden_act", "gelu"),
         ("rope_theta", None),
+        ("layer_types", ["full_attention"] * 2),
+        # Keys that do not change what the model computes.
+        ("attn_implementation", "kernels-community/other"),
+        ("text_config", {"hidden_size": 1}),
+        ("configuration_files", ["config.9.0.0.json"]),
+        ("return_dict", False),
     ],
 )
 def test_valid_values_pass(tiny_parent: Callable[..., Path], key: str, value: Any) -> None:
