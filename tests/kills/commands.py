@@ -52,13 +52,14 @@ _TRAINING: dict[str, Any] = dict(
     replaced=("out/log.jsonl", "out/train.html"),
     removed=("out/checkpoints/step-????????", "out/checkpoints/step-????????/*"),
 )
+_CALIBRATION: dict[str, Any] = dict(kept=(".out.unfinished*",))
 _FIGURES: dict[str, Any] = dict(
     out="out.json", whole=("out.json",), before={"out.json": "old.json"}, replaced=("out.json",)
 )
 COMMANDS: dict[str, Command] = {
-    "calibrate": Command(["calibrate", "{world}/parent", "out", *DATA], kept=(".out.unfinished*",)),
-    "calibrate, sampled": Command(["calibrate", "{world}/parent", "out"]),
-    "calibrate, GGUF": Command(["calibrate", "{world}/parent.gguf", "out", *DATA]),
+    "calibrate": Command(["calibrate", "{world}/parent", "out", *DATA], **_CALIBRATION),
+    "calibrate, sampled": Command(["calibrate", "{world}/parent", "out"], **_CALIBRATION),
+    "calibrate, GGUF": Command(["calibrate", "{world}/parent.gguf", "out", *DATA], **_CALIBRATION),
     "upcycle": Command(["upcycle", "{world}/parent", "out", "--calibration", "{world}/calibrated"]),
     "upcycle, with text": Command(["upcycle", "{world}/parent", "out", *DATA]),
     "upcycle, sampled": Command(["upcycle", "{world}/parent", "out"]),
