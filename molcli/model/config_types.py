@@ -26,6 +26,12 @@ def check_values(content: Mapping[str, Any], source: Path) -> None:
     content = {RENAMED.get(key, key): value for key, value in content.items()}
     check_numbers(content, source)
     hints = get_type_hints(MoLConfig.__init__) | {"layer_kinds": list[str]}
+    if content.get("qk_norm_full_width") is True and content.get("qk_norm") is not True:
+        raise MolError(
+            f"{source} has qk_norm_full_width: True without qk_norm: True",
+            allowed="both, or qk_norm alone",
+            hint="use the config.json that was written with the weights",
+        )
     for key, value in content.items():
         hint = hints.get(key)
         if hint is None or key == "return" or _fits(value, hint):

@@ -279,8 +279,6 @@ class MoLConfig(PreTrainedConfig):
                     f"{name} names {len(given)} layers, "
                     f"num_hidden_layers is {self.num_hidden_layers}"
                 )
-        if self.qk_norm_full_width and not self.qk_norm:
-            raise ValueError("qk_norm_full_width is set without qk_norm")
         windows = self.sliding_windows
         if windows is not None and len(windows) != self.num_hidden_layers:
             raise ValueError(
