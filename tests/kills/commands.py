@@ -61,6 +61,10 @@ COMMANDS: dict[str, Command] = {
     "calibrate, sampled": Command(["calibrate", "{world}/parent", "out"], **_CALIBRATION),
     "calibrate, GGUF": Command(["calibrate", "{world}/parent.gguf", "out", *DATA], **_CALIBRATION),
     "upcycle": Command(["upcycle", "{world}/parent", "out", "--calibration", "{world}/calibrated"]),
+    "upcycle, empty folder": Command(
+        ["upcycle", "{world}/parent", "out", "--calibration", "{world}/calibrated"],
+        before={"out": "empty"},
+    ),
     "upcycle, with text": Command(["upcycle", "{world}/parent", "out", *DATA]),
     "upcycle, sampled": Command(["upcycle", "{world}/parent", "out"]),
     "convert": Command(["convert", "{world}/mol", "out", "--gated-deltanet", "all", *DATA]),
