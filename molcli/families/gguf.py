@@ -147,7 +147,10 @@ def _tokenizer(path: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
             token = token[0] if isinstance(token, list) else token
             if token is not None:
                 setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(token))
-    except Exception as error:  # the tokenizers library raises bare Exception
+    except BaseException as error:
+        # The tokenizers library raises bare Exception, or PanicException, which is none.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         reason = shortened(" ".join(str(error).split()) or type(error).__name__, 200)
         raise MolError(
             f"the tokenizer in {path} cannot be read ({reason})",
