@@ -83,7 +83,9 @@ def find_tokenizer(name: str) -> PreTrainedTokenizerBase:
             raise MolError(f"{name} has no tokenizer", allowed="a folder with a tokenizer.json")
         return found
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            name, trust_remote_code=False
+        )
     except Exception as error:  # from the Hub, the network or the tokenizers library
         raise MolError(
             f"{name} is not a folder, and no tokenizer of this name could be loaded from the Hub",
@@ -102,7 +104,9 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False
+        )
     except Exception as error:  # the tokenizers library raises bare Exception on bad files
         raise MolError(
             f"the tokenizer in {folder} cannot be read ({error})",

@@ -126,6 +126,7 @@ def layer_spectra(
     Yields:
         The layer and the (d_model,) float64 `reading_spectrum` of all its reading matrices.
     """
+    parent.check_weights()
     config, device = MoLConfig(**parent.mol_config_kwargs()), default_device()
     counts = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
     whole = BlockPart(*(tuple(range(count)) for count in counts))

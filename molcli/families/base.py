@@ -7,6 +7,7 @@ A new family is one file beside this one, with a subclass of `Family`, and one l
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -170,6 +171,12 @@ class Family:
                 allowed="mlp_bias: false",
                 hint="choose a parent without FFN biases, such as any Llama released by Meta",
             )
+        if getattr(config, "is_causal", True) is not True:
+            raise MolError(
+                "the parent's config.json has is_causal: false, and MoL's attention is causal",
+                allowed="is_causal: true, or no such key",
+                hint="choose a model that predicts the next token, not an embedding model",
+            )
         fraction = self.rope_parameters(config).get("partial_rotary_factor", 1.0)
         if fraction != 1.0 and not self.allows_partial_rotary:
             raise MolError(
@@ -181,10 +188,13 @@ class Family:
 
     # What a GGUF file says.
 
-    def gguf_config(self, read: Callable[[str], Any], tensors: set[str]) -> dict[str, Any]:
+    def gguf_config(
+        self, path: Path, read: Callable[[str], Any], tensors: set[str]
+    ) -> dict[str, Any]:
         """Arguments of the transformers config beyond those that all families have.
 
         Args:
+            path: the file, for messages.
             read: returns the file's metadata below the architecture's name, such as
                 "attention.key_length"; None where there is none.
             tensors: the names of the file's tensors.

@@ -6,6 +6,7 @@ within a sliding window, with a rotary base of their own.
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from molcli.families.base import (
     head_dim,
     one_plus,
 )
+from molcli.families.positions import gguf_rope
 
 _NORMS = {
     "block.input_norm": Stored("input_layernorm.weight", "d", transform=one_plus),
@@ -105,24 +107,25 @@ class Gemma3(Family):
                 hint="choose a Gemma 3 as Google released it",
             )
 
-    def gguf_config(self, read: Callable[[str], Any], tensors: set[str]) -> dict[str, Any]:
+    def gguf_config(
+        self, path: Path, read: Callable[[str], Any], tensors: set[str]
+    ) -> dict[str, Any]:
         layers, width = read("block_count"), read("attention.key_length") or 256
         heads = read("embedding_length") // read("attention.head_count")
         every = read("attention.sliding_window_pattern") or _GLOBAL_EVERY
-        rope = {
-            "full_attention": read("rope.freq_base") or 1_000_000.0,
-            "sliding_attention": read("rope.freq_base_swa") or _LOCAL_BASE,
-        }
+        window = read("attention.sliding_window") or None
+        local = read("rope.freq_base_swa") or _LOCAL_BASE
         return {
             "head_dim": width,
             "query_pre_attn_scalar": heads if layers == _LAYERS_OF_27B else width,
-            "sliding_window": read("attention.sliding_window"),
+            "sliding_window": window,
             "layer_types": [
-                "full_attention" if (i + 1) % every == 0 else "sliding_attention"
+                "full_attention" if window is None or (i + 1) % every == 0 else "sliding_attention"
                 for i in range(layers)
             ],
             "rope_parameters": {
-                kind: {"rope_type": "default", "rope_theta": base} for kind, base in rope.items()
+                "full_attention": gguf_rope(path, read, 1_000_000.0),
+                "sliding_attention": {"rope_type": "default", "rope_theta": local},
             },
         }
 

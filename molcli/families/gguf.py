@@ -26,9 +26,15 @@ from transformers import (
 from molcli import __version__
 from molcli.errors import MolError
 from molcli.families import FAMILIES
-from molcli.families.base import EMBEDDING, FINAL_NORM, LM_HEAD, Family
+from molcli.families.base import EMBEDDING, FINAL_NORM, LM_HEAD, Family, head_dim
+from molcli.families.config_numbers import check_numbers
+from molcli.families.gguf_header import damaged_gguf, read_gguf_header
+from molcli.families.positions import gguf_rope, scaled_rope
 from molcli.families.refused import refuse_type
+from molcli.families.rotary import INVALID_CONFIG
+from molcli.files.finite import check_finite
 from molcli.files.folders import cache_folder, lock_for, output_folder
+from molcli.files.json_files import shortened
 from molcli.files.tensors import ShardedWriter
 
 if TYPE_CHECKING:
@@ -47,6 +53,19 @@ _CONFIG = {
     "attention.head_count": "num_attention_heads",
     "attention.head_count_kv": "num_key_value_heads",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+}
+# Metadata of other models, with the values that stand for not having it.
+_NOT_EXPRESSED: dict[str, tuple[Any, ...]] = {
+    "expert_count": (0,),
+    "attention.causal": (True,),
+    "attention.scale": (0.0,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.max_alibi_bias": (0.0,),
+    "logit_scale": (0.0, 1.0),
+    "residual_scale": (0.0, 1.0),
+    "embedding_scale": (0.0, 1.0),
+    "attn_logit_softcapping": (0.0,),
+    "final_logit_softcapping": (0.0,),
 }
 _FAMILIES = {
     family.gguf.architecture: family for family in FAMILIES.values() if family.gguf is not None
@@ -108,7 +127,9 @@ def _write(
     with output_folder(folder, need_bytes=need_bytes) as staging:
         writer = ShardedWriter(staging)
         for tensor in reader.tensors:
-            writer.add(names[tensor.name], stored(tensor).to(config.dtype))
+            weights = stored(tensor)
+            check_finite(tensor.name, weights, path)
+            writer.add(names[tensor.name], weights.to(config.dtype))
         writer.close()
         config.save_pretrained(staging)
         if reader.get_field("tokenizer.ggml.model") is not None:
@@ -119,12 +140,23 @@ def _tokenizer(path: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
     # The class that AutoTokenizer would choose, which parses the file once more for its config.
     kind: Any = TOKENIZER_MAPPING.get(type(config), PreTrainedTokenizerFast)
     tokenizer: PreTrainedTokenizerBase
-    tokenizer = kind.from_pretrained(path.parent, gguf_file=path.name)
-    for name in ("bos", "eos"):  # transformers 5.17 takes a Llama's BOS for both
-        token = getattr(config, f"{name}_token_id")
-        token = token[0] if isinstance(token, list) else token
-        if token is not None:
-            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(token))
+    try:
+        tokenizer = kind.from_pretrained(path.parent, gguf_file=path.name)
+        for name in ("bos", "eos"):  # transformers 5.17 takes a Llama's BOS for both
+            token = getattr(config, f"{name}_token_id")
+            token = token[0] if isinstance(token, list) else token
+            if token is not None:
+                setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(token))
+    except BaseException as error:
+        # The tokenizers library raises bare Exception, or PanicException, which is none.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = shortened(" ".join(str(error).split()) or type(error).__name__, 200)
+        raise MolError(
+            f"the tokenizer in {path} cannot be read ({reason})",
+            allowed="a tokenizer that transformers reads from GGUF files",
+            hint="use the model's safetensors, with its tokenizer.json",
+        ) from error
     return tokenizer
 
 
@@ -137,7 +169,7 @@ def _cache_folder(path: Path) -> Path:
 
 def _open(path: Path) -> "GGUFReader":
     try:
-        from gguf import GGUFReader
+        from gguf import GGML_QUANT_SIZES, GGUFReader
     except ImportError as error:
         raise MolError(
             f"{path} is a GGUF file, and the package that reads those is not installed",
@@ -158,25 +190,27 @@ def _open(path: Path) -> "GGUFReader":
         def data(self, value: Any) -> None:
             self._data = np.asarray(value)
 
+    read_gguf_header(path, {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()})
     try:
         return Reader(path)
-    except (ValueError, IndexError, OverflowError) as error:
-        raise MolError(
-            f"{path} is damaged or not a GGUF file ({error})",
-            allowed="a complete GGUF file",
-            hint="download it again",
-        ) from error
+    except (ValueError, LookupError, OverflowError, TypeError) as error:
+        raise damaged_gguf(path, error) from error
 
 
 def _value(reader: "GGUFReader", key: str) -> Any:
-    """A piece of metadata; None where the file has none of this name."""
+    """A piece of metadata; None where the file has none of this name. ValueError for bad UTF-8."""
     field = reader.get_field(key)
     return None if field is None else field.contents()
 
 
 def _family(path: Path, reader: "GGUFReader") -> Family:
     """The family of the file's architecture. Raises MolError for another one."""
-    architecture = _value(reader, "general.architecture")
+    try:
+        architecture = _value(reader, "general.architecture")
+    except ValueError as error:
+        raise damaged_gguf(path, error) from error
+    if not isinstance(architecture, str):
+        raise damaged_gguf(path, f"general.architecture is {architecture}")
     if architecture in FAMILIES and architecture not in _FAMILIES:
         raise MolError(
             f"{path} is a model of type {architecture!r}, whose fused projections GGUF names "
@@ -191,6 +225,14 @@ def _family(path: Path, reader: "GGUFReader") -> Family:
 
 def _config(path: Path, reader: "GGUFReader", family: Family) -> PreTrainedConfig:
     """The transformers config that the file's metadata describes."""
+    try:
+        return _described(path, reader, family)
+    except INVALID_CONFIG as error:
+        raise damaged_gguf(path, f"its metadata describes no model: {error}") from error
+
+
+def _described(path: Path, reader: "GGUFReader", family: Family) -> PreTrainedConfig:
+    """The same, but raises `INVALID_CONFIG` for values of unexpected types."""
     assert family.gguf is not None
     prefix = family.gguf.architecture
 
@@ -198,31 +240,68 @@ def _config(path: Path, reader: "GGUFReader", family: Family) -> PreTrainedConfi
         return _value(reader, f"{prefix}.{key}")
 
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    if read("rope.scaling.type") not in (None, "none") or "rope_freqs.weight" in tensors:
-        raise MolError(
-            f"{path} scales its rotary frequencies, which GGUF describes only in part",
-            allowed="GGUF files without RoPE scaling",
-            hint="use the model's safetensors, which describe it in config.json",
-        )
     kwargs = {theirs: read(key) for key, theirs in _CONFIG.items()}
     if None in kwargs.values() or "token_embd.weight" not in tensors:
-        raise MolError(f"{path} lacks the metadata of a whole {prefix} model")
-    kwargs["bos_token_id"] = _value(reader, "tokenizer.ggml.bos_token_id")
-    kwargs["pad_token_id"] = _value(reader, "tokenizer.ggml.padding_token_id")
+        raise MolError(
+            f"{path} lacks the metadata of a whole {prefix} model",
+            allowed="a GGUF file as llama.cpp's convert_hf_to_gguf.py writes it",
+            hint="download it again, or use the model's safetensors",
+        )
+    check_numbers(kwargs, path)
+    if "rope_freqs.weight" in tensors:
+        raise scaled_rope(path)
+    for key, expected in _NOT_EXPRESSED.items():
+        if (found := read(key)) not in (None, *expected):
+            raise MolError(
+                f"{path} has {prefix}.{key}: {shortened(found)}, which MoL does not have",
+                allowed=f"a file without {key}",
+                hint="choose a parent of another family",
+            )
+    vocabulary = int(tensors["token_embd.weight"].shape[1])
+
+    def token(name: str) -> int | None:
+        """A special token. llama.cpp ignores those that the vocabulary lacks."""
+        found = _value(reader, f"tokenizer.ggml.{name}_token_id")
+        return found if isinstance(found, int) and 0 <= found < vocabulary else None
+
+    kwargs["bos_token_id"] = token("bos")
+    kwargs["pad_token_id"] = token("padding")
     # Of a text, a turn and a message: llama.cpp stops at any of them. Each once, in this order.
-    ends = [_value(reader, f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    ends = list(dict.fromkeys(token for token in ends if token is not None))
+    ends = [token(name) for name in ("eos", "eot", "eom")]
+    ends = list(dict.fromkeys(each for each in ends if each is not None))
     kwargs["eos_token_id"] = ends if len(ends) > 1 else ends[0] if ends else None
-    kwargs["rope_parameters"] = {
-        "rope_type": "default",
-        "rope_theta": read("rope.freq_base") or 10_000.0,
-    }
-    return AutoConfig.for_model(
-        family.model_type,
-        **kwargs | family.gguf_config(read, set(tensors)),
-        vocab_size=int(tensors["token_embd.weight"].shape[1]),
-        tie_word_embeddings="output.weight" not in tensors,
+    kwargs["rope_parameters"] = gguf_rope(path, read, 10_000.0)
+    kwargs |= family.gguf_config(path, read, set(tensors))
+    kwargs["vocab_size"] = vocabulary
+    check_numbers(kwargs, path)
+    config = AutoConfig.for_model(
+        family.model_type, **kwargs, tie_word_embeddings="output.weight" not in tensors
     )
+    if (rotated := read("rope.dimension_count")) not in (None, head_dim(config)):
+        raise MolError(
+            f"{path} rotates {rotated} of {head_dim(config)} channels of a head",
+            allowed="rotary positions in whole heads",
+            hint="use the model's safetensors, or another parent",
+        )
+    _check_tensors(path, tensors, config, family)
+    return config
+
+
+def _check_tensors(
+    path: Path, tensors: dict[str, "ReaderTensor"], config: PreTrainedConfig, family: Family
+) -> None:
+    """Raise MolError unless the tensors are those of the model, with their shapes."""
+    found = {_name(path, n, family): tuple(reversed(t.shape.tolist())) for n, t in tensors.items()}
+    expected = family.expected(config, tied=config.tie_word_embeddings)
+    wrong = sorted({name for name, _ in found.items() ^ expected.items()})
+    if wrong:
+        name = wrong[0]
+        shapes = [shape or "missing" for shape in (found.get(name), expected.get(name))]
+        raise MolError(
+            f"{path} does not match its metadata in {len(wrong)} tensors: {name} is {shapes[0]}",
+            allowed=f"{name}: {shapes[1]}",
+            hint="download it again, or use the model's safetensors",
+        )
 
 
 def _name(path: Path, name: str, family: Family) -> str:
@@ -249,7 +328,14 @@ def _weights(tensor: "ReaderTensor") -> torch.Tensor:
     # gguf dequantizes 16 rows at a time, which costs more than the work itself where rows are short
     if data.ndim > 1:
         data = data.reshape(len(data) // gcd(len(data), 16), -1)
-    weights = np.require(dequantize(data, tensor.tensor_type), np.float32, "W")
+    try:
+        weights = np.require(dequantize(data, tensor.tensor_type), np.float32, "W")
+    except NotImplementedError as error:
+        raise MolError(
+            f"{tensor.name} is stored as {tensor.tensor_type.name}, which cannot be read",
+            allowed="weights in 16 or 32 bits, or in the common quantizations such as Q4_K",
+            hint="use a GGUF file of the same model in another quantization",
+        ) from error
     return torch.from_numpy(weights).view(*reversed(tensor.shape.tolist()))
 
 

@@ -1,9 +1,12 @@
 """OLMo-2: norms behind attention and FFN and none before, queries and keys normalised whole."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
+from molcli.errors import MolError
 from molcli.families.base import (
     ATTENTION,
     GATED_FFN,
@@ -36,6 +39,18 @@ class Olmo2(Family):
     def layer_tensors(self, config: PreTrainedConfig) -> dict[str, Stored]:
         biases = QKV_BIAS | OUT_BIAS if config.attention_bias else {}
         return _NORMS | ATTENTION | GATED_FFN | biases
+
+    def gguf_config(
+        self, path: Path, read: Callable[[str], Any], tensors: set[str]
+    ) -> dict[str, Any]:
+        if read("attention.sliding_window"):
+            raise MolError(
+                f"{path} has olmo2.attention.sliding_window: llama.cpp stores OLMo-3 so, which has "
+                "sliding windows in most layers",
+                allowed="OLMo-2",
+                hint="choose an OLMo-2, such as allenai/OLMo-2-0425-1B",
+            )
+        return super().gguf_config(path, read, tensors)
 
     def layer_config(self, config: PreTrainedConfig) -> dict[str, Any]:
         return {

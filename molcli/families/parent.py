@@ -1,28 +1,29 @@
 """The dense model that an upcycling starts from, opened strictly and read tensor by tensor."""
 
-import json
 import re
 from dataclasses import dataclass
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from huggingface_hub.errors import HFValidationError
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from molcli.data.tokenizer import open_tokenizer
 from molcli.errors import MolError
 from molcli.families import FAMILIES
 from molcli.families.base import EMBEDDING, FINAL_NORM, LM_HEAD, Family, Source
+from molcli.families.config_file import open_config, refuse_variant
 from molcli.families.gguf import convert_gguf, read_gguf_config
-from molcli.families.refused import refuse_type
+from molcli.families.rotary import check_rotary
+from molcli.files.finite import FLOATS, check_all_finite
 from molcli.files.generation_config import TOKENS, read_generation, write_generation
 from molcli.files.tensors import TensorReader
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _HUB_FILES = ["*.json", "model*.safetensors", "*.txt", "*.jinja", "tokenizer.model"]
-_FLOAT_DTYPES = {"F64", "F32", "F16", "BF16"}
 _ROWS = 4096  # of two large matrices that are compared
 _SHOWN = 3  # offending tensors that an error names
 
@@ -45,6 +46,28 @@ class Parent:
     generation: dict[str, Any]
     _reader: TensorReader
     _tokenizer: PreTrainedTokenizerBase | None
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The smallest dtype that holds the weights of all tensors, which may be stored in several.
+
+        float16 beside bfloat16 gives float32: neither holds all numbers of the other.
+        """
+        names = self.family.expected(self.config, tied=self.tied)
+        stored = (FLOATS[self._reader.tensors[name].dtype] for name in names)
+        return reduce(torch.promote_types, stored)
+
+    def check_weights(self) -> None:
+        """Refuse weights that are NaN or infinite, of any tensor. Reads all, at the first call.
+
+        Whatever runs the parent calls this before. Raises MolError, which names the tensor.
+        """
+        _ = self._weights_are_finite
+
+    @cached_property
+    def _weights_are_finite(self) -> bool:
+        check_all_finite(self._reader)
+        return True
 
     def embedding(self) -> torch.Tensor:
         """(V, D), stored dtype."""
@@ -120,9 +143,10 @@ def outline(spec: str | Path) -> dict[str, Any]:
         config = read_gguf_config(path)
         family = FAMILIES[config.model_type]
     else:
-        config, family = _open_config(_locate(str(spec), weights=False))
-    _refuse_variant(config, family)
+        config, family = open_config(_locate(str(spec), weights=False))
+    refuse_variant(config, family)
     kwargs = family.mol_config_kwargs(config, tied=config.tie_word_embeddings)
+    check_rotary(config, kwargs)
     return kwargs | {"dtype": config.dtype}
 
 
@@ -135,14 +159,15 @@ def open_parent(spec: str | Path) -> Parent:
     generation_config.json that cannot be read.
     """
     folder = _locate(str(spec))
-    config, family = _open_config(folder)
-    _refuse_variant(config, family)
+    config, family = open_config(folder)
+    refuse_variant(config, family)
     reader = TensorReader(folder)
     tied = config.tie_word_embeddings and not _head_differs(reader)
     _check_tensors(reader, config, family, tied=tied)
     tokenizer = open_tokenizer(folder)
     if tokenizer is not None:
         _check_tokenizer(tokenizer, folder, config, family)
+    check_rotary(config, family.mol_config_kwargs(config, tied=tied))
     note = family.context_limit(config).note
     generation = read_generation(folder, config)
     return Parent(str(spec), folder, config, family, note, tied, generation, reader, tokenizer)
@@ -163,7 +188,7 @@ def _locate(spec: str, *, weights: bool = True) -> Path:
     try:
         # The config comes first, so that a wrong family costs no download of weights.
         folder = Path(snapshot_download(spec, allow_patterns=["config.json"]))
-        _open_config(folder)
+        open_config(folder)
         if not weights:
             return folder
         return Path(snapshot_download(spec, allow_patterns=_HUB_FILES))
@@ -174,26 +199,6 @@ def _locate(spec: str, *, weights: bool = True) -> Path:
             allowed=allowed,
             hint=f"check the name and the network; for a gated model: hf auth login ({spec})",
         ) from error
-
-
-def _open_config(folder: Path) -> tuple[PreTrainedConfig, Family]:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise MolError(
-            f"{folder} has no config.json",
-            allowed="a folder as save_pretrained writes it",
-            hint="give the folder that holds config.json and the safetensors",
-        )
-    try:
-        model_type = json.loads(path.read_text()).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise MolError(f"{path} is not a JSON object ({error})") from error
-    if model_type not in FAMILIES:
-        refuse_type(folder, model_type, FAMILIES)
-    try:
-        return AutoConfig.from_pretrained(folder), FAMILIES[model_type]
-    except (StrictDataclassError, ValueError, TypeError) as error:
-        raise MolError(f"{path} is not a valid {model_type} config: {error}") from error
 
 
 def _head_differs(reader: TensorReader) -> bool:
@@ -237,28 +242,12 @@ def _check_tensors(
                 allowed=f"{shape}, as its config.json says",
                 hint="use the config.json that belongs to the weights",
             )
-        if found[name].dtype not in _FLOAT_DTYPES:
+        if found[name].dtype not in FLOATS:
             raise MolError(
                 f"{name} in {reader.folder} is stored as {found[name].dtype}",
                 allowed="weights stored as bfloat16, float16 or float32",
                 hint="use the original checkpoint, before quantization",
             )
-
-
-def _refuse_variant(config: PreTrainedConfig, family: Family) -> None:
-    """Raise MolError for a configuration that MoL cannot express, or that is quantized."""
-    family.refuse_variant(config)
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is None:
-        return
-    method = type(quantization).__name__
-    if isinstance(quantization, dict):
-        method = str(quantization.get("quant_method", "unnamed method"))
-    raise MolError(
-        f"the parent's weights are quantized ({method})",
-        allowed="weights stored as bfloat16, float16 or float32",
-        hint="use the original checkpoint that the quantized one was made from",
-    )
 
 
 def _check_tokenizer(

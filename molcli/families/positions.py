@@ -1,6 +1,8 @@
 """Up to which position a parent's attention is reproduced, and its rotary frequencies."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from molcli.errors import MolError
@@ -76,10 +78,42 @@ def context_limit(positions: int, rope: dict[str, Any], window: int | None) -> C
 
 def fixed_rope(rope: dict[str, Any], positions: int) -> dict[str, Any]:
     """The rope_parameters, made independent of max_position_embeddings, which may be capped."""
-    trained = _longrope_limit(rope)
-    if trained is not None and rope.get("factor") is None:
-        return rope | {"factor": positions / trained}  # as transformers computes it
+    if rope["rope_type"] in ("longrope", "yarn") and rope.get("factor") is None:
+        # As transformers computes it.
+        return rope | {"factor": positions / rope["original_max_position_embeddings"]}
     return dict(rope)
+
+
+def gguf_rope(path: Path, read: Callable[[str], Any], base: float) -> dict[str, Any]:
+    """The rope_parameters that a GGUF file describes, as llama.cpp understands it.
+
+    A factor without a type is that of linear scaling.
+
+    Args:
+        path: the file, for messages.
+        read: returns the file's metadata below the architecture's name; None for none.
+        base: where the file names none.
+
+    Raises:
+        MolError: for another scaling, which the file describes in part.
+    """
+    kind = read("rope.scaling.type")
+    factor = read("rope.scaling.factor") or read("rope.scale_linear")
+    if kind not in (None, "none", "linear") or read("rope.scaling.attn_factor") not in (None, 1.0):
+        raise scaled_rope(path)
+    found = {"rope_type": "default", "rope_theta": read("rope.freq_base") or base}
+    if factor is None or factor in (0, 1) or kind == "none":
+        return found
+    return found | {"rope_type": "linear", "factor": factor}
+
+
+def scaled_rope(path: Path) -> MolError:
+    """The error for a GGUF file with rotary frequencies that it does not describe fully."""
+    return MolError(
+        f"{path} scales its rotary frequencies, which GGUF describes only in part",
+        allowed="GGUF files with linear RoPE scaling, or with none",
+        hint="use the model's safetensors, which describe it in config.json",
+    )
 
 
 def _longrope_limit(rope: dict[str, Any]) -> int | None:

@@ -1,6 +1,7 @@
 """Qwen2 and Qwen2.5: Llama with biases of queries, keys and values."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -23,6 +24,8 @@ class Qwen2(Family):
     def context_window(self, config: PreTrainedConfig) -> int | None:
         return marked_window(config)
 
-    def gguf_config(self, read: Callable[[str], Any], tensors: set[str]) -> dict[str, Any]:
+    def gguf_config(
+        self, path: Path, read: Callable[[str], Any], tensors: set[str]
+    ) -> dict[str, Any]:
         """Nothing: Qwen2 always has the biases, and implies the width of its heads."""
         return {}

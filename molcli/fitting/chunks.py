@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from molcli.data.packing import TokenRows
+from molcli.families.rotary import rotary_embedding
 from molcli.kernels.packed_rows import PackedRows
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.context import ForwardContext, rotary_of, rows_of_all
 from molcli.model.layers import Layer
 from molcli.model.mixers import BlockContext
-from molcli.model.rotary import rotary_embedding
 from molcli.model.shapes import BlockShape, routed_shape, shared_shape
 from molcli.model.tokens import TokenStream, token_stream
 

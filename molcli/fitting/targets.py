@@ -73,8 +73,10 @@ class LayerTargets:
         sizes = []
         for chunk in self.chunks:
             energy = (self.attention_input(chunk) @ every.mT).square()
+            energy = energy[energy.any(dim=-1)]  # a token whose embedding is zero has no ratio
             sizes.append((energy[:, own].mean(-1) / energy.mean(-1)).sqrt())
-        return weight[own] * torch.cat(sizes).mean()
+        ratios = torch.cat(sizes)
+        return weight[own] * (ratios.mean() if len(ratios) else 1.0)
 
     def head_outputs(self, chunk: Chunk, heads: tuple[int, ...]) -> Tensor:
         """Return the outputs of some heads before o_proj, (tokens, heads, head_dim). Before

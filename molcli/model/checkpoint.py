@@ -1,7 +1,8 @@
 """Open a Mixture of Layers checkpoint, or say what is wrong with it."""
 
-import json
+import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -10,11 +11,14 @@ from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from molcli.errors import MolError
+from molcli.families.rotary import INVALID_CONFIG, rotary_embedding
+from molcli.files.finite import cast, check_finite
+from molcli.files.json_files import read_object, shortened
 from molcli.files.tensors import TensorReader
+from molcli.model.config_types import check_values
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.mixers import parameter_names
 from molcli.model.modeling_mol import MoLForCausalLM
-from molcli.model.rotary import rotary_embedding
 
 # Tensors of a router that stay in float32, like those that mixers name.
 _ROUTER = ("router.weight", "router.correction_bias")
@@ -61,10 +65,23 @@ def open_config(folder: Path) -> MoLConfig:
     """Open the configuration only.
 
     Raises:
-        MolError: if the folder holds no Mixture of Layers checkpoint.
+        MolError: if the folder holds no Mixture of Layers checkpoint, or its configuration has
+            values that no model has.
     """
-    check_model_type(folder)
-    return MoLConfig.from_pretrained(folder)
+    content = check_model_type(folder)
+    path = folder / "config.json"
+    check_values(content, path)
+    try:
+        config = MoLConfig.from_pretrained(folder)
+        rotary_embedding(config)
+    except INVALID_CONFIG as error:
+        reason = shortened(" ".join(f"{type(error).__name__}: {error}".split()), 200)
+        raise MolError(
+            f"{path} is not a valid configuration of a Mixture of Layers model ({reason})",
+            allowed="a config.json that molcli wrote",
+            hint="use the config.json that was written with the weights",
+        ) from error
+    return config
 
 
 def open_checkpoint(folder: Path, device: torch.device) -> MoLForCausalLM:
@@ -95,29 +112,50 @@ def _tensors(folder: Path, config: MoLConfig, device: torch.device) -> dict[str,
     reader = TensorReader(folder)
     dtype = torch.float32 if device.type == "cpu" else config.dtype
     assert not isinstance(dtype, str)
+    _check_layers(reader, config)
     tensors = {}
     for name in reader.tensors:
         tensor = reader.read(name)
         as_stored = tensor.dtype if dtype is None else stored_dtype(name, dtype)
-        tensors[name] = tensor.to(device, as_stored)
+        check_finite(name, tensor, folder)
+        tensors[name] = cast(name, tensor, as_stored).to(device)
     return tensors
 
 
-def check_model_type(folder: Path) -> None:
-    """Raise MolError if the folder holds no Mixture of Layers model."""
+def _check_layers(reader: TensorReader, config: MoLConfig) -> None:
+    """Raise MolError if the weights have other layers than the configuration.
+
+    A model with very many layers takes long to make, even without weights.
+    """
+    matches = (re.match(r"model\.layers\.(\d+)\.", name) for name in reader.tensors)
+    found = {int(match[1][:9]) for match in matches if match is not None}
+    if found != set(range(config.num_hidden_layers)):
+        raise MolError(
+            f"{reader.folder} has weights of {len(found)} layers, but its config.json says "
+            f"num_hidden_layers: {config.num_hidden_layers}",
+            allowed="a complete folder that molcli wrote",
+        )
+
+
+def check_model_type(folder: Path) -> dict[str, Any]:
+    """Return the content of config.json.
+
+    Raises:
+        MolError: if the folder holds no Mixture of Layers model.
+    """
     config = folder / "config.json"
     if not config.is_file():
         raise MolError(
             f"{folder} holds no checkpoint: {config.name} is missing",
             allowed="a folder that `molcli upcycle`, `train` or `init` wrote",
         )
-    try:
-        found = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise MolError(f"{config} is not a JSON object: {error}") from error
-    if found != "mol":
+    content = read_object(
+        config, allowed="a config.json that molcli wrote", hint="copy it from the original folder"
+    )
+    if (found := content.get("model_type")) != "mol":
         raise MolError(
-            f"{folder} holds a model of type {found}",
+            f"{folder} holds a model of type {shortened(found)}",
             allowed="a Mixture of Layers model (type mol)",
             hint=f"molcli upcycle {folder} OUT",
         )
+    return content

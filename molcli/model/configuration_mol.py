@@ -18,7 +18,7 @@ _LAYER_KINDS = {
     "gated_deltanet": ("mixture", "gated_deltanet"),
 }
 # Fields by the names that they had up to 0.1.
-_RENAMED = {
+RENAMED = {
     "thin_num_attention_heads": "num_heads_thin",
     "thin_num_key_value_heads": "num_kv_heads_thin",
     "shared_num_attention_heads": "num_heads_shared",
@@ -144,7 +144,7 @@ class MoLConfig(PreTrainedConfig):
                 raise ValueError(f"layer_kinds has {unknown}; known are {', '.join(_LAYER_KINDS)}")
             layer_structures = [_LAYER_KINDS[kind][0] for kind in kinds]
             layer_mixers = [_LAYER_KINDS[kind][1] for kind in kinds]
-        old = {new: kwargs.pop(name) for name, new in _RENAMED.items() if name in kwargs}
+        old = {new: kwargs.pop(name) for name, new in RENAMED.items() if name in kwargs}
         num_heads_thin = old.get("num_heads_thin", num_heads_thin)
         num_kv_heads_thin = old.get("num_kv_heads_thin", num_kv_heads_thin)
         num_heads_shared = old.get("num_heads_shared", num_heads_shared)
@@ -279,11 +279,14 @@ class MoLConfig(PreTrainedConfig):
                     f"{name} names {len(given)} layers, "
                     f"num_hidden_layers is {self.num_hidden_layers}"
                 )
-        if self.sliding_windows and len(self.sliding_windows) != self.num_hidden_layers:
+        windows = self.sliding_windows
+        if windows is not None and len(windows) != self.num_hidden_layers:
             raise ValueError(
-                f"sliding_windows names {len(self.sliding_windows)} layers, "
+                f"sliding_windows names {len(windows)} layers, "
                 f"num_hidden_layers is {self.num_hidden_layers}"
             )
+        if any(window is not None and window < 1 for window in windows or ()):
+            raise ValueError(f"sliding_windows is {windows}: a window of no tokens")
         if not 0 <= self.num_shared_blocks <= self.num_blocks:
             raise ValueError(
                 f"num_shared_blocks is {self.num_shared_blocks} of num_blocks {self.num_blocks}"

@@ -10,6 +10,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.utils import can_return_tuple
 
+from molcli.families.rotary import rotary_embedding
 from molcli.model.blocks import BlockStack, FeedForward
 from molcli.model.compiled import compile_layers
 from molcli.model.configuration_mol import MoLConfig
@@ -32,7 +33,6 @@ from molcli.model.forward_inputs import (
 from molcli.model.layers import ThinBlocks, new_layer
 from molcli.model.mixers import Mixer, parameter_names
 from molcli.model.norms import FinalNorm
-from molcli.model.rotary import rotary_embedding
 from molcli.model.routing.balance import cv_squared
 from molcli.model.routing.router import Router, Routing
 from molcli.model.schedule import ConcurrentSchedule, Schedule

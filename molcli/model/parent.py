@@ -6,6 +6,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from molcli.errors import MolError
 from molcli.families.parent import Parent
+from molcli.files.finite import cast
 from molcli.model.checkpoint import assemble
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.layers import DenseLayer
@@ -23,7 +24,12 @@ def dense_layer(parent: Parent, config: MoLConfig, index: int, device: torch.dev
 
 
 def load_dense(parent: Parent, dtype: torch.dtype, device: torch.device) -> MoLForCausalLM:
-    """Load the whole parent as a model of dense layers, without gradients."""
+    """Load the whole parent as a model of dense layers, without gradients.
+
+    Raises:
+        MolError: if a weight is NaN or infinite, or too large for `dtype`.
+    """
+    parent.check_weights()
     config = MoLConfig(**parent.mol_config_kwargs())
     tensors = {
         "model.embed_tokens.weight": parent.embedding(),
@@ -34,7 +40,7 @@ def load_dense(parent: Parent, dtype: torch.dtype, device: torch.device) -> MoLF
     for i in range(config.num_hidden_layers):
         layer = parent.dense_layer(i)
         tensors |= {f"model.layers.{i}.{name}": x for name, x in layer.items()}
-    tensors = {name: x.to(device, dtype) for name, x in tensors.items()}
+    tensors = {name: cast(name, x, dtype).to(device) for name, x in tensors.items()}
     model, wrong = assemble(config, tensors, device)
     assert not wrong, wrong
     return model.requires_grad_(False)

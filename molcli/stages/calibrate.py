@@ -47,6 +47,7 @@ def calibrate(
         token to predict in the latter, or if the parent overflows on it.
     """
     parent.check_context(config.context_length, "calibrate.context_length")
+    parent.check_weights()
     fit, heldout = split_text(config, parent.tokenizer(), parent.config.vocab_size)
     of_parent, of_text = parent.fingerprint(), text_hash(fit, heldout)
     unfinished = ResumableWork(out, f"{of_parent} {of_text}")

@@ -53,9 +53,14 @@ def sample(parent: Parent, config: SampleConfig, out: Path, progress: Progress =
     positions = declared_limit(parent.config.max_position_embeddings, "the parent")
     positions.check(config.length, "sample.length")
     prompts = _prompts(parent, config)
+    parent.check_weights()
     device = default_device()
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        parent.folder, dtype=fast_dtype(device)
+        parent.folder,
+        config=parent.config,
+        dtype=fast_dtype(device),
+        trust_remote_code=False,
+        use_safetensors=True,
     )
     model.to(device).eval()  # type: ignore[arg-type]
     tokenizer = parent.tokenizer()

@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from molcli.errors import MolError
@@ -84,7 +84,10 @@ def write_gguf(
         local = rope["sliding_attention"]["rope_theta"]
         writer.add_float32("gemma3.rope.freq_base_swa", local)
     for key, value in (extra or {}).items():
-        (writer.add_uint32 if isinstance(value, int) else writer.add_string)(key, value)
+        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+        add.get(type(value), writer.add_array if isinstance(value, list) else writer.add_string)(
+            key, value
+        )
     if (folder / "tokenizer.json").exists():
         tokenizer = json.loads((folder / "tokenizer.json").read_text())
         writer.add_tokenizer_model("gpt2")
@@ -272,12 +275,133 @@ def test_other_architectures_are_refused(
     assert not cache.exists()
 
 
-def test_rope_scaling_is_refused(tiny_parent, tmp_path: Path, cache: Path) -> None:
+@pytest.mark.parametrize(
+    "keys", [{"scaling.type": "yarn"}, {"scaling.factor": 4.0, "scaling.attn_factor": 1.2}]
+)
+def test_rope_scaling_is_refused(
+    tiny_parent, tmp_path: Path, cache: Path, keys: dict[str, Any]
+) -> None:
     folder = tiny_parent("llama", tokenizer=False)
-    path = write_gguf(tmp_path / "m.gguf", folder, extra={"llama.rope.scaling.type": "yarn"})
+    extra = {f"llama.rope.{key}": value for key, value in keys.items()}
+    path = write_gguf(tmp_path / "m.gguf", folder, extra=extra)
     with pytest.raises(MolError, match="scales its rotary frequencies"):
         open_parent(path)
     assert not cache.exists()
+
+
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("keys", "rope"),
+    [
+        ({"scaling.factor": 4.0}, LINEAR),  # llama.cpp: linear where no type is given
+        ({"scaling.type": "linear", "scaling.factor": 4.0}, LINEAR),
+        ({"scale_linear": 4.0}, LINEAR),  # the older key
+        ({"scaling.type": "none", "scaling.factor": 4.0}, {"rope_type": "default"}),
+        ({"scaling.type": "linear", "scaling.factor": 1.0}, {"rope_type": "default"}),
+        ({"scaling.factor": 0.0}, {"rope_type": "default"}),
+        ({"dimension_count": 16}, {"rope_type": "default"}),
+    ],
+)
+def test_linear_rope_scaling(
+    tiny_parent, tmp_path: Path, keys: dict[str, Any], rope: dict[str, Any]
+) -> None:
+    folder = tiny_parent("llama", tokenizer=False)
+    extra = {f"llama.rope.{key}": value for key, value in keys.items()}
+    parent = open_parent(write_gguf(tmp_path / "m.gguf", folder, extra=extra))
+    # The same as a parent in safetensors with these parameters.
+    edited = json.loads((folder / "config.json").read_text())
+    edited["rope_parameters"] = rope | {"rope_theta": 10_000.0}
+    (folder / "config.json").write_text(json.dumps(edited))
+    expected = open_parent(folder).mol_config_kwargs()["rope_parameters"]
+    assert parent.mol_config_kwargs()["rope_parameters"] == expected
+
+
+def test_global_layers_of_gemma_are_scaled(tiny_parent, tmp_path: Path) -> None:
+    extra = {"gemma3.rope.scaling.type": "linear", "gemma3.rope.scaling.factor": 8.0}
+    folder = tiny_parent("gemma3_text", tokenizer=False)
+    kwargs = open_parent(write_gguf(tmp_path / "m.gguf", folder, extra=extra)).mol_config_kwargs()
+    wanted = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
+    assert kwargs["rope_parameters"] == wanted
+    assert kwargs["rope_theta_local"] == 1e3
+
+
+@pytest.mark.parametrize(
+    ("family", "keys", "found"),
+    [
+        ("llama", {"block_count": 2**31}, "num_hidden_layers: 2147483648"),
+        ("llama", {"block_count": 3}, "does not match its metadata in 9 tensors"),
+        ("llama", {"attention.head_count": 0}, "num_attention_heads: 0"),
+        ("llama", {"attention.head_count_kv": 3}, "num_key_value_heads: 3"),
+        ("llama", {"attention.head_count": "four"}, "num_attention_heads: four"),
+        ("llama", {"attention.head_count_kv": [2, 2]}, r"num_key_value_heads: \[2, 2\]"),
+        ("llama", {"embedding_length": 32}, "does not match its metadata"),
+        ("llama", {"rope.freq_base": float("nan")}, "rope_theta: nan"),
+        ("llama", {"rope.dimension_count": 8}, "rotates 8 of 16 channels"),
+        ("llama", {"attention.layer_norm_rms_epsilon": float("inf")}, "rms_norm_eps: inf"),
+        ("llama", {"expert_count": 4}, "llama.expert_count: 4"),
+        ("llama", {"attention.scale": 0.5}, "llama.attention.scale: 0.5"),
+        ("llama", {"attention.causal": False}, "llama.attention.causal: False"),
+        ("olmo2", {"attention.sliding_window": 64}, "llama.cpp stores OLMo-3 so"),
+        ("gemma3_text", {"attention.sliding_window_pattern": "odd"}, "describes no model"),
+    ],
+)
+def test_metadata_that_no_model_has(
+    tiny_parent, tmp_path: Path, cache: Path, family: str, keys: dict[str, Any], found: str
+) -> None:
+    path = tmp_path / "m.gguf"
+    prefix = "gemma3" if family == "gemma3_text" else family
+    with pytest.MonkeyPatch.context() as patch:  # a key that is written twice is the second value
+        patch.setattr(gguf.gguf_writer.logger, "disabled", True)
+        patch.setattr(gguf.GGUFWriter, "add_key_value", _replacing)
+        extra = {f"{prefix}.{key}": value for key, value in keys.items()}
+        write_gguf(path, tiny_parent(family, tokenizer=False), extra=extra)
+    for read in (open_parent, outline):
+        with pytest.raises(MolError, match=found):
+            read(path)
+    assert not cache.exists()
+
+
+def _replacing(self: gguf.GGUFWriter, key: str, *rest: Any, **options: Any) -> None:
+    value, kind = rest
+    self.kv_data[0][key] = gguf.gguf_writer.GGUFValue(value=value, type=kind, **options)
+
+
+def test_special_tokens_beyond_the_vocabulary_are_none(tiny_parent, tmp_path: Path) -> None:
+    extra = {"tokenizer.ggml.padding_token_id": 2**32 - 1}
+    folder = tiny_parent("llama", tokenizer=False)
+    parent = open_parent(write_gguf(tmp_path / "m.gguf", folder, extra=extra))
+    assert parent.config.pad_token_id is None
+
+
+def test_a_tokenizer_that_cannot_be_read(tiny_parent, tmp_path: Path, cache: Path) -> None:
+    folder = tiny_parent("llama", tokenizer=False)
+    extra = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a", "b"]}
+    path = write_gguf(tmp_path / "m.gguf", folder, extra=extra)
+    with pytest.raises(MolError, match=r"the tokenizer in .*m\.gguf cannot be read"):
+        open_parent(path)
+    assert not any(each.is_dir() for each in cache.iterdir())
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(
+    tiny_parent, tmp_path: Path, cache: Path
+) -> None:
+    folder = tiny_parent("llama", tokenizer=False)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MolError, match=r"blk\.1\.ffn_up\.weight in .* NaN"):
+        open_parent(write_gguf(tmp_path / "m.gguf", folder))
+    assert not any(path.is_dir() for path in cache.iterdir())
+
+
+def test_split_files_are_named_as_such(tiny_parent, tmp_path: Path) -> None:
+    extra = {"split.no": 0, "split.count": 3}
+    path = tmp_path / "model-00001-of-00003.gguf"
+    write_gguf(path, tiny_parent("llama"), extra=extra)
+    with pytest.raises(MolError, match="is part 1 of 3 of a split GGUF file"):
+        open_parent(path)
 
 
 def test_damaged_files(tiny_parent, tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_a_model_that_routes_nothing_is_refused(tmp_path: Path) -> None:
     "config, found",
     [
         (None, "holds no checkpoint"),
-        ("{", "is not a JSON object"),
+        ("{", r"config\.json cannot be read"),
         ("[]", "is not a JSON object"),
         ('{"model_type": "llama"}', "a model of type llama"),
         ('{"model_type": "mol"}', "holds no weights"),

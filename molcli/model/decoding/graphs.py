@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from molcli.model.rotary import reads_positions_back
+from molcli.families.rotary import reads_positions_back
 from molcli.model.schedule import ConcurrentSchedule, Schedule
 
 if TYPE_CHECKING:

@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
+from molcli.families.rotary import reads_positions_back
 from molcli.kernels import backend
 from molcli.kernels.decode_rows import all_decode_rows
 from molcli.model.configuration_mol import BlockSpec, MoLConfig
 from molcli.model.decoding.cache import MoLCache, cache_layers
 from molcli.model.mixers import MIXERS, CacheLength, State
-from molcli.model.rotary import reads_positions_back
 from molcli.model.tokens import TokenStream
 
 

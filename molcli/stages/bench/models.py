@@ -52,7 +52,9 @@ class BenchmarkPair:
     def peer(self, dtype: torch.dtype) -> Any:
         """Make the dense model in `dtype`, with random weights."""
         return _random_model(
-            lambda: AutoModelForCausalLM.from_config(self.dense, attn_implementation="sdpa"),
+            lambda: AutoModelForCausalLM.from_config(
+                self.dense, attn_implementation="sdpa", trust_remote_code=False
+            ),
             self.device,
             dtype,
         )

@@ -16,6 +16,7 @@ from molcli.data.packing import TokenRows
 from molcli.data.tokenizer import open_tokenizer
 from molcli.errors import MolError
 from molcli.estimate.parameters import count_parameters
+from molcli.files.finite import cast
 from molcli.files.folders import output_folder
 from molcli.files.generation_config import read_generation, write_generation
 from molcli.files.tensors import ShardedWriter
@@ -137,7 +138,8 @@ def _write_tensors(
                 for name, tensor in converted.state_dict().items():
                     if name.startswith(prefix):
                         dtype = stored_dtype(name, embedding.dtype)
-                        writer.add(tensor_name(i, name), tensor.to(dtype))
+                        full = tensor_name(i, name)
+                        writer.add(full, cast(full, tensor, dtype))
                 found.append(row)
             for residuals in (fit, heldout):
                 residuals.advance(softmax, converted)

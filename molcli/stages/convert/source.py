@@ -8,9 +8,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from molcli.errors import MolError
+from molcli.files.finite import check_all_finite
 from molcli.files.tensors import TensorReader
 from molcli.fitting.residuals import OutputHead
-from molcli.model.checkpoint import check_model_type
+from molcli.model.checkpoint import open_config
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.layers import Layer, new_layer
 from molcli.model.modeling_mol import MoLForCausalLM
@@ -55,9 +56,8 @@ def tensor_name(index: int, name: str) -> str:
 
 def open_source_checkpoint(folder: Path) -> SourceCheckpoint:
     """Open a checkpoint. Raises MolError if it is not a complete Mixture of Layers model."""
-    check_model_type(folder)
+    config = open_config(folder)
     try:
-        config = MoLConfig.from_pretrained(folder)
         reader = TensorReader(folder)
     except (OSError, ValueError, SafetensorError) as error:
         raise MolError(
@@ -77,4 +77,5 @@ def open_source_checkpoint(folder: Path) -> SourceCheckpoint:
             f"{', '.join(wrong[:3])}",
             allowed="a complete folder that molcli wrote",
         )
+    check_all_finite(reader)
     return SourceCheckpoint(folder, config, reader)

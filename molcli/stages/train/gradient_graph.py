@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from molcli.config.sections import TrainConfig
 from molcli.data.packing import Batch
+from molcli.families.rotary import reads_positions_back
 from molcli.model import MoLConfig
-from molcli.model.rotary import reads_positions_back
 
 # Training tokens from which the minute of compiling pays.
 MIN_TOKENS_TO_COMPILE = 5_000_000

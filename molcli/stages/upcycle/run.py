@@ -20,6 +20,7 @@ from molcli.config.sections import Recipe
 from molcli.errors import MolError
 from molcli.estimate.parameters import count_parameters
 from molcli.families.parent import Parent
+from molcli.files.finite import cast
 from molcli.files.folders import output_folder
 from molcli.files.tensors import ShardedWriter
 from molcli.fitting.baselines import BaselineInputs, baseline_layer
@@ -73,22 +74,23 @@ def upcycle(
             hint=f"molcli calibrate {parent.name} OUT",
         )
     text = None if calibration is None else open_calibration(calibration, parent)
-    config.dtype = parent.embedding().dtype
+    parent.check_weights()
+    config.dtype = parent.dtype
     size = count_parameters(config).total * config.dtype.itemsize
     start = time.monotonic()
     with output_folder(out, need_bytes=size) as staging:
         writer = ShardedWriter(staging, max_shard_bytes=max(SHARD_BYTES, size // SHARDS))
         selection = select_layers(parent, config, text, recipe, progress)
         config = selection.config
-        writer.add("model.embed_tokens.weight", parent.embedding())
+        _write(writer, config, "model.embed_tokens.weight", parent.embedding())
         if text is None:
             measured = _write_layers_without_text(parent, config, recipe, writer, progress)
         else:
             measured = _write_layers(parent, config, text, recipe, writer, progress)
-        writer.add("model.norm.weight", parent.final_norm())
+        _write(writer, config, "model.norm.weight", parent.final_norm())
         head = parent.lm_head()
         if head is not None:
-            writer.add("lm_head.weight", head)
+            _write(writer, config, "lm_head.weight", head)
         del head
         writer.close()
         for i, kl in selection.gated_deltanet_kl.items():
@@ -245,5 +247,11 @@ def _write_layer(
     """Write the tensors of layer `index` in the checkpoint's dtypes."""
     assert isinstance(config.dtype, torch.dtype)
     for name, tensor in tensors.items():
-        dtype = stored_dtype(name, config.dtype)
-        writer.add(f"model.layers.{index}.{name}", tensor.to(dtype))
+        name = f"model.layers.{index}.{name}"
+        writer.add(name, cast(name, tensor, stored_dtype(name, config.dtype)))
+
+
+def _write(writer: ShardedWriter, config: MoLConfig, name: str, tensor: Tensor) -> None:
+    """Write a tensor of the parent in the checkpoint's dtype, or in its own where that is wider."""
+    assert isinstance(config.dtype, torch.dtype)
+    writer.add(name, cast(name, tensor, torch.promote_types(config.dtype, tensor.dtype)))
