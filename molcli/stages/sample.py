@@ -114,7 +114,7 @@ def _prompts(parent: Parent, config: SampleConfig) -> Iterator[list[int]]:
     if config.prompts is None:
         return repeat([_start_token(parent.config)])
     documents = tokenize(
-        read_documents(config.prompts),
+        read_documents(config.prompts, vocab_size=parent.config.vocab_size),
         parent.tokenizer(),
         vocab_size=parent.config.vocab_size,
         add_eos=False,
