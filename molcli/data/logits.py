@@ -58,8 +58,8 @@ _COUNTS = ("vocab_size", "top_k", "context_length", "rows", "rows_per_shard")
 def cache_folder(out: Path, *, resume: bool) -> Iterator[None]:
     """Hold the folder of a cache, so that no other process writes it.
 
-    What a killed call left half-written is removed. A folder that this call made is removed again
-    if nothing was written.
+    What a killed call left half-written is removed. After an exception, an index without a shard is
+    removed, and with it a folder that this call made: nothing is lost, and the same call works.
 
     Args:
         out: Empty or new; with `resume`, the folder of an earlier, stopped call.
@@ -77,10 +77,15 @@ def cache_folder(out: Path, *, resume: bool) -> Iterator[None]:
     with locked(out, out):
         _check_content(out, resume=resume)
         _remove_partial(out)
+        has_index = (out / INDEX).exists()
         try:
             yield
         except BaseException:
             _remove_partial(out)
+            if not has_index and not any(
+                shard_number(path.name) is not None for path in out.iterdir()
+            ):
+                (out / INDEX).unlink(missing_ok=True)
             if is_new and not any(out.iterdir()):
                 out.rmdir()
             raise

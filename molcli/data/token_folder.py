@@ -246,6 +246,8 @@ def _open(folder: Path) -> tuple[dict[str, Any], list[TokenShard], np.ndarray]:
         if metadata["format"] != FORMAT:
             raise ValueError(f"format {metadata['format']}")
         highest, entries = metadata["highest_id"], metadata["shards"]
+        if not entries:
+            raise ValueError(f"{INDEX} names no shards")
         shards = [TokenShard(folder, *entry, highest) for entry in enumerate(entries)]
         sizes = np.concatenate([shard.sizes for shard in shards])
         if (sum(map(len, shards)), len(sizes)) != (metadata["tokens"], metadata["documents"]):
@@ -266,7 +268,7 @@ def _check_tokenizer(
     tokenizer: PreTrainedTokenizerBase | None,
     vocab_size: int,
 ) -> None:
-    hint = f"molcli data tokenize {metadata['source']} NEW_FOLDER --tokenizer CKPT"
+    hint = f"molcli data tokenize {shortened(metadata['source'], 200)} NEW_FOLDER --tokenizer CKPT"
     if tokenizer is not None and tokenizer_fingerprint(tokenizer) != metadata["tokenizer"]:
         raise MolError(
             f"data `{folder}` was tokenised with another tokenizer than this model's",
