@@ -33,7 +33,9 @@ def output_file(path: Path, *, begins: str) -> Iterator[TextIO]:
         raise _not_ours(hidden)
     os.close(_open(hidden, os.O_CREAT | os.O_RDWR))
     with locked(hidden, path), os.fdopen(_open(hidden, os.O_RDWR), "r+", encoding="utf-8") as file:
-        if not begins.encode().startswith(os.read(file.fileno(), len(begins.encode()))):
+        found = os.read(file.fileno(), len(begins.encode()))
+        # A second name of the file would be a file that we empty.
+        if not begins.encode().startswith(found) or os.fstat(file.fileno()).st_nlink > 1:
             raise _not_ours(hidden)
         try:
             _refuse_existing(path)

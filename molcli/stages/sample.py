@@ -25,7 +25,7 @@ from molcli.model.parent import end_tokens
 from molcli.model.precision import fast_dtype
 from molcli.progress import Progress, silent
 
-_BEGINS = '{"input_ids": ['  # every file that `sample` writes
+_BEGINS = "{"  # every file that `sample` writes
 _CPU_BATCH, _LARGEST_BATCH = 64, 8192  # documents
 # Without cuDNN's attention, which makes a new plan for every length, hence for every token.
 _BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

@@ -76,10 +76,11 @@ def test_a_killed_process_leaves_what_the_next_one_replaces(tmp_path: Path) -> N
 
 def test_what_is_not_ours_is_neither_written_nor_removed(tmp_path: Path) -> None:
     theirs, hidden = tmp_path / "theirs", tmp_path / ".a.partial"
-    theirs.write_text("{ precious")
+    theirs.write_text('{"x": precious')
     for make in (
         lambda: hidden.symlink_to(theirs),
         lambda: hidden.symlink_to(tmp_path / "nowhere"),
+        lambda: hidden.hardlink_to(theirs),
         lambda: hidden.write_text("theirs"),
         lambda: hidden.write_text("{ also theirs"),
         lambda: os.mkfifo(hidden),
@@ -92,7 +93,7 @@ def test_what_is_not_ours_is_neither_written_nor_removed(tmp_path: Path) -> None
     hidden.mkdir()
     with pytest.raises(MolError, match="not what an earlier run left"):
         write(tmp_path / "a")
-    assert theirs.read_text() == "{ precious"
+    assert theirs.read_text() == '{"x": precious'
 
 
 def test_a_file_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
