@@ -46,7 +46,9 @@ def output_file(path: Path, *, begins: str) -> Iterator[TextIO]:
             os.fsync(file.fileno())
             _refuse_existing(path)
             hidden.replace(path)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, OSError) and error.filename is None:
+                error.filename = str(path)  # for the message: a full disk has no name
             hidden.unlink(missing_ok=True)
             raise
 

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import resource
 import signal
 from pathlib import Path
 
@@ -112,3 +113,23 @@ def test_a_file_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
     out.symlink_to(tmp_path / "nowhere")
     with pytest.raises(MolError, match="exists"):
         write(out)
+
+
+def test_a_disk_that_is_full_is_reported_with_the_file(tmp_path: Path) -> None:
+    """The limit of a file's size fails as a full disk does: when what was written is flushed."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"a\.jsonl") as caught:
+            _write_much(tmp_path / "a.jsonl")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert caught.value.filename == str(tmp_path / "a.jsonl")
+    assert not names(tmp_path)
+
+
+def _write_much(path: Path) -> None:
+    with output_file(path, begins="{") as file:
+        file.write("{" * 100_000)
