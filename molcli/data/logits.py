@@ -1,69 +1,121 @@
 """Logits on disk: from packed rows and a parent's predictions to a folder, and back to a `Corpus`.
 
 Only the parent's top k predictions of each token are kept. `logits.json` is written first and
-describes the shards. Each shard `logits-N.safetensors` is complete or absent, and holds input_ids
-and document_ids, (rows, T) int32; lengths, (rows,) int64; ids, (rows, T, k) int32; log_probs,
-(rows, T, k) float16; and rest, (rows, T) float32.
+describes the shards; each of them is complete or absent.
 """
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import accumulate
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from molcli.data.checked import read_index, write_index
+from molcli.data.logit_shard import (
+    LogitShard,
+    is_partial,
+    shard_name,
+    shard_number,
+    write_logit_shard,
+    write_whole,
+)
 from molcli.data.mixture import Corpus
 from molcli.data.packing import TokenRows
 from molcli.data.tokenizer import tokenizer_fingerprint
 from molcli.errors import MolError
+from molcli.files.folders import locked, refuse_existing
+from molcli.files.json_files import shortened
 
 INDEX = "logits.json"
 FORMAT = 1
 SHARD_BYTES = 256 * 2**20
 _ROW_FIELDS = ("input_ids", "document_ids", "lengths")
 _PREDICTION_FIELDS = ("ids", "log_probs", "rest")
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "format": int,
+    "parent": str,
+    "tokenizer": (str, type(None)),
+    "vocab_size": int,
+    "top_k": int,
+    "context_length": int,
+    "data": str,
+    "sources": dict,
+    "weights": dict,
+    "rows": int,
+    "rows_per_shard": int,
+}
+_COUNTS = ("vocab_size", "top_k", "context_length", "rows", "rows_per_shard")
 
 
-def write_logits(
-    out: Path,
-    metadata: dict[str, Any],
-    predict: Callable[[int, int], dict[str, Tensor]],
-    *,
-    resume: bool,
-) -> None:
-    """Write the missing shards of a cache.
+@contextmanager
+def cache_folder(out: Path, *, resume: bool) -> Iterator[None]:
+    """Hold the folder of a cache, so that no other process writes it.
+
+    What a killed call left half-written is removed. After an exception, an index without a shard is
+    removed, and with it a folder that this call made: nothing is lost, and the same call works.
 
     Args:
         out: Empty or new; with `resume`, the folder of an earlier, stopped call.
-        metadata: Content of logits.json, including `rows` and `rows_per_shard`. With `resume` it
-            must equal the earlier call's.
-        predict: Called as predict(first, last), returns a shard's tensors for rows first to
-            last - 1.
-        resume: Keep the shards that exist.
+        resume: Keep what is in the folder.
 
     Raises:
-        MolError: If there is nothing to resume, or the folder holds another cache.
+        MolError: If `out` is not empty, there is nothing to resume, or another process writes it.
     """
-    if not resume:
-        out.mkdir(parents=True, exist_ok=True)
-        _write_file(
-            out / INDEX, lambda path: path.write_text(json.dumps(metadata, indent=2) + "\n")
-        )
-    _check_same_cache(out, metadata)
+    if resume and not out.is_dir():
+        raise _nothing_to_resume(out)
+    if not resume and not out.is_dir():
+        refuse_existing(out)
+    is_new = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out, out):
+        _check_content(out, resume=resume)
+        _remove_partial(out)
+        has_index = (out / INDEX).exists()
+        try:
+            yield
+        except BaseException:
+            _remove_partial(out)
+            if not has_index and not any(
+                shard_number(path.name) is not None for path in out.iterdir()
+            ):
+                (out / INDEX).unlink(missing_ok=True)
+            if is_new and not any(out.iterdir()):
+                out.rmdir()
+            raise
+
+
+def write_logits(
+    out: Path, metadata: dict[str, Any], predict: Callable[[int, int], dict[str, Tensor]]
+) -> None:
+    """Write what a cache lacks: the index and shards.
+
+    Args:
+        out: Held by `cache_folder`.
+        metadata: Content of logits.json, including `rows` and `rows_per_shard`. It must equal the
+            earlier call's, if there was one.
+        predict: Called as predict(first, last), returns a shard's tensors for rows first to
+            last - 1.
+
+    Raises:
+        MolError: If the folder holds another cache, or a prediction is not finite.
+    """
+    if (out / INDEX).exists():
+        _check_same_cache(out, metadata)
+    else:
+        write_whole(out / INDEX, lambda path: write_index(path, metadata))
     for number in range(_num_shards(metadata)):
-        if _shard(out, number).exists():
+        if (out / shard_name(number)).exists():
             continue
         first = number * metadata["rows_per_shard"]
         tensors = predict(first, min(first + metadata["rows_per_shard"], metadata["rows"]))
-        _write_file(_shard(out, number), partial(save_file, tensors))
+        write_logit_shard(out, number, metadata, tensors)
 
 
 def open_logits(
@@ -81,24 +133,19 @@ def open_logits(
         MolError: If it is not such a folder, is incomplete or damaged, or does not fit the
             arguments.
     """
-    try:
-        metadata = json.loads((folder / INDEX).read_text())
-        if metadata["format"] != FORMAT:
-            raise ValueError(f"format {metadata['format']}")
-        count = _num_shards(metadata)
-        missing = [number for number in range(count) if not _shard(folder, number).exists()]
-        if missing:
-            raise MolError(
-                f"{folder} lacks {len(missing)} of {count} shards",
-                allowed="a complete cache",
-                hint="molcli data cache-logits with the same arguments and --resume",
-            )
-        shards = [safe_open(_shard(folder, number), framework="pt") for number in range(count)]
-    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+    metadata, has_sums = _read_index(folder)
+    count = _num_shards(metadata)
+    missing = count - _num_present(folder, count)
+    if missing:
         raise MolError(
-            f"{folder} is not a cache of logits, or damaged: {error}",
-            allowed="a folder that `molcli data cache-logits` wrote",
-        ) from error
+            f"{folder} lacks {missing} of {count} shards",
+            allowed="a complete cache",
+            hint="molcli data cache-logits with the same arguments and --resume",
+        )
+    try:
+        shards = [LogitShard(folder, n, metadata, has_sum=has_sums) for n in range(count)]
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _refusal(folder, error) from error
     values = {
         "context_length": (metadata["context_length"], length),
         "vocabulary": (metadata["vocab_size"], vocab_size),
@@ -123,12 +170,12 @@ class LogitCache:
     """A complete cache, read row by row.
 
     metadata: Content of logits.json.
-    shards: Open safetensors files, in order.
+    shards: In order.
     """
 
     folder: Path
     metadata: dict[str, Any]
-    shards: list[Any]
+    shards: list[LogitShard]
 
     def corpus(self) -> Corpus:
         """Return the cached rows, with the sources and weights of the original corpus."""
@@ -154,8 +201,7 @@ class LogitCache:
         """Read the rows `index`, (n,) int64, of some tensors; each result is (n, ...)."""
         positions = [divmod(row, self.metadata["rows_per_shard"]) for row in index.tolist()]
         return tuple(
-            torch.cat([self.shards[s].get_slice(field)[row : row + 1] for s, row in positions])
-            for field in fields
+            torch.cat([self.shards[s].read(field, row) for s, row in positions]) for field in fields
         )
 
     def fingerprint(self) -> str:
@@ -190,13 +236,8 @@ class CachedRows:
 
 
 def _check_same_cache(out: Path, metadata: dict[str, Any]) -> None:
-    try:
-        found = json.loads((out / INDEX).read_text())
-    except (OSError, ValueError) as error:
-        raise MolError(
-            f"there is no cache to resume in {out}", hint="the command without --resume"
-        ) from error
-    if changed := [name for name in metadata if found.get(name) != metadata[name]]:
+    found, _ = _read_index(out)
+    if changed := [name for name in metadata if found[name] != metadata[name]]:
         raise MolError(
             f"{out} belongs to another cache: other {', '.join(changed)}",
             allowed="the parent, data and recipe that the cache was started with",
@@ -204,17 +245,78 @@ def _check_same_cache(out: Path, metadata: dict[str, Any]) -> None:
         )
 
 
-def _write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file completely or not at all."""
-    partial_path = path.with_name(f".{path.name}.partial")
-    write(partial_path)
-    partial_path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes its files private
-    partial_path.replace(path)
+def _check_content(out: Path, *, resume: bool) -> None:
+    """Check that a folder can be begun or continued, but for files that are half-written."""
+    names = [path.name for path in out.iterdir()]
+    whole = [name for name in names if not is_partial(name)]
+    if resume:
+        # Where the first file was half-written, there is a cache to resume, without any row.
+        if INDEX not in whole and (whole or not names):
+            raise _nothing_to_resume(out)
+    elif INDEX in whole:
+        raise MolError(
+            f"{out} holds cached logits",
+            allowed="a path that does not exist yet, or an empty folder",
+            hint="the same command with --resume writes what is missing; or give another path",
+        )
+    elif whole:
+        refuse_existing(out)
 
 
-def _shard(folder: Path, number: int) -> Path:
-    return folder / f"logits-{number:05d}.safetensors"
+def _remove_partial(out: Path) -> None:
+    for path in out.iterdir():
+        if is_partial(path.name) and (path.is_symlink() or path.is_file()):
+            path.unlink()
+
+
+def _read_index(folder: Path) -> tuple[dict[str, Any], bool]:
+    """Return the index, its numbers checked, and whether its shards have sums."""
+    try:
+        metadata, has_sums = read_index(folder / INDEX, _FIELDS)
+        if metadata["format"] != FORMAT:
+            raise ValueError(f"format {metadata['format']}")
+        for name in _COUNTS:
+            if metadata[name] < 1:
+                raise ValueError(f"{INDEX} has {name}: {shortened(metadata[name])}")
+        if metadata["top_k"] > metadata["vocab_size"]:
+            raise ValueError(f"{INDEX} has a top_k above its vocab_size")
+        _check_sources(metadata)
+        return metadata, has_sums
+    except (OSError, ValueError, MolError) as error:
+        raise _refusal(folder, error) from error
+
+
+def _check_sources(metadata: dict[str, Any]) -> None:
+    sizes, weights = metadata["sources"], metadata["weights"]
+    for name, size in sizes.items():
+        if type(size) is not int or size < 1:
+            raise ValueError(f"{INDEX} gives {shortened(name)} {shortened(size)} rows")
+    for name, weight in weights.items():
+        # Compared before it is converted: an int may be too large for a float.
+        is_number = type(weight) in (int, float) and 0 < weight < 1e300
+        if not is_number or not isfinite(weight):
+            raise ValueError(f"{INDEX} gives {shortened(name)} a weight of {shortened(weight)}")
+    if list(sizes) != list(weights) or sum(sizes.values()) != metadata["rows"]:
+        raise ValueError(f"the sources in {INDEX} do not have its rows")
+
+
+def _num_present(folder: Path, count: int) -> int:
+    """Count the shards that exist; an index may claim any number of them."""
+    numbers = (shard_number(path.name) for path in folder.iterdir())
+    return sum(number is not None and number < count for number in numbers)
 
 
 def _num_shards(metadata: dict[str, Any]) -> int:
     return -(-int(metadata["rows"]) // int(metadata["rows_per_shard"]))
+
+
+def _nothing_to_resume(out: Path) -> MolError:
+    return MolError(f"there is no cache to resume in {out}", hint="the command without --resume")
+
+
+def _refusal(folder: Path, error: Exception) -> MolError:
+    problem = error.found if isinstance(error, MolError) else shortened(error, 300)
+    return MolError(
+        f"{folder} is not a cache of logits, or damaged: {problem}",
+        allowed="a folder that `molcli data cache-logits` wrote",
+    )

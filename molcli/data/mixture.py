@@ -70,7 +70,7 @@ def load_rows(
             )
         else:
             ids = tokenize(
-                read_documents(source),
+                read_documents(source, vocab_size=vocab_size),
                 tokenizer,
                 vocab_size=vocab_size,
                 limit=source_limit,
@@ -96,7 +96,8 @@ def load_documents(
     """
     if Path(source).is_dir():
         return read_token_folder(Path(source), tokenizer, vocab_size=vocab_size, limit=limit)
-    return tokenize(read_documents(source), tokenizer, vocab_size=vocab_size, limit=limit)
+    documents = read_documents(source, vocab_size=vocab_size)
+    return tokenize(documents, tokenizer, vocab_size=vocab_size, limit=limit)
 
 
 def check_data(data: str | dict[str, float]) -> None:

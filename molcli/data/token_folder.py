@@ -1,8 +1,7 @@
 """Tokens on disk: from documents as token ids to a folder of memory-mapped shards, and to rows.
 
-`tokens-N.npy` holds concatenated documents, uint16 if all ids of the shard fit, else int32.
-`documents-N.npy` holds their sizes, int64. A document never spans two shards. `tokens.json` has the
-shards' sha256 sums and the fingerprint of the tokenizer.
+`tokens.json` has the shards' sha256 sums, the fingerprint of the tokenizer and a sum of itself. A
+document never spans two shards.
 """
 
 import hashlib
@@ -18,14 +17,27 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from molcli.data.checked import read_index, write_index
 from molcli.data.packing import TokenRows
+from molcli.data.token_shard import TokenShard, write_token_shard
 from molcli.data.tokenizer import tokenizer_fingerprint
 from molcli.errors import MolError
 from molcli.files.folders import output_folder
+from molcli.files.json_files import shortened
 
 INDEX = "tokens.json"
 FORMAT = 1
 SHARD_TOKENS = 2**27
+_FIELDS: dict[str, type] = {
+    "format": int,
+    "source": str,
+    "tokenizer": str,
+    "vocab_size": int,
+    "highest_id": int,
+    "tokens": int,
+    "documents": int,
+    "shards": list,
+}
 
 
 def write_token_folder(
@@ -62,10 +74,10 @@ def write_token_folder(
                 pending.append(document.numpy())
                 pending_tokens += len(document)
             if pending_tokens >= shard_tokens:
-                shards.append(_write_shard(staging, len(shards), pending))
+                shards.append(write_token_shard(staging, len(shards), pending))
                 pending, pending_tokens = [], 0
         if pending:
-            shards.append(_write_shard(staging, len(shards), pending))
+            shards.append(write_token_shard(staging, len(shards), pending))
         tokens = sum(shard["tokens"] for shard in shards)
         metadata = {
             "format": FORMAT,
@@ -77,7 +89,7 @@ def write_token_folder(
             "documents": sum(shard["documents"] for shard in shards),
             "shards": shards,
         }
-        (staging / INDEX).write_text(json.dumps(metadata, indent=2) + "\n")
+        write_index(staging / INDEX, metadata)
     return tokens
 
 
@@ -107,7 +119,8 @@ def read_token_folder(
         at = 0
         while at < len(shard) and remaining > 0:
             size = next(sizes_left)
-            yield torch.from_numpy(shard[at : at + min(size, remaining)].astype(np.int32))
+            part = shard.read(slice(at, at + min(size, remaining)))
+            yield torch.from_numpy(part.astype(np.int32))
             at, remaining = at + size, remaining - size
 
 
@@ -163,7 +176,7 @@ class FolderRows:
     """Packed rows on disk (a `RowSource`), assembled on access.
 
     metadata: Content of tokens.json.
-    shards: Tokens of each shard, memory-mapped.
+    shards: In order.
     offsets: Position of each shard's first token within the folder.
     starts: (documents,) int64, position of each document within the folder, in packing order.
     ends: (documents,) int64, position after each document within the packed sequence.
@@ -173,7 +186,7 @@ class FolderRows:
     """
 
     metadata: dict[str, Any]
-    shards: list[np.ndarray]
+    shards: list[TokenShard]
     offsets: list[int]
     starts: np.ndarray
     ends: np.ndarray
@@ -221,41 +234,29 @@ class FolderRows:
                 start = int(self.starts[document]) + at - document_start
                 shard = int(np.searchsorted(self.offsets, start, side="right")) - 1
                 start -= self.offsets[shard]
-                yield document - first, self.shards[shard][start : start + stop - at]
+                yield document - first, self.shards[shard].read(slice(start, start + stop - at))
                 at = stop
             document += 1
 
 
-def _write_shard(folder: Path, number: int, documents: list[np.ndarray]) -> dict[str, Any]:
-    """Write one shard and return its entry in the index."""
-    sizes = np.array([len(document) for document in documents], dtype=np.int64)
-    tokens = np.concatenate(documents)
-    tokens = tokens.astype(np.uint16 if tokens.max() < 2**16 else np.int32)
-    digest = hashlib.sha256()
-    for name, array in (("tokens", tokens), ("documents", sizes)):
-        np.save(folder / _file(name, number), array)
-        digest.update(array.tobytes())
-    return {"tokens": len(tokens), "documents": len(sizes), "sha256": digest.hexdigest()}
-
-
-def _open(folder: Path) -> tuple[dict[str, Any], list[np.ndarray], np.ndarray]:
-    """Return (index, memory-mapped tokens of each shard, (documents,) sizes)."""
+def _open(folder: Path) -> tuple[dict[str, Any], list[TokenShard], np.ndarray]:
+    """Return (index, shards, (documents,) sizes)."""
     try:
-        metadata = json.loads((folder / INDEX).read_text())
+        metadata, _ = read_index(folder / INDEX, _FIELDS)
         if metadata["format"] != FORMAT:
             raise ValueError(f"format {metadata['format']}")
-        shards, sizes = [], []
-        for number, shard in enumerate(metadata["shards"]):
-            tokens = np.load(folder / _file("tokens", number), mmap_mode="r")
-            documents = np.load(folder / _file("documents", number))
-            if (len(tokens), int(documents.sum())) != (shard["tokens"], shard["tokens"]):
-                raise ValueError(f"shard {number} does not match {INDEX}")
-            shards.append(tokens)
-            sizes.append(documents)
-        return metadata, shards, np.concatenate(sizes)
-    except (OSError, EOFError, KeyError, TypeError, ValueError) as error:
+        highest, entries = metadata["highest_id"], metadata["shards"]
+        if not entries:
+            raise ValueError(f"{INDEX} names no shards")
+        shards = [TokenShard(folder, *entry, highest) for entry in enumerate(entries)]
+        sizes = np.concatenate([shard.sizes for shard in shards])
+        if (sum(map(len, shards)), len(sizes)) != (metadata["tokens"], metadata["documents"]):
+            raise ValueError(f"{INDEX} does not have the sums of its shards")
+        return metadata, shards, sizes
+    except (OSError, ValueError, MolError) as error:
+        problem = error.found if isinstance(error, MolError) else shortened(error, 300)
         raise MolError(
-            f"data `{folder}` is not tokenised data, or damaged: {error}",
+            f"data `{folder}` is not tokenised data, or damaged: {problem}",
             allowed="a file, or a folder that `molcli data tokenize` wrote",
             hint=f"molcli data tokenize TEXT {folder} --tokenizer CKPT",
         ) from error
@@ -267,7 +268,7 @@ def _check_tokenizer(
     tokenizer: PreTrainedTokenizerBase | None,
     vocab_size: int,
 ) -> None:
-    hint = f"molcli data tokenize {metadata['source']} NEW_FOLDER --tokenizer CKPT"
+    hint = f"molcli data tokenize {shortened(metadata['source'], 200)} NEW_FOLDER --tokenizer CKPT"
     if tokenizer is not None and tokenizer_fingerprint(tokenizer) != metadata["tokenizer"]:
         raise MolError(
             f"data `{folder}` was tokenised with another tokenizer than this model's",
@@ -280,7 +281,3 @@ def _check_tokenizer(
             f"but the model's vocabulary has {vocab_size} entries",
             hint=hint,
         )
-
-
-def _file(name: str, number: int) -> str:
-    return f"{name}-{number:05d}.npy"

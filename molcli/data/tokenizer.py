@@ -6,6 +6,7 @@ Also opens the tokenizer of a model, and identifies it by a fingerprint.
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from molcli.errors import MolError
+from molcli.errors import Interrupted, MolError
+from molcli.files.json_files import shortened
 from molcli.progress import Progress, silent
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -58,11 +60,11 @@ def tokenize(
     count = 0
     documents = iter(documents)
     while batch := list(islice(documents, BATCH_DOCUMENTS)):
-        for ids in _tokenize_batch(batch, tokenizer, add_eos):
-            if limit is not None:
-                ids = ids[: limit - count]
-            _check_ids(ids, vocab_size)
-            yield ids
+        rows = _tokenize_batch(batch, tokenizer, add_eos)
+        for document, row in zip(batch, rows, strict=True):
+            ids = torch.tensor(row if limit is None else row[: limit - count], dtype=torch.int64)
+            _check_ids(ids, vocab_size, tokenizer if isinstance(document, str) else None)
+            yield ids.int()
             count += len(ids)
             if count == limit:
                 progress(count, limit)
@@ -82,17 +84,12 @@ def find_tokenizer(name: str) -> PreTrainedTokenizerBase:
         if found is None:
             raise MolError(f"{name} has no tokenizer", allowed="a folder with a tokenizer.json")
         return found
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            name, trust_remote_code=False
-        )
-    except Exception as error:  # from the Hub, the network or the tokenizers library
-        raise MolError(
-            f"{name} is not a folder, and no tokenizer of this name could be loaded from the Hub",
-            allowed="the folder or Hub id of a model",
-            hint="check the name and the network; for a gated model: hf auth login",
-        ) from error
-    return tokenizer
+    return _load(
+        name,
+        f"{name} is not a folder, and no tokenizer of this name could be loaded from the Hub",
+        allowed="the folder or Hub id of a model",
+        hint="check the name and the network; for a gated model: hf auth login",
+    )
 
 
 def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
@@ -103,17 +100,50 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
-    try:
+    return _load(
+        folder,
+        f"the tokenizer in {folder} cannot be read",
+        allowed="a tokenizer that AutoTokenizer reads, or none",
+        hint="copy tokenizer.json and tokenizer_config.json from the original model",
+    )
+
+
+def _load(name: str | Path, problem: str, *, allowed: str, hint: str) -> PreTrainedTokenizerBase:
+    with refuse_tokenizer_errors(problem, allowed=allowed, hint=hint):
+        # Never code that comes with the tokenizer: without this, transformers asks on the terminal.
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=False
+            name, trust_remote_code=False
         )
-    except Exception as error:  # the tokenizers library raises bare Exception on bad files
-        raise MolError(
-            f"the tokenizer in {folder} cannot be read ({error})",
-            allowed="a tokenizer that AutoTokenizer reads, or none",
-            hint="copy tokenizer.json and tokenizer_config.json from the original model",
-        ) from error
-    return tokenizer
+        # Some faults of a file show when text is encoded, not when it is read.
+        ids = tokenizer(_PROBE, verbose=False)["input_ids"]
+        tokenizer.decode(ids, skip_special_tokens=True)
+        return tokenizer
+
+
+@contextmanager
+def refuse_tokenizer_errors(problem: str, *, allowed: str = "", hint: str = "") -> Iterator[None]:
+    """Turn what the tokenizers library raises within the block into a MolError.
+
+    Its errors are bare Exceptions; and, for faults that it did not expect, PanicException, which is
+    no Exception.
+
+    Args:
+        problem: For the message; the error's own text follows it.
+        allowed: For the message.
+        hint: For the message.
+
+    Raises:
+        MolError: For any error but those that end the process.
+    """
+    try:
+        yield
+    except (MolError, Interrupted, MemoryError):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = shortened(" ".join(str(error).split()) or type(error).__name__, 300)
+        raise MolError(f"{problem} ({reason})", allowed=allowed, hint=hint) from error
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -129,7 +159,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _tokenize_batch(
     batch: list[str | list[int]], tokenizer: PreTrainedTokenizerBase | None, add_eos: bool
-) -> Iterator[Tensor]:
+) -> Iterator[list[int]]:
     """Token ids of a batch in its order; all strings in one call of the tokenizer."""
     texts = [document for document in batch if isinstance(document, str)]
     encoded: Iterator[list[int]] = iter(())
@@ -140,18 +170,28 @@ def _tokenize_batch(
                 allowed="rows with a field `input_ids`, or a model folder with a tokenizer",
             )
         eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        ids = tokenizer(texts, verbose=False)["input_ids"]
+        with refuse_tokenizer_errors("the tokenizer fails on the data"):
+            ids = tokenizer(texts, verbose=False)["input_ids"]
         without_eos = (row[:-1] if eos and row[-1:] == eos else row for row in ids)
         encoded = (row + eos for row in without_eos) if add_eos else without_eos
     for document in batch:
-        row = next(encoded) if isinstance(document, str) else document
-        yield torch.tensor(row, dtype=torch.int32)
+        yield next(encoded) if isinstance(document, str) else document
 
 
-def _check_ids(ids: Tensor, vocab_size: int) -> None:
-    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+def _check_ids(ids: Tensor, vocab_size: int, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Refuse ids outside the vocabulary; `tokenizer` made them, or they came as ids."""
+    if not len(ids) or 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        return
+    wrong = int(ids.min() if ids.min() < 0 else ids.max())
+    if tokenizer is None:
         raise MolError(
-            f"the data has token id {int(ids.max() if ids.min() >= 0 else ids.min())}, "
-            f"but the model's vocabulary has {vocab_size} entries",
+            f"the data has token id {wrong}, but the model's vocabulary has {vocab_size} entries",
             hint="data tokenised for this model, or plain text",
         )
+    name = shortened(repr(tokenizer.convert_ids_to_tokens(wrong)))
+    raise MolError(
+        f"the tokenizer gives the token {name} the id {wrong}, but the model's vocabulary has "
+        f"{vocab_size} entries",
+        allowed="a tokenizer whose ids are all below the model's vocab_size",
+        hint="use the tokenizer that the model was trained with, without added tokens",
+    )

@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from molcli.config.sections import Data, TrainConfig
-from molcli.data.logits import FORMAT, SHARD_BYTES, write_logits
+from molcli.data.logits import FORMAT, SHARD_BYTES, cache_folder, write_logits
 from molcli.data.mixture import load_rows
 from molcli.data.tokenizer import tokenizer_fingerprint
 from molcli.errors import MolError
 from molcli.families.parent import Parent
-from molcli.files.folders import refuse_existing
 from molcli.maths.losses import Head, top_k_predictions
 from molcli.model.checkpoint import default_device
 from molcli.model.parent import load_dense
@@ -52,62 +51,61 @@ def cache_logits(
         The number of cached tokens.
 
     Raises:
-        MolError: the data or the folder cannot be used, top_k is outside the vocabulary, or the
-            folder to resume holds another cache.
+        MolError: the data or the folder cannot be used, top_k is outside the vocabulary, the
+            folder to resume holds another cache, or a prediction is not finite.
     """
-    if not resume:
-        refuse_existing(out)  # before anything is read
     vocabulary = parent.config.vocab_size
     if not 1 <= top_k <= vocabulary:
         raise MolError(f"--top-k is {top_k}", allowed=f"1 to {vocabulary}, the parent's vocabulary")
     tokenizer, length = parent.tokenizer(), config.context_length
     parent.check_context(length, "train.context_length")
-    step_tokens = config.batch_size * length  # a training rounds its tokens up to whole steps
-    rows = load_rows(
-        data,
-        tokenizer,
-        vocab_size=vocabulary,
-        length=length,
-        limit=-(-config.tokens // step_tokens) * step_tokens,
-        seed=config.seed,
-        progress=progress,
-    )
-    per_row = length * (top_k * 6 + 12)
-    metadata = {
-        "format": FORMAT,
-        "parent": parent.fingerprint(),
-        "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
-        "vocab_size": vocabulary,
-        "top_k": top_k,
-        "context_length": length,
-        "data": rows.fingerprint(),
-        "sources": {name: len(part) for name, part in rows.sources.items()},
-        "weights": rows.weights,
-        "rows": len(rows),
-        "rows_per_shard": max(1, shard_bytes // per_row),
-    }
-    device = default_device()
-    model = load_dense(parent, matmul_dtype(config, device), device)
-
-    def predict(first: int, last: int) -> dict[str, Tensor]:
-        packed = rows.select(torch.arange(first, last))
-        ids, log_probs, rest = [], [], []
-        for done in range(0, last - first, config.micro_batch_size):
-            batch = packed.batch(slice(done, done + config.micro_batch_size), device)
-            hidden = model.model(**batch.inputs(), use_cache=False).last_hidden_state
-            top = top_k_predictions(Head(hidden, model.lm_head.weight), top_k)
-            ids.append(top.ids.int().cpu())
-            log_probs.append(top.log_probs.half().cpu())
-            rest.append(top.rest.float().cpu())
-            progress((first + done + len(batch.input_ids)) * length, rows.tokens)
-        return {
-            "input_ids": packed.input_ids.contiguous(),
-            "document_ids": packed.document_ids.contiguous(),
-            "lengths": packed.lengths.contiguous(),
-            "ids": torch.cat(ids),
-            "log_probs": torch.cat(log_probs),
-            "rest": torch.cat(rest),
+    with cache_folder(out, resume=resume):  # before anything is read
+        step_tokens = config.batch_size * length  # a training rounds its tokens up to whole steps
+        rows = load_rows(
+            data,
+            tokenizer,
+            vocab_size=vocabulary,
+            length=length,
+            limit=-(-config.tokens // step_tokens) * step_tokens,
+            seed=config.seed,
+            progress=progress,
+        )
+        per_row = length * (top_k * 6 + 12)
+        metadata = {
+            "format": FORMAT,
+            "parent": parent.fingerprint(),
+            "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
+            "vocab_size": vocabulary,
+            "top_k": top_k,
+            "context_length": length,
+            "data": rows.fingerprint(),
+            "sources": {name: len(part) for name, part in rows.sources.items()},
+            "weights": rows.weights,
+            "rows": len(rows),
+            "rows_per_shard": max(1, shard_bytes // per_row),
         }
+        device = default_device()
+        model = load_dense(parent, matmul_dtype(config, device), device)
 
-    write_logits(out, metadata, predict, resume=resume)
-    return rows.tokens
+        def predict(first: int, last: int) -> dict[str, Tensor]:
+            packed = rows.select(torch.arange(first, last))
+            ids, log_probs, rest = [], [], []
+            for done in range(0, last - first, config.micro_batch_size):
+                batch = packed.batch(slice(done, done + config.micro_batch_size), device)
+                hidden = model.model(**batch.inputs(), use_cache=False).last_hidden_state
+                top = top_k_predictions(Head(hidden, model.lm_head.weight), top_k)
+                ids.append(top.ids.int().cpu())
+                log_probs.append(top.log_probs.half().cpu())
+                rest.append(top.rest.float().cpu())
+                progress((first + done + len(batch.input_ids)) * length, rows.tokens)
+            return {
+                "input_ids": packed.input_ids.contiguous(),
+                "document_ids": packed.document_ids.contiguous(),
+                "lengths": packed.lengths.contiguous(),
+                "ids": torch.cat(ids),
+                "log_probs": torch.cat(log_probs),
+                "rest": torch.cat(rest),
+            }
+
+        write_logits(out, metadata, predict)
+        return rows.tokens

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from itertools import chain, cycle, islice, repeat
 from math import ceil
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from torch import Tensor
@@ -13,16 +14,18 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, P
 
 from molcli.config.sections import SampleConfig
 from molcli.data.documents import read_documents
-from molcli.data.tokenizer import tokenize
+from molcli.data.tokenizer import refuse_tokenizer_errors, tokenize
 from molcli.errors import MolError
 from molcli.families.parent import Parent
 from molcli.families.positions import declared_limit
+from molcli.files.output_file import output_file
 from molcli.model.checkpoint import default_device
 from molcli.model.forward_inputs import CACHE_FIELD
 from molcli.model.parent import end_tokens
 from molcli.model.precision import fast_dtype
 from molcli.progress import Progress, silent
 
+_BEGINS = "{"  # every file that `sample` writes
 _CPU_BATCH, _LARGEST_BATCH = 64, 8192  # documents
 # Without cuDNN's attention, which makes a new plan for every length, hence for every token.
 _BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -47,11 +50,14 @@ def sample(parent: Parent, config: SampleConfig, out: Path, progress: Progress =
         MolError: `out` exists, documents are longer than the parent has positions, or prompts
             cannot be read or are too long.
     """
-    if out.exists():
-        raise MolError(f"{out} exists", hint="another path, or remove it first")
     # transformers' own model runs, with sliding windows and all: its positions alone are a limit.
     positions = declared_limit(parent.config.max_position_embeddings, "the parent")
     positions.check(config.length, "sample.length")
+    with output_file(out, begins=_BEGINS) as file:  # before a model is opened
+        _write(parent, config, file, progress)
+
+
+def _write(parent: Parent, config: SampleConfig, file: TextIO, progress: Progress) -> None:
     prompts = _prompts(parent, config)
     parent.check_weights()
     device = default_device()
@@ -68,34 +74,27 @@ def sample(parent: Parent, config: SampleConfig, out: Path, progress: Progress =
     batch_size = config.batch_size
     if batch_size == "auto":
         batch_size = _largest_batch(model, config.length)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
     tokens = num_documents = 0
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            while tokens < config.tokens:
-                # As many documents as are needed at the mean length so far. A batch takes as many
-                # steps as its longest document has tokens, however few documents there are.
-                length = tokens / num_documents if num_documents else config.length
-                count = min(batch_size, ceil((config.tokens - tokens) / length))
-                starts = list(islice(prompts, count))
-                num_documents += count
+    while tokens < config.tokens:
+        # As many documents as are needed at the mean length so far. A batch takes as many steps as
+        # its longest document has tokens, however few documents there are.
+        length = tokens / num_documents if num_documents else config.length
+        count = min(batch_size, ceil((config.tokens - tokens) / length))
+        starts = list(islice(prompts, count))
+        num_documents += count
 
-                def report(new: int, before: int = tokens) -> None:
-                    progress(min(before + new, config.tokens), config.tokens)
+        def report(new: int, before: int = tokens) -> None:
+            progress(min(before + new, config.tokens), config.tokens)
 
-                with sdpa_kernel(_BACKENDS):
-                    documents = _sample_batch(model, starts, config, generator, report)
-                for ids in documents:
-                    row: dict[str, object] = {"input_ids": ids}
-                    if tokenizer is not None:
-                        row["text"] = tokenizer.decode(ids, skip_special_tokens=True)
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                    tokens += len(ids)
-        partial.replace(out)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+        with sdpa_kernel(_BACKENDS):
+            documents = _sample_batch(model, starts, config, generator, report)
+        for ids in documents:
+            row: dict[str, object] = {"input_ids": ids}
+            if tokenizer is not None:
+                with refuse_tokenizer_errors("the parent's tokenizer fails on sampled tokens"):
+                    row["text"] = tokenizer.decode(ids, skip_special_tokens=True)
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            tokens += len(ids)
 
 
 def _largest_batch(model: PreTrainedModel, length: int) -> int:
@@ -124,7 +123,7 @@ def _prompts(parent: Parent, config: SampleConfig) -> Iterator[list[int]]:
     if config.prompts is None:
         return repeat([_start_token(parent.config)])
     documents = tokenize(
-        read_documents(config.prompts),
+        read_documents(config.prompts, vocab_size=parent.config.vocab_size),
         parent.tokenizer(),
         vocab_size=parent.config.vocab_size,
         add_eos=False,
@@ -188,7 +187,16 @@ def _sample_batch(
         ids[running, step] = new
         tokens += len(running)
         ended = torch.isin(new, ends.to(new.device)) & ~in_start
-        if ended.any():
+        # A row of probabilities is NaN as a whole. One transfer for both questions.
+        undefined = probabilities[:, 0].isnan()
+        any_undefined, any_ended = torch.stack([undefined.any(), ended.any()]).tolist()
+        if any_undefined:
+            raise MolError(
+                f"the parent's predictions are not finite (NaN) at token {step} of a document",
+                allowed="a parent with finite predictions",
+                hint="download its weights again, or use another parent",
+            )
+        if any_ended:
             lengths[running[ended]] = step + 1
             running = running[~ended]
             if not len(running):

@@ -106,6 +106,81 @@ def test_a_stopped_run_loses_one_shard_and_resumes_to_the_same_cache(
     assert shards(out) == shards(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_kill_while_the_first_file_was_written_is_no_dead_end(
+    parent: Parent, corpus: Corpus, tmp_path: Path, resume: bool
+) -> None:
+    data, out = corpus(), tmp_path / "out"
+    out.mkdir()
+    (out / ".logits.json.partial").write_text('{"form')
+    cache_logits(parent, data, CONFIG, out, top_k=5, resume=resume)
+    cache_logits(parent, data, CONFIG, tmp_path / "whole", top_k=5)
+    assert shards(out) == shards(tmp_path / "whole")
+
+
+def test_the_same_call_on_an_unfinished_cache_is_told_to_resume(
+    parent: Parent, corpus: Corpus, tmp_path: Path
+) -> None:
+    cache_logits(parent, corpus(), CONFIG, tmp_path / "out", top_k=5)
+    (tmp_path / "out" / "logits-00000.safetensors").unlink()
+    with pytest.raises(MolError, match="holds cached logits") as caught:
+        cache_logits(parent, corpus(), CONFIG, tmp_path / "out", top_k=5)
+    assert "--resume" in caught.value.hint
+
+
+def test_two_runs_do_not_write_one_cache(parent: Parent, corpus: Corpus, tmp_path: Path) -> None:
+    data, refused = corpus(), []
+
+    def again(tokens: int, total: int | None, note: str = "") -> None:
+        for resume in (False, True):
+            with pytest.raises(MolError, match="another run is writing") as caught:
+                cache_logits(parent, data, CONFIG, tmp_path / "out", top_k=5, resume=resume)
+            refused.append(caught.value)
+
+    cache_logits(parent, data, CONFIG, tmp_path / "out", top_k=5, progress=again)
+    assert refused
+    open_logits(tmp_path / "out", None, vocab_size=VOCAB, length=32)
+
+
+def test_a_failed_start_leaves_no_folder_and_no_file_of_the_users_is_touched(
+    parent: Parent, corpus: Corpus, tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"input_ids": [3, 400]}\n')
+    with pytest.raises(MolError, match=r"line 1: .* token id 400"):
+        cache_logits(parent, str(bad), CONFIG, tmp_path / "out", top_k=5)
+    assert not (tmp_path / "out").exists()
+    theirs, out = tmp_path / "theirs", tmp_path / "held"
+    theirs.write_text("precious")
+    out.mkdir()
+    (out / ".logits.json.partial").symlink_to(theirs)
+    (out / ".logits-00000.safetensors.partial").symlink_to(theirs)
+    cache_logits(parent, corpus(), CONFIG, out, top_k=5)
+    assert theirs.read_text() == "precious"
+    (tmp_path / "full").mkdir()
+    for name in (".logits.json.partial", "notes.txt"):
+        (tmp_path / "full" / name).write_text("theirs")
+    for resume, found in ((False, "not empty"), (True, "no cache to resume")):
+        with pytest.raises(MolError, match=found):
+            cache_logits(parent, corpus(), CONFIG, tmp_path / "full", top_k=5, resume=resume)
+    assert len(list((tmp_path / "full").iterdir())) == 2
+
+
+def test_predictions_that_are_not_finite_are_refused(
+    parent: Parent, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that are finite can give logits that are not."""
+
+    def huge(self: Parent, index: int) -> dict[str, torch.Tensor]:
+        return {name: torch.full_like(w, 1e30) for name, w in whole(self, index).items()}
+
+    whole = Parent.dense_layer
+    monkeypatch.setattr(Parent, "dense_layer", huge)
+    with pytest.raises(MolError, match=r"the parent predicts .*nan for row 0"):
+        cache_logits(parent, corpus(), CONFIG, tmp_path / "out", top_k=5)
+    assert not (tmp_path / "out").exists()
+
+
 def test_training_on_a_whole_vocabulary_cache_equals_training_on_the_parent(
     parent: Parent, tiny_mol: Make, corpus: Corpus, tmp_path: Path
 ) -> None:

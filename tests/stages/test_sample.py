@@ -175,6 +175,33 @@ def test_an_existing_file_is_refused(tiny_parent: Callable[..., Path], tmp_path:
         sample(open_parent(tiny_parent("llama")), CONFIG, tmp_path / "a.jsonl")
 
 
+def test_two_runs_do_not_write_one_file(tiny_parent: Callable[..., Path], tmp_path: Path) -> None:
+    parent, refused = open_parent(tiny_parent("llama")), []
+
+    def again(done: int, total: int | None, note: str = "") -> None:
+        with pytest.raises(MolError, match="another run is writing") as caught:
+            sample(parent, CONFIG, tmp_path / "a.jsonl")
+        refused.append(caught.value)
+
+    sample(parent, CONFIG, tmp_path / "a.jsonl", progress=again)
+    sample(parent, CONFIG, tmp_path / "b.jsonl")
+    assert refused
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+
+
+def test_predictions_that_are_not_finite_are_refused() -> None:
+    class Undefined(Chained):
+        def __call__(self, *args: Any, **kwargs: Any) -> SimpleNamespace:
+            found = super().__call__(*args, **kwargs)
+            found.logits[2] = torch.nan
+            return found
+
+    model: Any = Undefined()
+    generator = torch.Generator().manual_seed(0)
+    with pytest.raises(MolError, match=r"not finite .NaN. at token 1 "):
+        _sample_batch(model, [[1]] * 4, SampleConfig(length=9), generator, lambda drawn: None)
+
+
 def test_draws_follow_the_probabilities() -> None:
     odds = torch.tensor([0.0, 0.2, 0.0, 0.5, 0.3, 0.0])
     drawn = _draw(odds.expand(20_000, -1), torch.Generator().manual_seed(0))
