@@ -131,10 +131,11 @@ def check_stages(config: TrainConfig, stages: list[Stage], ranks: int, *, has_pa
 
     Raises:
         MolError: for a stage without its parent or data, a stage that cannot learn from cached
-            logits, or a batch that the ranks cannot share.
+            logits, a batch that the ranks cannot share, or a number that is not finite.
     """
     for number, stage in enumerate(stages):
         settings, name = stage.settings, section(config, number)
+        _check_numbers(name, settings)
         if settings.logits is not None:
             _check_cached_logits(name, stage)
         elif stage.kind != "pretrain" and not has_parent:
@@ -168,6 +169,18 @@ def check_batches(config: TrainConfig, stages: list[Stage], ranks: int) -> None:
                 f"`{name}.micro_batch_size` of {settings.micro_batch_size}",
                 allowed="the same number of rows for each process, in micro-batches of one size",
                 hint=f"--set {name}.batch_size={-(-rows // step) * step}",
+            )
+
+
+def _check_numbers(name: str, settings: TrainConfig) -> None:
+    """A recipe that was read is checked; one that a program made may hold anything."""
+    for key, value in vars(settings).items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            raise MolError(
+                f"`{name}.{key}` is {value}",
+                allowed="a finite number",
+                hint=f"--set {name}.{key}={getattr(TrainConfig(), key)}",
             )
 
 
