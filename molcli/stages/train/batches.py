@@ -16,6 +16,8 @@ from molcli.data.mixture import Corpus, check_data, load_rows
 from molcli.data.packing import Batch, RowSource
 from molcli.data.tokenizer import open_tokenizer
 from molcli.errors import MolError
+from molcli.families.parent import Parent
+from molcli.model.configuration_mol import MoLConfig
 from molcli.progress import Progress
 
 
@@ -120,7 +122,14 @@ def open_rows(
     )
 
 
-def check_stages(config: TrainConfig, stages: list[Stage], ranks: int, *, has_parent: bool) -> None:
+def check_stages(
+    config: TrainConfig,
+    stages: list[Stage],
+    ranks: int,
+    *,
+    has_parent: bool,
+    needs_data: bool = True,
+) -> None:
     """Check that every stage has what it learns from, and a batch that divides.
 
     Args:
@@ -128,6 +137,7 @@ def check_stages(config: TrainConfig, stages: list[Stage], ranks: int, *, has_pa
         stages: of `config`.
         ranks: processes that share a batch.
         has_parent: whether a parent model is given.
+        needs_data: False accepts stages without data, for an estimate.
 
     Raises:
         MolError: for a stage without its parent or data, a stage that cannot learn from cached
@@ -143,14 +153,29 @@ def check_stages(config: TrainConfig, stages: list[Stage], ranks: int, *, has_pa
                 f"a stage of kind {stage.kind} learns from the parent, and none is given",
                 allowed="--parent PARENT, or stages of kind pretrain",
             )
-        elif settings.data is None:
+        elif settings.data is not None:
+            check_data(settings.data)
+        elif needs_data:
             raise MolError(
                 f"`{name}.data` is null: a stage of kind {stage.kind} has no data",
                 allowed="--data SOURCE, train.data, or data in every stage",
             )
-        else:
-            check_data(settings.data)
     check_batches(config, stages, ranks)
+
+
+def check_contexts(
+    config: TrainConfig, stages: list[Stage], model: MoLConfig, parent: Parent | None
+) -> None:
+    """Check that student and parent have positions for the rows of every stage of `config`.
+
+    Raises:
+        MolError: if they do not.
+    """
+    for number, stage in enumerate(stages):
+        length, setting = stage.settings.context_length, f"{section(config, number)}.context_length"
+        model.check_context(length, setting)
+        if parent is not None:
+            parent.check_context(length, setting)
 
 
 def check_batches(config: TrainConfig, stages: list[Stage], ranks: int) -> None:

@@ -20,6 +20,7 @@ from molcli.model.precision import matmul_dtype
 from molcli.progress import Progress, silent
 from molcli.stages.train.balance import check_top_k, set_top_k
 from molcli.stages.train.batches import (
+    check_contexts,
     check_stages,
     num_steps,
     open_logit_cache,
@@ -35,7 +36,11 @@ from molcli.stages.train.checkpoints import (
     refuse_nonfinite,
     run_identity,
 )
-from molcli.stages.train.distributed import create_accelerator, uses_optimizer_sharding
+from molcli.stages.train.distributed import (
+    StopSignals,
+    create_accelerator,
+    uses_optimizer_sharding,
+)
 from molcli.stages.train.gradient_graph import GradientGraph, should_capture, should_compile
 from molcli.stages.train.log import TrainLog
 from molcli.stages.train.objective import (
@@ -123,6 +128,7 @@ def train(
         config = plan(config, open_config(checkpoint), situation)
     stages = resolve(config, has_parent=parent is not None)
     check_stages(config, stages, ranks, has_parent=parent is not None)
+    check_contexts(config, stages, open_config(checkpoint), parent)
     recipe = replace(recipe, train=config)
     with run_folder(out, accelerator, resume=resume):
         return _train(checkpoint, out, recipe, stages, parent, accelerator, progress)
@@ -204,7 +210,8 @@ def _train(
     saver.finish()
     refuse_nonfinite(state, saver.folder, accelerator)
     set_top_k(model, model.config.num_blocks_per_tok)
-    save_model(model, checkpoint, recipe, out, accelerator)
+    with StopSignals():  # a complete model is worth the wait
+        save_model(model, checkpoint, recipe, out, accelerator)
     accelerator.wait_for_everyone()
     return TrainResult(state.step, state.skipped, state.tokens, state.seconds, state.loss)
 

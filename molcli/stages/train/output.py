@@ -136,6 +136,10 @@ def save_model(
             _write_small_files(checkpoint, recipe, staging)
     except (OSError, SafetensorError) as error:
         found = str(error)
+    except BaseException:
+        if accelerator.is_main_process:
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
     if found := first_error(found, accelerator):
         if accelerator.is_main_process:
             shutil.rmtree(staging, ignore_errors=True)
