@@ -87,7 +87,7 @@ def write_progress(folder: Path, counters: dict[str, Any], identity: dict[str, A
 
 def write_sums(folder: Path) -> None:
     """Write sums.json. All other files are complete."""
-    names = [file.name for file in sorted(folder.iterdir())]
+    names = sorted(file.name for file in folder.iterdir() if file.name != SUMS)
     write_object(folder / SUMS, {"sha256": dict(zip(names, _sums(folder, names), strict=True))})
 
 
