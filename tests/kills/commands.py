@@ -51,6 +51,7 @@ _TRAINING: dict[str, Any] = dict(
     whole=("out/*.json", "out/*.safetensors", "out/*.yaml"),
     replaced=("out/log.jsonl", "out/train.html"),
     removed=("out/checkpoints/step-????????", "out/checkpoints/step-????????/*"),
+    measured=frozenset({"progress.json"}),  # its sum: it holds seconds
 )
 _FIGURES: dict[str, Any] = dict(
     out="out.json", whole=("out.json",), before={"out.json": "old.json"}, replaced=("out.json",)

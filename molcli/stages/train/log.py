@@ -95,11 +95,14 @@ class TrainLog:
             try:
                 yield
             finally:
-                if self.accelerator.is_main_process:
-                    # A full disk raises elsewhere, before or after this.
-                    with suppress(OSError, MolError):
-                        page = training_page(read_log(self.out / LOG), self.config)
-                        (self.out / PAGE).write_text(page, encoding="utf-8")
+                self.write_page()
+
+    def write_page(self) -> None:
+        """Write train.html on the main rank; not where log.jsonl cannot be read any more."""
+        if self.accelerator.is_main_process:
+            with suppress(OSError, MolError):  # a full disk raises elsewhere, before or after this
+                page = training_page(read_log(self.out / LOG), self.config)
+                (self.out / PAGE).write_text(page, encoding="utf-8")
 
     def add_step(self, means: Tensor) -> None:
         """Add a step. means: (4,) this rank's part of its mean loss, ce, kl and balance."""

@@ -208,6 +208,7 @@ def _train(
         accelerator.free_memory()
 
     saver.finish()
+    log.write_page()  # a kill may have come between the last step and the page
     refuse_nonfinite(state, saver.folder, accelerator)
     set_top_k(model, model.config.num_blocks_per_tok)
     with StopSignals():  # a complete model is worth the wait
