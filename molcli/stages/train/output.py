@@ -138,30 +138,50 @@ def save_model(
         found = str(error)
     except BaseException:
         if accelerator.is_main_process:
-            shutil.rmtree(staging, ignore_errors=True)
+            with suppress(OSError):
+                _remove_staging(staging)
         raise
     if found := first_error(found, accelerator):
         if accelerator.is_main_process:
-            shutil.rmtree(staging, ignore_errors=True)
+            with suppress(OSError):
+                _remove_staging(staging)
         raise MolError(
             f"the trained model could not be written to {out}: {found}",
             allowed="room for all of the model",
             hint="free some space, then the same command with --resume",
         )
     if accelerator.is_main_process:
-        files = [file for file in staging.iterdir() if file.name != _MARK]
-        for file in sorted(files, key=lambda file: file.name == _CONFIG):
+        _publish(staging, out)
+
+
+def _publish(staging: Path, out: Path) -> None:
+    """Move the files into `out`, last config.json, which says that all is there."""
+    config = out / f".{_CONFIG}.partial"
+    for file in staging.iterdir():
+        if file.name not in (_MARK, _CONFIG):
             file.replace(out / file.name)
-        (staging / _MARK).unlink()
-        staging.rmdir()
+    (staging / _CONFIG).replace(config)
+    _remove_staging(staging)
+    config.replace(out / _CONFIG)
 
 
 def _make_staging(staging: Path) -> None:
     """Make the folder anew; `check_output` has refused one that is not ours."""
     if _is_ours(staging):
-        shutil.rmtree(staging)
+        _remove_staging(staging)
     staging.mkdir()
     (staging / _MARK).touch()
+
+
+def _remove_staging(staging: Path) -> None:
+    """Remove the folder; its mark goes last, so that a kill leaves it recognisable."""
+    for entry in staging.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != _MARK:
+            entry.unlink()
+    (staging / _MARK).unlink(missing_ok=True)
+    staging.rmdir()
 
 
 def _is_ours(staging: Path) -> bool:
