@@ -22,6 +22,7 @@ TENSORS, GENERATORS, PROGRESS, SUMS = "state.pt", "generators.pt", "progress.jso
 PARTS = re.compile(r"__\d+_\d+\.distcp")  # of torch.distributed.checkpoint; its index:
 PARTS_INDEX = ".metadata"
 _NAME = re.compile(r"step-(\d{8,18})")
+_UNFINISHED = re.compile(r"\.step-\d{8,18}\.partial")  # of `output_folder`
 _NUM_KEPT = 2
 _FORMAT = 2  # 1, of earlier versions, had no number and no sums
 _MAX_COUNT = 2**62
@@ -111,6 +112,13 @@ def remove_old(folder: Path) -> None:
         shutil.rmtree(old)
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed run left while it wrote a checkpoint. No run writes in `folder` now."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if _UNFINISHED.fullmatch(path.name) and path.is_dir() and _is_ours(path):
+            shutil.rmtree(path)
+
+
 def damaged(folder: Path, found: object) -> MolError:
     """Return the error for a checkpoint that cannot be used, with the way to continue."""
     others = [path for path in _step_folders(folder.parent) if path != folder]
@@ -136,7 +144,7 @@ def _numbered(folder: Path) -> Iterator[tuple[int, Path]]:
 
 def _is_ours(path: Path) -> bool:
     """Whether a folder holds files of a checkpoint and nothing else; some of them may be gone."""
-    known = (TENSORS, GENERATORS, PROGRESS, SUMS, PARTS_INDEX)
+    known = (TENSORS, GENERATORS, PROGRESS, SUMS, PARTS_INDEX, f"{PARTS_INDEX}.tmp")
     return not path.is_symlink() and all(
         (entry.name in known or PARTS.fullmatch(entry.name)) and not entry.is_dir()
         for entry in path.iterdir()

@@ -27,7 +27,12 @@ from molcli.stages.train.batches import (
     open_rows,
     tokens_per_step,
 )
-from molcli.stages.train.checkpoint_folder import Checkpoint, damaged, newest_checkpoint
+from molcli.stages.train.checkpoint_folder import (
+    Checkpoint,
+    damaged,
+    newest_checkpoint,
+    remove_unfinished,
+)
 from molcli.stages.train.checkpoint_reader import load_checkpoint
 from molcli.stages.train.checkpoints import (
     DATA,
@@ -175,6 +180,8 @@ def _train(
         state.restore_counters(saved.counters)
     total_tokens = sum(num_steps(s.settings) * tokens_per_step(s.settings) for s in stages)
     log = TrainLog(out, accelerator, state, config, student.loads)
+    if accelerator.is_main_process:
+        remove_unfinished(out / "checkpoints")
     saver = make_saver(accelerator, out / "checkpoints")
     run = Run(accelerator, state, saver, log, student.loads, total_tokens, progress)
     compiled = should_compile(config, total_tokens, device)

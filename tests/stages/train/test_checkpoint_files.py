@@ -396,6 +396,18 @@ def test_folders_of_the_user_stay(run: Run) -> None:
     assert (folder / "kept" / "state.pt").is_file()
 
 
+def test_what_a_killed_run_left_is_removed(run: Run) -> None:
+    """Even of a step that is not saved now, as a signal or another recipe leaves it."""
+    folder = run.out / "checkpoints"
+    for name in (".step-00000003.partial", ".step-00000005.partial", ".step-3.partial"):
+        (folder / name).mkdir()
+        (folder / name / "state.pt").write_bytes(b"half")
+    (folder / ".step-00000005.partial" / "notes.txt").write_text("mine")
+    run.resume()
+    left = sorted(path.name for path in folder.glob(".*"))
+    assert left == [".step-00000005.partial", ".step-3.partial"]
+
+
 def test_a_checkpoint_with_a_file_of_the_user_is_used_and_stays(run: Run) -> None:
     (run.newest / "notes.txt").write_text("the good one")
     run.resume()
