@@ -5,6 +5,8 @@ python -m tests.kills --only train --case 17 --seed 3     one case again, with i
 """
 
 import argparse
+import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -56,7 +58,7 @@ def main() -> int:
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     )
-    print(f"seed {options.seed}, commit {commit.stdout.strip()}, on a CPU, "
+    print(f"seed {options.seed}, commit {commit.stdout.strip()}, {_cpu()}, "
           f"{time.perf_counter() - start:.0f} s")  # fmt: skip
     print("; ".join(line.strip() for line in about.splitlines() if line.strip()))
     if options.case is not None:
@@ -66,9 +68,17 @@ def main() -> int:
     return int(bool(broken) or any(verdict.faults for verdict in verdicts))
 
 
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    text = info.read_text(encoding="utf-8") if info.exists() else ""
+    models = [line.partition(": ")[2] for line in text.splitlines() if "model name" in line]
+    return f"{os.cpu_count()} cores of {models[0] if models else platform.machine()}"
+
+
 def _show(verdict: Verdict) -> None:
     case = verdict.case
     print(f"{case.name} --case {case.number}: {case.signal.name} {verdict.moment}"
+          f"{'' if case.then is None else f', then SIGKILL {case.then} later'}"
           f"{'' if case.again is None else ', and again'}; out {verdict.out}")  # fmt: skip
     for fault in verdict.faults:
         print(f"    {fault}", flush=True)

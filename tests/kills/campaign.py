@@ -29,6 +29,7 @@ class Case:
         signal: that ends it.
         moment: see `Moments`; None for a kill from outside.
         fraction: of the command's usual duration, for a kill from outside.
+        then: after another signal than SIGKILL, SIGKILL follows this many moments later.
         again: the moment of a second kill, in the run that follows.
     """
 
@@ -37,6 +38,7 @@ class Case:
     signal: signal.Signals
     moment: int | None
     fraction: float
+    then: int | None
     again: int | None
 
 
@@ -91,7 +93,8 @@ class Campaign:
         ends = draw.choice(_SIGNALS) if draw.random() < 0.3 else signal.SIGKILL
         outside, fraction = draw.random() < self.outside, draw.random()
         again = draw.randrange(total) if draw.random() < 0.25 else None
-        return Case(name, number, ends, None if outside else moment, fraction, again)
+        then = draw.randrange(1, 12) if ends != signal.SIGKILL and draw.random() < 0.3 else None
+        return Case(name, number, ends, None if outside else moment, fraction, then, again)
 
     def reference(self, name: str) -> "Reference":
         """The unkilled run of a command, made when it is first needed."""
@@ -123,7 +126,7 @@ class Campaign:
             killed = self._run(command, signal_after=after)
             verdict.moment = f"after {after[0]:.3f} s" if killed.code else ""
         else:
-            killed = self._run(command, at=case.moment, number=case.signal)
+            killed = self._run(command, at=case.moment, number=case.signal, then=case.then)
             verdict.moment = self._noted("moment")
         now = self._tree(command)
         verdict.out = (
@@ -131,9 +134,9 @@ class Campaign:
             "unfinished" if f"{WORK}/{command.out}" in now and command.done else "absent"
         )  # fmt: skip
         self._look(verdict, now)
-        if killed.code not in (0, 128 + case.signal):
+        if killed.code not in (0, 128 + case.signal) and (case.then is None or killed.code != 137):
             verdict.faults.append(f"status {killed.code} after {case.signal.name}: {_end(killed)}")
-        if case.signal != signal.SIGKILL:
+        if killed.code != 128 + signal.SIGKILL:
             verdict.faults += [f"scratch {path}" for path in judge.scratch(now, stopped=True)]
         if case.again is not None:
             self._rerun(command, at=case.again, number=signal.SIGKILL)
@@ -145,7 +148,7 @@ class Campaign:
             verdict.faults.append(f"rerun ended with {last.code}: {_end(last)}")
         now = self._tree(command)
         self._look(verdict, now)
-        verdict.faults += [f"unequal {path}" for path in judge.unequal(now)]
+        verdict.faults += [f"unequal {path}" for path in judge.unequal(now)][:3]
         verdict.faults += [f"scratch {path} after the next run" for path in judge.scratch(now)]
         if read_tree(self.world) != self.inputs:
             raise RuntimeError(f"{case}: the inputs changed")
@@ -183,23 +186,28 @@ class Campaign:
         self,
         command: Command,
         *,
-        at: int | None = None,
-        number: int = signal.SIGKILL,
         other_mode: bool = False,
-        **fields: Any,
+        **how: Any,
     ) -> Outcome:
         words = command.words(str(self.world))
         if other_mode:
             words = [w for w in words if w != "--resume"] + ["--resume"] * ("--resume" not in words)
-        return self._molcli(words, self.stage, WORK, at, number, **fields)
+        return self._molcli(words, self.stage, WORK, **how)
 
     def _molcli(
-        self, words: list[str], root: Path, cwd: str, at: int | None, number: int, **fields: Any
+        self,
+        words: list[str],
+        root: Path,
+        cwd: str = "",
+        at: int | None = None,
+        number: int = signal.SIGKILL,
+        then: int | None = None,
+        **fields: Any,
     ) -> Outcome:
         for name in ("moment", "count"):
             (self.notes / name).unlink(missing_ok=True)
         places = {"HOME": "home", "XDG_CACHE_HOME": "cache", "TMPDIR": "tmp"}
-        payload = {"root": str(root), "at": at, "signal": number, "note": str(self.notes)}
+        payload = dict(root=str(root), note=str(self.notes), at=at, number=number, then=then)
         return self.forked.run(
             words,
             root / cwd,
@@ -225,17 +233,18 @@ class Campaign:
             raise RuntimeError(built.stderr)
         for name, words in PREPARED.items():
             at, status = None, 0
-            if name == "stopped":
-                whole = self._molcli(
-                    [*words[:2], "whole", *words[3:], *SETS], self.world, "", None, 9
-                )
-                assert whole.code == 0, whole.stderr
+            if name == "stopped":  # by SIGTERM, half-way
+                self._prepared([*words[:2], "whole", *words[3:]])
                 shutil.rmtree(self.world / "whole")
                 at, status = int(self._noted("count")) // 2, 128 + signal.SIGTERM
-            done = self._molcli([*words, *SETS], self.world, "", at, signal.SIGTERM)
-            if done.code != status:
-                raise RuntimeError(f"{words} ended with {done.code}\n{done.stderr}")
+            self._prepared(words, status, at=at, number=signal.SIGTERM)
+        (self.world / "empty").mkdir()
         _write(self.world / "old.json")
+
+    def _prepared(self, words: list[str], status: int = 0, **how: Any) -> None:
+        done = self._molcli([*words, *SETS], self.world, **how)
+        if done.code != status:
+            raise RuntimeError(f"{words} ended with {done.code}\n{done.stderr}")
 
 
 @dataclass(frozen=True)

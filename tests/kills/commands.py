@@ -53,14 +53,19 @@ _TRAINING: dict[str, Any] = dict(
     removed=("out/checkpoints/step-????????", "out/checkpoints/step-????????/*"),
     measured=frozenset({"progress.json"}),  # its sum: it holds seconds
 )
+_CALIBRATION: dict[str, Any] = dict(kept=(".out.unfinished*",))
 _FIGURES: dict[str, Any] = dict(
     out="out.json", whole=("out.json",), before={"out.json": "old.json"}, replaced=("out.json",)
 )
 COMMANDS: dict[str, Command] = {
-    "calibrate": Command(["calibrate", "{world}/parent", "out", *DATA], kept=(".out.unfinished*",)),
-    "calibrate, sampled": Command(["calibrate", "{world}/parent", "out"]),
-    "calibrate, GGUF": Command(["calibrate", "{world}/parent.gguf", "out", *DATA]),
+    "calibrate": Command(["calibrate", "{world}/parent", "out", *DATA], **_CALIBRATION),
+    "calibrate, sampled": Command(["calibrate", "{world}/parent", "out"], **_CALIBRATION),
+    "calibrate, GGUF": Command(["calibrate", "{world}/parent.gguf", "out", *DATA], **_CALIBRATION),
     "upcycle": Command(["upcycle", "{world}/parent", "out", "--calibration", "{world}/calibrated"]),
+    "upcycle, empty folder": Command(
+        ["upcycle", "{world}/parent", "out", "--calibration", "{world}/calibrated"],
+        before={"out": "empty"},
+    ),
     "upcycle, with text": Command(["upcycle", "{world}/parent", "out", *DATA]),
     "upcycle, sampled": Command(["upcycle", "{world}/parent", "out"]),
     "convert": Command(["convert", "{world}/mol", "out", "--gated-deltanet", "all", *DATA]),

@@ -98,18 +98,19 @@ class Judge:
         ]
 
     def scratch(self, now: Tree, *, stopped: bool = False) -> list[str]:
-        """What neither was there before nor belongs to the output.
+        """What neither was there before nor belongs to the output; of a folder, only its name.
 
         stopped: the run was interrupted, and the next one may continue from what it left.
         """
         kept = (*self.command.removed, *(self.command.kept if stopped else ()))
-        return [
+        found = [
             path
             for path in now
             if path not in self.before
             and path not in self.reference
             and not self._matches(path, kept)
         ]
+        return [path for path in found if str(PurePosixPath(path).parent) not in found]
 
     def _units(self) -> list[str]:
         """What appears at once: as the command says, and each visible entry of the cache."""

@@ -34,12 +34,13 @@ class Moments:
         root: the folder that matters.
         at: the moment to end at; None for never.
         number: the signal to end with.
+        then: after another signal than SIGKILL, SIGKILL ends it this many moments later.
         note: a folder, for the files `moment`, what it was, and `count`, how many there were.
     """
 
-    def __init__(self, root: str, at: int | None, number: int, note: str) -> None:
+    def __init__(self, root: str, at: int | None, number: int, then: int | None, note: str) -> None:
         self.root, self.note = Path(root).resolve(), Path(note)
-        self.at, self.number = at, number
+        self.at, self.number, self.then = at, number, then
         self.count = 0
         self._busy = False
         atexit.register(lambda: self._write("count", str(self.count)))
@@ -49,13 +50,14 @@ class Moments:
         at, self.count = self.count, self.count + 2
         if self.at is None or self.at // 2 != at // 2:
             return
-        after = self.at % 2 == 1 and self.number == signal.SIGKILL
+        number, after = self.number, self.at % 2 == 1 and self.number == signal.SIGKILL
         self._write("moment", f"{'after' if after else 'before'} {what}")
         if after:
             do()
-        self.at = None
+        self.at = None if self.then is None else self.at + self.then
+        self.number, self.then = signal.SIGKILL, None
         # Other signals are handled as Python does: the change fails with the handler's exception.
-        signal.raise_signal(self.number)
+        signal.raise_signal(number)
 
     def hear(self, event: str, arguments: tuple[Any, ...]) -> None:
         """Python's audit hook."""
@@ -153,7 +155,7 @@ def arm(payload: dict[str, Any]) -> None:
     upcycle.SHARD_BYTES, upcycle.SHARDS = 2**16, 2**20
     write_token_folder.__kwdefaults__["shard_tokens"] = 300
     cache_logits.__wrapped__.__kwdefaults__["shard_bytes"] = 2**13
-    moments = Moments(payload["root"], payload["at"], payload["signal"], payload["note"])
+    moments = Moments(**payload)
     safetensors.torch.serialize_file = moments.writer(safetensors.torch.serialize_file, 1)
     torch.save = moments.writer(torch.save, 1)
     sync = os.fsync
