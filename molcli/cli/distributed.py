@@ -57,8 +57,8 @@ def check_run(
     from molcli.config.stages import resolve
     from molcli.model.checkpoint import open_config
     from molcli.stages.train.batches import check_contexts, check_stages
-    from molcli.stages.train.log import check_trackers
     from molcli.stages.train.output import check_output
+    from molcli.stages.train.trackers import check_trackers
 
     model, stages = open_config(checkpoint), resolve(config, has_parent=parent)
     check_trackers(config)

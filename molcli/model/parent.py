@@ -50,7 +50,17 @@ def open_teacher(parent: Parent, student: MoLForCausalLM, dtype: torch.dtype) ->
     """Load the parent on the student's device, without gradients.
 
     Raises:
-        MolError: if their vocabularies differ, so that predictions cannot be compared.
+        MolError: as `check_vocabulary`.
+    """
+    check_vocabulary(parent, student)
+    return load_dense(parent, dtype, student.device)
+
+
+def check_vocabulary(parent: Parent, student: MoLForCausalLM) -> None:
+    """Check that the predictions of parent and student can be compared.
+
+    Raises:
+        MolError: if their vocabularies differ.
     """
     found, wanted = parent.config.vocab_size, student.config.vocab_size
     if found != wanted:
@@ -58,7 +68,6 @@ def open_teacher(parent: Parent, student: MoLForCausalLM, dtype: torch.dtype) ->
             f"the parent {parent.name} has a vocabulary of {found}, the model one of {wanted}",
             allowed="the parent that the model was converted from",
         )
-    return load_dense(parent, dtype, student.device)
 
 
 def end_tokens(model: PreTrainedModel) -> list[int]:

@@ -190,7 +190,7 @@ def _skipped_section(lines: Sequence[Line]) -> list[Markup]:
     if not rows:
         return []
     parts = [
-        heading("Skipped steps"),
+        heading("Values that are not finite"),
         table(("step", "first value that was not finite"), rows[:_MAX_SKIPPED], prose=True),
     ]
     if len(rows) > _MAX_SKIPPED:

@@ -51,6 +51,7 @@ _TRAINING: dict[str, Any] = dict(
     whole=("out/*.json", "out/*.safetensors", "out/*.yaml"),
     replaced=("out/log.jsonl", "out/train.html"),
     removed=("out/checkpoints/step-????????", "out/checkpoints/step-????????/*"),
+    measured=frozenset({"progress.json"}),  # its sum: it holds seconds
 )
 _CALIBRATION: dict[str, Any] = dict(kept=(".out.unfinished*",))
 _FIGURES: dict[str, Any] = dict(
@@ -112,6 +113,7 @@ COMMANDS: dict[str, Command] = {
         whole=("out/upcycled", "out/demo.json", "out/routing.json"),
         replaced=("out/demo-state.json",),
         removed=("out/drawn.jsonl", "out/trained/checkpoints*"),
+        measured=frozenset({"progress.json"}),
     ),
 }
 

@@ -122,7 +122,14 @@ def open_rows(
     )
 
 
-def check_stages(config: TrainConfig, stages: list[Stage], ranks: int, *, has_parent: bool) -> None:
+def check_stages(
+    config: TrainConfig,
+    stages: list[Stage],
+    ranks: int,
+    *,
+    has_parent: bool,
+    needs_data: bool = True,
+) -> None:
     """Check that every stage has what it learns from, and a batch that divides.
 
     Args:
@@ -130,13 +137,15 @@ def check_stages(config: TrainConfig, stages: list[Stage], ranks: int, *, has_pa
         stages: of `config`.
         ranks: processes that share a batch.
         has_parent: whether a parent model is given.
+        needs_data: False accepts stages without data, for an estimate.
 
     Raises:
         MolError: for a stage without its parent or data, a stage that cannot learn from cached
-            logits, or a batch that the ranks cannot share.
+            logits, a batch that the ranks cannot share, or a number that is not finite.
     """
     for number, stage in enumerate(stages):
         settings, name = stage.settings, section(config, number)
+        _check_numbers(name, settings)
         if settings.logits is not None:
             _check_cached_logits(name, stage)
         elif stage.kind != "pretrain" and not has_parent:
@@ -144,13 +153,13 @@ def check_stages(config: TrainConfig, stages: list[Stage], ranks: int, *, has_pa
                 f"a stage of kind {stage.kind} learns from the parent, and none is given",
                 allowed="--parent PARENT, or stages of kind pretrain",
             )
-        elif settings.data is None:
+        elif settings.data is not None:
+            check_data(settings.data)
+        elif needs_data:
             raise MolError(
                 f"`{name}.data` is null: a stage of kind {stage.kind} has no data",
                 allowed="--data SOURCE, train.data, or data in every stage",
             )
-        else:
-            check_data(settings.data)
     check_batches(config, stages, ranks)
 
 
@@ -185,6 +194,18 @@ def check_batches(config: TrainConfig, stages: list[Stage], ranks: int) -> None:
                 f"`{name}.micro_batch_size` of {settings.micro_batch_size}",
                 allowed="the same number of rows for each process, in micro-batches of one size",
                 hint=f"--set {name}.batch_size={-(-rows // step) * step}",
+            )
+
+
+def _check_numbers(name: str, settings: TrainConfig) -> None:
+    """A recipe that was read is checked; one that a program made may hold anything."""
+    for key, value in vars(settings).items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            raise MolError(
+                f"`{name}.{key}` is {value}",
+                allowed="a finite number",
+                hint=f"--set {name}.{key}={getattr(TrainConfig(), key)}",
             )
 
 

@@ -1,19 +1,15 @@
-"""Checkpoints of a run: which run they belong to, how they are written, read and removed.
+"""Checkpoints of a run: which run they belong to, and how they are written.
 
-A run keeps the newest two in OUT/checkpoints/step-N. One process writes its tensors to state.pt;
+A run keeps the newest two (`checkpoint_folder`). One process writes its tensors to state.pt;
 several write the files of torch.distributed.checkpoint, and their random states, which are the same
-on all ranks, to generators.pt. progress.json has the counters and the identity. Any number of
-processes reads either.
+on all ranks, to generators.pt. Any number of processes reads either (`checkpoint_reader`).
 """
 
 import json
-import pickle
-import shutil
-import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +20,6 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.utils._pytree import tree_leaves
 
@@ -32,8 +27,22 @@ from molcli.config.sections import TrainConfig
 from molcli.config.stages import Stage, section
 from molcli.errors import MolError
 from molcli.files.folders import output_folder, staging_folder
-from molcli.stages.train.distributed import first_error, is_sharded, local_shard
-from molcli.stages.train.state import TrainState
+from molcli.files.json_files import shortened
+from molcli.stages.train.checkpoint_folder import (
+    GENERATORS,
+    TENSORS,
+    Checkpoint,
+    describe_newest,
+    remove_old,
+    step_folder,
+    write_progress,
+    write_sums,
+)
+from molcli.stages.train.checkpoint_reader import describe
+from molcli.stages.train.distributed import first_error, local_shard
+from molcli.stages.train.nonfinite import first_nonfinite
+from molcli.stages.train.optimizer import is_new
+from molcli.stages.train.state import TrainState, in_words
 
 DATA = "the data"  # key of an identity: the fingerprint of the current stage's rows
 # Settings that may differ between a run and its resumption: they change nothing that is trained,
@@ -43,24 +52,7 @@ _FREE_SETTINGS = (
     *("data", "logits", "checkpoint_every", "log_every", "max_skipped", "trackers"),
     *("micro_batch_size", "gradient_checkpointing", "compile", "sharding"),
 )
-_NUM_KEPT = 2
-_TENSORS, _GENERATORS, _PROGRESS = "state.pt", "generators.pt", "progress.json"
-_UNREADABLE = (pickle.UnpicklingError, CheckpointException)  # the latter is no Exception
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A saved state, its tensors not read yet.
-
-    Attributes:
-        folder: of this checkpoint.
-        counters: the numbers of its TrainState.
-        identity: of the run that wrote it.
-    """
-
-    folder: Path
-    counters: dict[str, Any]
-    identity: dict[str, Any]
+_SHOWN = 8  # differences between two runs, in a message
 
 
 def run_identity(
@@ -102,73 +94,16 @@ def check_same_run(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
     changed = [key for key in keys if saved.get(key) != identity.get(key)]
     if changed:
         what = "; ".join(
-            f"{key} was {saved.get(key)} and is {identity.get(key)}"
+            f"{shortened(key)} was {shortened(saved.get(key))} and is {identity.get(key)}"
             if key.startswith("`")
-            else f"{key} was another one"
-            for key in changed
+            else f"{shortened(key)} was another one"
+            for key in changed[:_SHOWN]
         )
         raise MolError(
             f"{checkpoint.folder} belongs to another run: {what}",
             allowed="the recipe, data, checkpoint and parent that the run began with",
             hint="the same command as before with --resume, or another output folder",
         )
-
-
-def newest_checkpoint(folder: Path) -> Checkpoint | None:
-    """Return the newest checkpoint in `folder`, None if there is none.
-
-    Raises:
-        MolError: if it is damaged.
-    """
-    folders = sorted(folder.glob("step-*"))
-    if not folders:
-        return None
-    try:
-        progress = json.loads((folders[-1] / _PROGRESS).read_text())
-        return Checkpoint(folders[-1], progress["state"], progress["identity"])
-    except (OSError, ValueError, KeyError) as error:
-        raise _damaged(folders[-1], error) from error
-
-
-def describe_newest(folder: Path) -> str:
-    """Name the newest checkpoint in words.
-
-    Every checkpoint is good to resume from: a step that is not finite changes nothing.
-    """
-    folders = sorted(folder.glob("step-*"))
-    return str(folders[-1]) if folders else "the beginning: no checkpoint was written yet"
-
-
-def load_checkpoint(state: TrainState, checkpoint: Checkpoint) -> None:
-    """Load tensors, random states and counters, whichever number of processes wrote them.
-
-    Raises:
-        MolError: if the tensors cannot be read.
-    """
-    folder = checkpoint.folder
-    single = folder / _TENSORS
-    parameter = next(state.model.parameters())
-    try:
-        tensors = torch.load(
-            single if single.is_file() else folder / _GENERATORS,
-            map_location="cpu",
-            mmap=is_sharded(parameter),  # each rank reads only its shards
-            weights_only=True,
-        )
-        if single.is_file():
-            state.load_unsharded(tensors)
-        else:
-            # In place: these are the parameters, buffers and moments themselves.
-            with warnings.catch_warnings():  # that one process reads, which is intended
-                warnings.simplefilter("ignore")
-                load(state.tensors_by_name(), checkpoint_id=folder)
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, *_UNREADABLE) as error:
-        raise _damaged(folder, error) from error
-    torch.set_rng_state(tensors["rng"])
-    # Another number of GPUs is no reason to stop: nothing in training draws from their generators.
-    if parameter.is_cuda and len(tensors["cuda_rng"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(tensors["cuda_rng"])
-    state.restore_counters(checkpoint.counters)
 
 
 class Saver(Protocol):
@@ -179,8 +114,11 @@ class Saver(Protocol):
     def save(self, state: TrainState, identity: dict[str, Any]) -> None:
         """Save the state to folder/step-N, which appears when it is complete; keep the newest two.
 
+        Does nothing for the step of the last call.
+
         Raises:
-            MolError: on all ranks, if it or the one before cannot be written.
+            MolError: on all ranks, if a value of the state is not finite, or if this checkpoint or
+                the one before cannot be written.
         """
 
     def finish(self) -> None:
@@ -197,16 +135,46 @@ def make_saver(accelerator: Accelerator, folder: Path) -> Saver:
     return BackgroundSaver(accelerator, folder) if several else SingleProcessSaver(folder)
 
 
+def refuse_nonfinite(
+    state: TrainState, checkpoints: Path, accelerator: Accelerator | None = None
+) -> None:
+    """Check that every value of the state is finite. Collective if there are several ranks.
+
+    A step with finite gradients can still overflow, and every checkpoint after it would be lost.
+
+    Args:
+        state: of the run.
+        checkpoints: folder of its checkpoints, for the message.
+        accelerator: of several ranks.
+
+    Raises:
+        MolError: on all ranks, if a value is not.
+    """
+    name = first_nonfinite(state.existing_tensors(), accelerator)
+    if not name:
+        return
+    kind, parameter = name.split(".", 1)
+    rate = "train.new_learning_rate" if is_new(parameter) else "train.learning_rate"
+    cause = rate if kind == "model" else "train.clip_norm"
+    raise MolError(
+        f"after step {state.step}, {in_words(name)} are not finite: a step was too large",
+        allowed="finite weights; nothing else is saved",
+        hint=f"another output folder and a smaller {cause}; the last good checkpoint is "
+        f"{describe_newest(checkpoints)}",
+    )
+
+
 class SingleProcessSaver:
     """Saver of one process: `save` returns when the checkpoint is on the disk."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self._step = folder, -1
 
     def save(self, state: TrainState, identity: dict[str, Any]) -> None:
-        path = _step_folder(self.folder, state)
-        if path.is_dir():
+        if self._step == state.step:
             return
+        refuse_nonfinite(state, self.folder)
+        path = step_folder(self.folder, state.step)
         tensors = {
             "model": state.model.state_dict(),
             "optimizer": state.optimizer.state_dict(),
@@ -215,13 +183,15 @@ class SingleProcessSaver:
         need = sum(leaf.nbytes for leaf in tree_leaves(tensors) if isinstance(leaf, Tensor))
         try:
             with output_folder(path, need_bytes=need) as staging:
-                torch.save(tensors, staging / _TENSORS)
-                (staging / _PROGRESS).write_text(_progress_json(state, identity))
+                torch.save(tensors, staging / TENSORS)
+                write_progress(staging, state.counters(), identity)
+                write_sums(staging)
         # torch reports a full disk as a RuntimeError of its zip writer.
         except (OSError, RuntimeError, MolError) as error:
             found = error.found if isinstance(error, MolError) else str(error)
             raise _not_writable(path, found) from error
-        _remove_old(self.folder)
+        self._step = state.step
+        remove_old(self.folder)
 
     def finish(self) -> None:
         pass
@@ -241,14 +211,15 @@ class BackgroundSaver:
         self.finish()
         if self._step == state.step:
             return
-        self._path, self._step = _step_folder(self.folder, state), state.step
         tensors = state.tensors_by_name()
+        refuse_nonfinite(state, self.folder, self.accelerator)
+        self._path, self._step = step_folder(self.folder, state.step), state.step
         own_bytes = sum(local_shard(tensor).nbytes for tensor in tensors.values())
         sizes = torch.tensor([own_bytes], device=self.accelerator.device)
         need = int(self.accelerator.gather(sizes).sum())
         staging, publish, message = staging_folder(self._path), ExitStack(), ""
         if self.accelerator.is_main_process:
-            publish.callback(_remove_old, self.folder)  # runs last
+            publish.callback(remove_old, self.folder)  # runs last
             try:
                 publish.enter_context(output_folder(self._path, need_bytes=need))
             except (OSError, MolError) as error:
@@ -264,8 +235,8 @@ class BackgroundSaver:
         assert isinstance(written, Future)
         self._writing = written
         if self.accelerator.is_main_process:
-            small_files = _random_states(), _progress_json(state, identity)
-            complete = partial(_write_small_files, staging, *small_files)
+            numbers = state.counters(), dict(identity)
+            complete = partial(_write_small_files, staging, _random_states(), *numbers)
             self._writing = _publish_after(written, publish, complete)
 
     def finish(self) -> None:
@@ -275,7 +246,7 @@ class BackgroundSaver:
         try:
             self._writing.result()
         except (Exception, CheckpointException) as error:
-            message = _cause(error)
+            message = describe(error)
         self._writing = None
         self._raise_first(message)
 
@@ -309,34 +280,20 @@ def _publish_after(
     return published
 
 
-def _write_small_files(folder: Path, random_states: dict[str, Any], progress: str) -> None:
-    torch.save(random_states, folder / _GENERATORS)
-    (folder / _PROGRESS).write_text(progress)
-
-
-def _cause(error: BaseException) -> str:
-    """In words; a CheckpointException holds an exception and its traceback for each rank."""
-    if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    return str(error)
-
-
-def _step_folder(folder: Path, state: TrainState) -> Path:
-    return folder / f"step-{state.step:08d}"
-
-
-def _progress_json(state: TrainState, identity: dict[str, Any]) -> str:
-    return json.dumps({"state": state.counters(), "identity": identity})
+def _write_small_files(
+    folder: Path,
+    random_states: dict[str, Any],
+    counters: dict[str, Any],
+    identity: dict[str, Any],
+) -> None:
+    torch.save(random_states, folder / GENERATORS)
+    write_progress(folder, counters, identity)
+    write_sums(folder)
 
 
 def _random_states() -> dict[str, Any]:
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {"rng": torch.get_rng_state(), "cuda_rng": cuda}
-
-
-def _remove_old(folder: Path) -> None:
-    for old in sorted(folder.glob("step-*"))[:-_NUM_KEPT]:
-        shutil.rmtree(old)
 
 
 def _not_writable(path: Path, found: str) -> MolError:
@@ -345,12 +302,4 @@ def _not_writable(path: Path, found: str) -> MolError:
         allowed="a disk with room for three times the weights",
         hint=f"free some space, then the same command with --resume, which continues from "
         f"{describe_newest(path.parent)}",
-    )
-
-
-def _damaged(folder: Path, error: BaseException) -> MolError:
-    return MolError(
-        f"the checkpoint {folder} cannot be read: {error}",
-        allowed="a complete checkpoint",
-        hint=f"remove {folder}; --resume then continues from the one before it",
     )

@@ -39,7 +39,7 @@ def create_accelerator(config: TrainConfig, out: Path) -> Accelerator:
     and FSDP2 are torch's own.
 
     Args:
-        config: the train section; its trackers are started later, by `log.open_trackers`.
+        config: the train section; its trackers are started later, by `trackers.open_trackers`.
         out: folder of the run, where TensorBoard writes.
 
     Raises:

@@ -1,19 +1,14 @@
-"""The log of a run: log.jsonl, the note of the progress bar, train.html, and trackers.
-
-Trackers (TensorBoard, Weights & Biases, Trackio) show the log elsewhere, through accelerate.
-"""
+"""The log of a run: log.jsonl, the note of the progress bar, train.html, and trackers."""
 
 import json
-import secrets
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 from torch import Tensor
 
 from molcli.config.sections import TrainConfig
@@ -27,17 +22,14 @@ from molcli.model.precision import matmul_dtype
 from molcli.report.machine import device_name
 from molcli.report.training import training_page
 from molcli.stages.train.balance import RouterLoads
+from molcli.stages.train.log_file import LOG, drop_lines_after, read_log
 from molcli.stages.train.state import TrainState
+from molcli.stages.train.trackers import open_trackers, send_to_trackers
 
-LOG, PAGE = "log.jsonl", "train.html"
+PAGE = "train.html"
 # Recoveries, 1 - KL / KL at the start; the next one that is not reached is forecast.
 _GOALS = (0.5, 0.75, 0.9, 0.95, 0.99)
 _LOSSES = ("loss", "ce", "kl", "balance")
-_TRACKED = (
-    *(*_LOSSES, "learning_rate", "gradient_norm", "tokens", "tokens_per_second", "mfu", "skipped"),
-)
-_PROJECT = "molcli"  # in every tracker
-_RUN = "tracked.json"  # in the output folder: the run's name in all trackers
 
 
 class TrainLog:
@@ -56,8 +48,10 @@ class TrainLog:
         routing: for the number of each layer that routes, the tokens of its least and its most used
             block, where 1 is an even load; null without a router.
         skipped: steps skipped so far.
-        not_finite: where the first non-finite value of the window's last skipped step is, or null.
+        not_finite: where the first non-finite value of the window's last skipped step is, or which
+            mean over the window is not finite, or null.
         passes: over each source of the stage's data, since the stage began.
+    All numbers are finite: where one would not be, it is null, and not_finite names it.
 
     Attributes:
         out: folder of the run.
@@ -81,8 +75,8 @@ class TrainLog:
         self._sums = torch.zeros(len(_LOSSES), device=accelerator.device)
         self._steps, self._tokens, self._seconds = 0, state.tokens, state.seconds
         if accelerator.is_main_process:
-            self._drop_lines_after(state.step)
-            for line in self._lines():
+            drop_lines_after(out / LOG, state.step)
+            for line in read_log(out / LOG):
                 self._recovery.add(line)
 
     @contextmanager
@@ -101,11 +95,14 @@ class TrainLog:
             try:
                 yield
             finally:
-                if self.accelerator.is_main_process:
-                    # A full disk raises elsewhere, before or after this.
-                    with suppress(OSError):
-                        page = training_page(self._lines(), self.config)
-                        (self.out / PAGE).write_text(page, encoding="utf-8")
+                self.write_page()
+
+    def write_page(self) -> None:
+        """Write train.html on the main rank; not where log.jsonl cannot be read any more."""
+        if self.accelerator.is_main_process:
+            with suppress(OSError, MolError):  # a full disk raises elsewhere, before or after this
+                page = training_page(read_log(self.out / LOG), self.config)
+                (self.out / PAGE).write_text(page, encoding="utf-8")
 
     def add_step(self, means: Tensor) -> None:
         """Add a step. means: (4,) this rank's part of its mean loss, ce, kl and balance."""
@@ -137,8 +134,12 @@ class TrainLog:
         """
         sums = self.accelerator.reduce(self._sums, "sum")
         routing = _routing(self.loads.layers, self.loads.pop_window(self.accelerator))
-        means = [total / self._steps if self._steps else None for total in sums.tolist()]
+        means = [_finite(total / self._steps) if self._steps else None for total in sums.tolist()]
         losses = {n: x if n in metrics else None for n, x in zip(_LOSSES, means, strict=True)}
+        if self._steps and not self._not_finite:
+            # A sum may overflow, or the loss, while its gradients do not.
+            lost = [name for name in metrics if losses[name] is None]
+            self._not_finite = f"the mean {lost[0]}" if lost else ""
         rate = (state.tokens - self._tokens) / max(state.seconds - self._seconds, 1e-9)
         state.loss = losses["loss"] if losses["loss"] is not None else state.loss
         if self.accelerator.is_main_process:
@@ -149,7 +150,7 @@ class TrainLog:
                 "stage": stage,
                 **losses,
                 "learning_rate": learning_rate,
-                "gradient_norm": float(norm) if torch.isfinite(norm) else None,
+                "gradient_norm": _finite(float(norm)),
                 "tokens_per_second": rate,
                 "mfu": None if self._mfu_scale is None else self._mfu_scale * rate,
                 "routing": routing,
@@ -158,25 +159,13 @@ class TrainLog:
                 "passes": passes,
             }
             with (self.out / LOG).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-            _send_to_trackers(self.accelerator, line)
+                file.write(json.dumps(line, allow_nan=False) + "\n")
+            send_to_trackers(self.accelerator, line)
             self._recovery.add(line)
             self.note = _note(line, self._recovery.forecast() if losses["kl"] is not None else "")
         self._not_finite = ""
         self._sums = torch.zeros_like(self._sums)
         self._steps, self._tokens, self._seconds = 0, state.tokens, state.seconds
-
-    def _drop_lines_after(self, step: int) -> None:
-        """Steps after the checkpoint are logged again; a kill may have cut the last line."""
-        if (self.out / LOG).is_file():
-            kept = [json.dumps(line) for line in self._lines() if line["step"] <= step]
-            (self.out / LOG).write_text("".join(line + "\n" for line in kept))
-
-    def _lines(self) -> list[dict[str, Any]]:
-        if not (self.out / LOG).is_file():
-            return []
-        lines = (self.out / LOG).read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines if _is_complete(line)]
 
 
 class RecoveryCurve:
@@ -238,88 +227,8 @@ def mfu_scale(
     return flops / (peak * ranks)
 
 
-def check_trackers(config: TrainConfig) -> None:
-    """Check that the packages of all trackers are installed.
-
-    Raises:
-        MolError: if one is not.
-    """
-    installed = {kind.value for kind in get_available_trackers()}
-    for name in config.trackers:  # each is named as its package
-        if name not in installed:
-            raise MolError(
-                f"`train.trackers` names {name}, and the package {name} is not installed",
-                allowed="trackers whose packages are installed",
-                hint=f"pip install {name}",
-            )
-
-
-@contextmanager
-def open_trackers(
-    accelerator: Accelerator, config: TrainConfig, out: Path, steps: int
-) -> Iterator[None]:
-    """Start config.trackers on the main rank, and close them at the end, on errors, too.
-
-    Args:
-        accelerator: holds the trackers.
-        config: the train section.
-        out: folder of the run.
-        steps: done. Where a run in `out` went further, TensorBoard drops the later steps; the other
-            trackers keep them, and the repeated steps give the same values.
-
-    Raises:
-        MolError: for a tracker that cannot be started.
-    """
-    if not config.trackers or not accelerator.is_main_process:
-        yield
-        return
-    name = _run_name(out)
-    options: dict[str, dict[str, Any]] = {
-        "tensorboard": {"purge_step": steps + 1},
-        "wandb": {"id": name, "name": name, "resume": "allow", "dir": str(out)},
-        "trackio": {"name": name, "resume": "allow"},
-    }
-    for tracker in ("wandb", "trackio"):
-        options[tracker]["config"] = asdict(config)
-    try:
-        accelerator.init_trackers(_PROJECT, init_kwargs=options)
-    except Exception as error:  # of any of the packages: no login, no network, no space
-        raise MolError(
-            f"the trackers {', '.join(config.trackers)} could not be started: {error}",
-            allowed="trackers that work here; log.jsonl and train.html are always written",
-            hint="the same command with --resume --set train.trackers=[]",
-        ) from error
-    try:
-        yield
-    finally:
-        for tracker in accelerator.trackers:
-            tracker.finish()
-        accelerator.trackers = []
-
-
-def _send_to_trackers(accelerator: Accelerator, line: dict[str, Any]) -> None:
-    values = {key: line[key] for key in _TRACKED if line[key] is not None}
-    for tracker in accelerator.trackers:
-        tracker.log(values, step=line["step"])
-
-
-def _run_name(out: Path) -> str:
-    """The same for a run and its resumptions, another one for the next run in a folder."""
-    path = out / _RUN
-    if path.is_file():
-        name: str = json.loads(path.read_text())["run"]
-        return name
-    name = f"{out.resolve().name}-{secrets.token_hex(4)}"
-    path.write_text(json.dumps({"run": name}))
-    return name
-
-
-def _is_complete(line: str) -> bool:
-    try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _routing(layers: list[int], counts: Tensor) -> dict[str, list[float]] | None:
@@ -327,7 +236,8 @@ def _routing(layers: list[int], counts: Tensor) -> dict[str, list[float]] | None
     counts = counts.double().cpu()
     if not counts.any():
         return None
-    relative = counts / counts.mean(-1, keepdim=True)
+    # A layer without a token has no mean to divide by.
+    relative = (counts / counts.mean(-1, keepdim=True)).nan_to_num(0.0)
     ends = torch.stack([relative.amin(-1), relative.amax(-1)], dim=-1).tolist()
     return {str(n): [round(x, 3) for x in pair] for n, pair in zip(layers, ends, strict=True)}
 

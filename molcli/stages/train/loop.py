@@ -1,19 +1,15 @@
 """A training run: its stages one after another, the steps of each, and the model at the end."""
 
-import time
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from molcli.config.sections import Data, Recipe, TrainConfig
-from molcli.config.stages import Stage, resolve
+from molcli.config.stages import Stage, resolve, section
 from molcli.data.logits import LogitCache
-from molcli.data.mixture import Corpus
-from molcli.errors import Interrupted, MolError
+from molcli.errors import MolError
 from molcli.families.parent import Parent
 from molcli.files.tensors import TensorReader
 from molcli.model import MoLForCausalLM
@@ -22,25 +18,27 @@ from molcli.model.compiled import compile_layers
 from molcli.model.parent import open_teacher
 from molcli.model.precision import matmul_dtype
 from molcli.progress import Progress, silent
-from molcli.stages.train.balance import RouterLoads, check_top_k, scheduled_top_k, set_top_k
+from molcli.stages.train.balance import check_top_k, set_top_k
 from molcli.stages.train.batches import (
-    MicroBatches,
     check_contexts,
     check_stages,
-    micro_batches,
     num_steps,
     open_logit_cache,
     open_rows,
     tokens_per_step,
 )
+from molcli.stages.train.checkpoint_folder import (
+    Checkpoint,
+    damaged,
+    newest_checkpoint,
+    remove_unfinished,
+)
+from molcli.stages.train.checkpoint_reader import load_checkpoint
 from molcli.stages.train.checkpoints import (
     DATA,
-    Saver,
     check_same_run,
-    describe_newest,
-    load_checkpoint,
     make_saver,
-    newest_checkpoint,
+    refuse_nonfinite,
     run_identity,
 )
 from molcli.stages.train.distributed import (
@@ -49,8 +47,7 @@ from molcli.stages.train.distributed import (
     uses_optimizer_sharding,
 )
 from molcli.stages.train.gradient_graph import GradientGraph, should_capture, should_compile
-from molcli.stages.train.log import TrainLog, check_trackers, mfu_scale
-from molcli.stages.train.nonfinite import find_nonfinite
+from molcli.stages.train.log import TrainLog
 from molcli.stages.train.objective import (
     AlignmentObjective,
     LossWeights,
@@ -60,16 +57,12 @@ from molcli.stages.train.objective import (
     check_alignable,
     make_student,
 )
-from molcli.stages.train.optimizer import (
-    learning_rate_ratio,
-    make_optimizer,
-    set_learning_rates,
-    set_trainable,
-    update,
-)
-from molcli.stages.train.output import RECEIPT, check_output, save_model
+from molcli.stages.train.optimizer import make_optimizer, set_trainable
+from molcli.stages.train.output import RECEIPT, run_folder, save_model
 from molcli.stages.train.plan import Situation, plan
 from molcli.stages.train.state import TrainState
+from molcli.stages.train.steps import Run, run_stage
+from molcli.stages.train.trackers import check_trackers
 
 
 @dataclass(frozen=True)
@@ -126,22 +119,37 @@ def train(
 
     Raises:
         MolError: for a checkpoint, parent, data or output folder that cannot be used, after
-            train.max_skipped steps in a row without a finite gradient, and if the disk is full.
+            train.max_skipped steps in a row without a finite gradient, for a stage without any
+            other step, for weights that are not finite, and if the disk is full.
         Interrupted: after SIGINT or SIGTERM, when the step at hand is done and saved.
     """
     config = recipe.train if data is None else replace(recipe.train, data=data, logits=None)
     assert parent is None or config.logits is None
     check_trackers(config)
     accelerator = create_accelerator(config, out)
-    device, ranks = accelerator.device, accelerator.num_processes
+    ranks = accelerator.num_processes
     if config.stages == "auto":
         situation = Situation(parent is not None, (checkpoint / RECEIPT).is_file(), ranks)
         config = plan(config, open_config(checkpoint), situation)
     stages = resolve(config, has_parent=parent is not None)
     check_stages(config, stages, ranks, has_parent=parent is not None)
     check_contexts(config, stages, open_config(checkpoint), parent)
-    # No rank creates the folder before all have passed this check: sharding synchronises them.
-    check_output(out, resume=resume)
+    recipe = replace(recipe, train=config)
+    with run_folder(out, accelerator, resume=resume):
+        return _train(checkpoint, out, recipe, stages, parent, accelerator, progress)
+
+
+def _train(
+    checkpoint: Path,
+    out: Path,
+    recipe: Recipe,
+    stages: list[Stage],
+    parent: Parent | None,
+    accelerator: Accelerator,
+    progress: Progress,
+) -> TrainResult:
+    """`train` with checked settings, in a folder that no other run writes."""
+    config, device, ranks = recipe.train, accelerator.device, accelerator.num_processes
     torch.manual_seed(config.seed)
 
     # Where ranks shard the weights, none of their GPUs ever holds all of them.
@@ -168,9 +176,12 @@ def train(
     saved = newest_checkpoint(out / "checkpoints")
     if saved is not None:
         check_same_run(saved, identity)
+        _check_counters(saved, stages)
         state.restore_counters(saved.counters)
     total_tokens = sum(num_steps(s.settings) * tokens_per_step(s.settings) for s in stages)
     log = TrainLog(out, accelerator, state, config, student.loads)
+    if accelerator.is_main_process:
+        remove_unfinished(out / "checkpoints")
     saver = make_saver(accelerator, out / "checkpoints")
     run = Run(accelerator, state, saver, log, student.loads, total_tokens, progress)
     compiled = should_compile(config, total_tokens, device)
@@ -185,8 +196,9 @@ def train(
         state.optimizer = _fresh_optimizer(model, stage)
         resumed = saved if saved is not None and state.stage == saved.counters["stage"] else None
         if resumed is not None:
-            load_checkpoint(state, resumed)
+            load_checkpoint(state, resumed, accelerator)
         if state.stage_step == num_steps(stage.settings):
+            _refuse_without_steps(state, config, stage)
             continue
         rows = open_rows(stage.settings, cache, checkpoint, model.config.vocab_size, progress)
         identity[DATA] = rows.fingerprint()
@@ -195,123 +207,57 @@ def train(
         targets = teacher if stage.settings.logits is None else cache
         captured = compiled and should_capture(stage.settings, model.config, device, ranks)
         objective = _make_objective(stage, student, targets, compiled=compiled, captured=captured)
-        if accelerator.is_main_process:
-            out.mkdir(parents=True, exist_ok=True)
         run_stage(run, stage, objective, rows, identity)
+        _refuse_without_steps(state, config, stage)
         if config.checkpoint_every and number + 1 < len(stages):
             # The next stage may fail before its first checkpoint.
             saver.save(state, identity)
         accelerator.free_memory()
 
     saver.finish()
+    log.write_page()  # a kill may have come between the last step and the page
+    refuse_nonfinite(state, saver.folder, accelerator)
     set_top_k(model, model.config.num_blocks_per_tok)
-    save_model(model, checkpoint, replace(recipe, train=config), out, accelerator)
+    with StopSignals():  # a complete model is worth the wait
+        save_model(model, checkpoint, recipe, out, accelerator)
     accelerator.wait_for_everyone()
     return TrainResult(state.step, state.skipped, state.tokens, state.seconds, state.loss)
 
 
-@dataclass(frozen=True)
-class Run:
-    """What all stages of a run share.
+def _check_counters(saved: Checkpoint, stages: list[Stage]) -> None:
+    """Raise MolError if the numbers of a checkpoint are not those of a step of these stages."""
+    found = saved.counters
+    done = stages[: found["stage"]]
+    if found["stage"] >= len(stages) or found["stage_step"] > num_steps(
+        stages[found["stage"]].settings
+    ):
+        raise damaged(saved.folder, f"it is at a step that stage {found['stage']} does not have")
+    now, step = stages[found["stage"]].settings, found["stage_step"]
+    expected = {
+        "step": step + sum(num_steps(stage.settings) for stage in done),
+        "row": step * now.batch_size,
+        "tokens": step * tokens_per_step(now)
+        + sum(num_steps(s.settings) * tokens_per_step(s.settings) for s in done),
+    }
+    for name, value in expected.items():
+        if found[name] != value:
+            raise damaged(saved.folder, f"{name} is {found[name]}, not {value}")
+    if not found["skipped_in_a_row"] <= found["skipped"] <= found["step"]:
+        raise damaged(saved.folder, f"it has skipped {found['skipped']} steps")
 
-    Attributes:
-        accelerator: ranks and device.
-        state: everything that changes.
-        saver: writes checkpoints.
-        log: writes log.jsonl.
-        loads: counts the routing.
-        total_tokens: of all stages.
-        progress: called after each step.
-    """
 
-    accelerator: Accelerator
-    state: TrainState
-    saver: Saver
-    log: TrainLog
-    loads: RouterLoads
-    total_tokens: int
-    progress: Progress
-
-
-def run_stage(
-    run: Run, stage: Stage, objective: Objective, rows: Corpus, identity: dict[str, Any]
-) -> None:
-    """Train from state.stage_step to the end of the stage.
-
-    Args:
-        run: what all stages share.
-        stage: kind and settings.
-        objective: what is minimised.
-        rows: of the stage.
-        identity: of the run, for its checkpoints.
-
-    Raises:
-        Interrupted: after a signal.
-        MolError: after too many steps in a row without a finite gradient.
-    """
-    state, config, accelerator = run.state, stage.settings, run.accelerator
-    model, name, steps = state.model, f"{state.stage} {stage.kind}", num_steps(config)
-    order = rows.order(config.seed + state.stage)
-    start = time.perf_counter() - state.seconds
-
-    def load(row: int) -> MicroBatches:
-        index = order.indices(row, config.batch_size)
-        return micro_batches(rows, index, config.micro_batch_size, accelerator)
-
-    parent = objective.parent if isinstance(objective.parent, MoLForCausalLM) else None
-    scale = mfu_scale(stage, model, parent, accelerator.num_processes)
-    with StopSignals() as stop, run.log.open_stage(state, scale):
-        next_batches = load(state.row)
-        while state.stage_step < steps:
-            ratio = learning_rate_ratio(state.stage_step, steps, config)
-            set_learning_rates(state.optimizer, ratio)
-            _anneal_top_k(run, config)
-            batches = next_batches
-            means = objective.backward(batches, accelerator)
-            norm, is_finite = update(model, state.optimizer, config.clip_norm, accelerator)
-            # `is_finite` is the only synchronisation with a GPU in a step, and waits for the norm.
-            # Work that can run before it does, and while the GPU updates the weights, the host goes
-            # on to the next step.
-            next_batches = load(state.row + config.batch_size)
-            finite = is_finite()
-            if finite:
-                run.log.add_step(means)
-                run.loads.add_step_to_window()
-                if config.balance == "bias":
-                    run.loads.update_biases(config.bias_update_rate, accelerator)
-                state.skipped_in_a_row = 0
-            else:
-                check = partial(objective.losses_are_finite, batches, accelerator)
-                cause = find_nonfinite(model, check, accelerator)
-                run.log.skip_step(cause)
-                state.skipped += 1
-                state.skipped_in_a_row += 1
-            run.loads.reset_step()
-            state.optimizer.zero_grad()
-            state.step += 1
-            state.stage_step += 1
-            state.row += config.batch_size
-            state.tokens += tokens_per_step(config)
-            state.seconds = time.perf_counter() - start
-
-            last = state.stage_step == steps
-            if state.step % config.log_every == 0 or last or not finite:
-                rate = ratio * config.learning_rate
-                passes = rows.epochs(state.row)
-                run.log.write(state, name, norm, rate, objective.metrics, passes)
-            if accelerator.is_main_process:
-                run.progress(state.tokens, run.total_tokens, run.log.note)
-            if config.checkpoint_every and state.step % config.checkpoint_every == 0:
-                run.saver.save(state, identity)
-            if state.skipped_in_a_row >= config.max_skipped:
-                run.saver.finish()
-                raise _too_many_skipped(state, run.saver.folder, cause)
-            if number := stop.agree(accelerator):
-                run.saver.save(state, identity)
-                run.saver.finish()
-                accelerator.wait_for_everyone()  # torchrun kills the rest when one process ends
-                place = f"step {state.stage_step} of {steps} of stage {name}"
-                raise Interrupted(number, f"{place} is saved in {run.saver.folder}")
+def _refuse_without_steps(state: TrainState, config: TrainConfig, stage: Stage) -> None:
+    """Raise MolError at the end of a stage if every step of it was skipped: it trained nothing."""
+    if state.skipped_in_a_row < state.stage_step:
+        return
+    name = section(config, state.stage)
+    raise MolError(
+        f"all {state.stage_step} steps of stage {state.stage} {stage.kind} were skipped: no "
+        "gradient was finite",
+        allowed="at least one step with a finite gradient in every stage",
+        hint=f"another output folder and a smaller `{name}.learning_rate`, or "
+        "train.precision=fp32; not_finite in log.jsonl says where the first such value was",
+    )
 
 
 def _make_objective(
@@ -344,20 +290,3 @@ def _fresh_optimizer(model: MoLForCausalLM, stage: Stage) -> torch.optim.Optimiz
     """Moments of another loss, and of other learning rates, would mislead the next stage."""
     set_trainable(model, "mol" if stage.kind == "align" else stage.settings.trainable)
     return make_optimizer(model, stage.settings)
-
-
-def _anneal_top_k(run: Run, config: TrainConfig) -> None:
-    if config.start_top_k is not None:
-        total, model = int(config.top_k_fraction * run.total_tokens), run.state.model
-        end = model.config.num_blocks_per_tok
-        set_top_k(model, scheduled_top_k(run.state.tokens, total, config.start_top_k, end))
-
-
-def _too_many_skipped(state: TrainState, checkpoints: Path, cause: str) -> MolError:
-    return MolError(
-        f"the gradients of {state.skipped_in_a_row} steps in a row were not finite, up to step "
-        f"{state.step}; the first value that is not finite is in {cause}",
-        allowed="fewer than train.max_skipped such steps in a row",
-        hint="another output folder with smaller learning rates, or train.precision=fp32; the last "
-        f"good checkpoint is {describe_newest(checkpoints)}",
-    )

@@ -1,6 +1,6 @@
-"""Find where a value that is not finite first appeared. Runs only after it has happened."""
+"""Find where a value that is not finite is: in the state of a run, or in a step that went wrong."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -9,6 +9,36 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from molcli.stages.train.distributed import local_shard, reshard
+
+
+def first_nonfinite(tensors: Mapping[str, Tensor], accelerator: Accelerator | None = None) -> str:
+    """Return the name of the first tensor with a value that is not finite, "" if there is none.
+
+    Reads each tensor once, and waits for the device once.
+
+    Args:
+        tensors: by name; of a sharded one, this rank's part is read.
+        accelerator: of several ranks, which all call this and get the same answer.
+    """
+    parts = [local_shard(t) for t in tensors.values()]
+    bad = _first_nonfinite([part.detach() for part in parts])
+    if accelerator is not None and accelerator.num_processes > 1:
+        found = torch.tensor([bad], device=accelerator.device)
+        bad = int(accelerator.gather(found).min())
+    return list(tensors)[bad] if bad < len(parts) else ""
+
+
+def _first_nonfinite(tensors: list[Tensor]) -> int:
+    """Index of the first such tensor; their number if there is none."""
+    # A sum is not finite if one of its terms is not, and takes no memory. It may also overflow.
+    sums: dict[torch.device, dict[int, Tensor]] = {}
+    for number, tensor in enumerate(tensors):
+        sums.setdefault(tensor.device, {})[number] = tensor.sum(dtype=torch.float32)
+    suspects: list[int] = []
+    for totals in sums.values():
+        finite = torch.stack(list(totals.values())).isfinite().tolist()
+        suspects += [number for number, good in zip(totals, finite, strict=True) if not good]
+    return next((n for n in sorted(suspects) if not tensors[n].isfinite().all()), len(tensors))
 
 
 def find_nonfinite(

@@ -1,6 +1,9 @@
 """The output folder of a run: checked before it, and filled with the trained model after it."""
 
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 
@@ -13,13 +16,16 @@ from molcli.config.recipe import RECIPE_FILE, save_recipe
 from molcli.config.sections import Recipe
 from molcli.data.tokenizer import open_tokenizer
 from molcli.errors import MolError
+from molcli.files.folders import locked
 from molcli.files.generation_config import read_generation, write_generation
 from molcli.files.tensors import ShardedWriter, TensorReader
 from molcli.model import MoLForCausalLM
 from molcli.model.checkpoint import open_config
-from molcli.stages.train.distributed import first_error, full_tensor
+from molcli.stages.train.distributed import first_error, full_tensor, local_shard
 
 _CONFIG = "config.json"
+_STAGING = ".final"  # in the output folder, until the trained model is complete
+_MARK = ".molcli"  # in a staging folder that training made
 RECEIPT = "receipt.json"  # written by `upcycle` beside a converted model
 _DTYPES = {
     "F64": torch.float64,
@@ -37,13 +43,66 @@ def check_output(out: Path, *, resume: bool) -> None:
     """
     if (out / _CONFIG).is_file():
         raise MolError(f"{out} holds a finished model", hint="another output folder")
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not resume):
+    if resume and not out.is_dir():
+        raise MolError(f"there is no run to resume in {out}", hint="the command without --resume")
+    taken = os.path.lexists(out) and not out.is_dir()
+    if taken or (out.is_dir() and any(out.iterdir()) and not resume):
         raise MolError(
             f"{out} exists and is not empty",
             allowed="a path that does not exist yet, or --resume to continue the run in it",
         )
-    if resume and not out.is_dir():
-        raise MolError(f"there is no run to resume in {out}", hint="the command without --resume")
+    staging = out / _STAGING
+    if os.path.lexists(staging) and not _is_ours(staging):
+        raise MolError(
+            f"{staging} is in the way: training did not make it",
+            allowed=f"no {_STAGING} in the folder of a run",
+            hint=f"move {staging} elsewhere",
+        )
+
+
+@contextmanager
+def run_folder(out: Path, accelerator: Accelerator, *, resume: bool) -> Iterator[None]:
+    """Hold the folder of a run: no other run writes it. All ranks call this.
+
+    `out` exists inside the context. A new folder into which nothing was written is removed at the
+    end.
+
+    Raises:
+        MolError: on all ranks, as `check_output`, if another run holds the folder, or if it cannot
+            be made.
+    """
+    check_output(out, resume=resume)
+    accelerator.wait_for_everyone()  # no rank makes the folder before all have looked
+    with ExitStack() as stack:
+        error: MolError | None = None
+        if accelerator.is_main_process:
+            try:
+                stack.enter_context(_held(out, resume=resume))
+            except MolError as found:
+                error = found
+            except OSError as found:
+                error = MolError(
+                    f"{out} cannot be written: {found.strerror or found}",
+                    allowed="a folder in which this user may write",
+                    hint="another output folder",
+                )
+        if message := first_error("" if error is None else error.found, accelerator):
+            raise error or MolError(message)
+        yield
+
+
+@contextmanager
+def _held(out: Path, *, resume: bool) -> Iterator[None]:
+    is_new = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(out, out):
+            check_output(out, resume=resume)  # another run may have ended since
+            yield
+    finally:
+        if is_new:
+            with suppress(OSError):  # it is not empty
+                out.rmdir()
 
 
 def save_model(
@@ -61,14 +120,14 @@ def save_model(
         accelerator: gives ranks.
 
     Raises:
-        MolError: on all ranks, if the disk is full.
+        MolError: on all ranks, if the disk is full, or if a weight is too large for its dtype.
     """
     dtypes = {name: _DTYPES[info.dtype] for name, info in TensorReader(checkpoint).tensors.items()}
-    staging, found = out / ".final", ""
+    _refuse_overflow(model, dtypes, accelerator)
+    staging, found = out / _STAGING, ""
     try:
         if accelerator.is_main_process:
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir()
+            _make_staging(staging)
         if accelerator.num_processes == 1:
             _write_unsharded(model, dtypes, staging)
         else:
@@ -77,17 +136,81 @@ def save_model(
             _write_small_files(checkpoint, recipe, staging)
     except (OSError, SafetensorError) as error:
         found = str(error)
+    except BaseException:
+        if accelerator.is_main_process:
+            with suppress(OSError):
+                _remove_staging(staging)
+        raise
     if found := first_error(found, accelerator):
-        shutil.rmtree(staging, ignore_errors=True)
+        if accelerator.is_main_process:
+            with suppress(OSError):
+                _remove_staging(staging)
         raise MolError(
             f"the trained model could not be written to {out}: {found}",
             allowed="room for all of the model",
             hint="free some space, then the same command with --resume",
         )
     if accelerator.is_main_process:
-        for file in sorted(staging.iterdir(), key=lambda file: file.name == _CONFIG):
+        _publish(staging, out)
+
+
+def _publish(staging: Path, out: Path) -> None:
+    """Move the files into `out`, last config.json, which says that all is there."""
+    config = out / f".{_CONFIG}.partial"
+    for file in staging.iterdir():
+        if file.name not in (_MARK, _CONFIG):
             file.replace(out / file.name)
-        staging.rmdir()
+    (staging / _CONFIG).replace(config)
+    _remove_staging(staging)
+    config.replace(out / _CONFIG)
+
+
+def _make_staging(staging: Path) -> None:
+    """Make the folder anew; `check_output` has refused one that is not ours."""
+    if _is_ours(staging):
+        _remove_staging(staging)
+    staging.mkdir()
+    (staging / _MARK).touch()
+
+
+def _remove_staging(staging: Path) -> None:
+    """Remove the folder; its mark goes last, so that a kill leaves it recognisable."""
+    for entry in staging.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != _MARK:
+            entry.unlink()
+    (staging / _MARK).unlink(missing_ok=True)
+    staging.rmdir()
+
+
+def _is_ours(staging: Path) -> bool:
+    """Whether training made the folder, in a run that was killed while it wrote the model."""
+    if staging.is_symlink() or not staging.is_dir():
+        return False
+    return (staging / _MARK).is_file() or not any(staging.iterdir())
+
+
+def _refuse_overflow(
+    model: MoLForCausalLM, dtypes: dict[str, torch.dtype], accelerator: Accelerator
+) -> None:
+    """Raise MolError on all ranks if a float32 weight would be infinite in its stored dtype."""
+    names, overflows = [], []
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        part = local_shard(tensor.detach())
+        if name in dtypes and part.numel():
+            ends = torch.stack(torch.aminmax(part)).to(dtypes[name])
+            names.append(name)
+            overflows.append(~ends.isfinite().all())
+    found = torch.stack(overflows).tolist() if overflows else []
+    bad = next((name for name, is_bad in zip(names, found, strict=True) if is_bad), "")
+    if bad := first_error(bad, accelerator):
+        dtype = str(dtypes[bad]).removeprefix("torch.")
+        raise MolError(
+            f"the trained weights {bad} are too large for {dtype}, in which the model is stored",
+            allowed="weights that stay finite in their stored dtype",
+            hint="another output folder and smaller learning rates",
+        )
 
 
 def _write_unsharded(model: MoLForCausalLM, dtypes: dict[str, torch.dtype], folder: Path) -> None:

@@ -19,8 +19,8 @@ from molcli.model.checkpoint import default_device, open_config
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.precision import matmul_dtype
 from molcli.stages.train.batches import (
-    check_batches,
     check_contexts,
+    check_stages,
     micro_batch_rows,
     num_steps,
     tokens_per_step,
@@ -28,6 +28,7 @@ from molcli.stages.train.batches import (
 from molcli.stages.train.distributed import uses_optimizer_sharding
 from molcli.stages.train.gradient_graph import should_capture, should_compile
 from molcli.stages.train.optimizer import set_trainable
+from molcli.stages.train.preflight import check_files
 
 # Learning rates below are for a model of this many parameters.
 _REFERENCE_PARAMETERS = 135e6
@@ -198,6 +199,8 @@ def estimate(
 ) -> Estimate:
     """Estimate what `train` takes with the same arguments. Writes and trains nothing.
 
+    Opens all that `train` would read, but reads no weights and no text.
+
     Args:
         checkpoint: folder of the model.
         config: the train section.
@@ -205,16 +208,18 @@ def estimate(
         ranks: processes, each with a device such as this one.
 
     Raises:
-        MolError: for a folder that is no checkpoint, a batch that the ranks cannot share, and rows
-            that are longer than a model has positions.
+        MolError: as `train` would before its first step, as far as file headers show the reason.
+            Stages without data are accepted.
     """
     model = open_config(checkpoint)
     dense = None if parent is None else MoLConfig(**parent.mol_config_kwargs())
     count, device = count_parameters(model), default_device()
     speed = _flops_per_second(device, matmul_dtype(config, device)) * _UTILISATION[device.type]
     resolved = resolve(config, has_parent=parent is not None)
+    has_parent = parent is not None
+    check_stages(config, resolved, ranks, has_parent=has_parent, needs_data=False)
     check_contexts(config, resolved, model, parent)
-    check_batches(config, resolved, ranks)
+    check_files(checkpoint, config, resolved, parent)
     tokens = sum(num_steps(s.settings) * tokens_per_step(s.settings) for s in resolved)
     # Compiled layers on a CPU need the memory of eager ones, as far as is known.
     compiled = device.type == "cuda" and should_compile(config, tokens, device)

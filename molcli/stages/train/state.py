@@ -9,7 +9,19 @@ from torch import Tensor
 from molcli.model import MoLForCausalLM
 from molcli.stages.train.distributed import shard_like
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
+_WORDS = {
+    "model": "the weights",
+    "exp_avg": "the mean gradient of",
+    "exp_avg_sq": "the mean squared gradient of",
+    "step": "the number of steps of",
+}
+
+
+def in_words(name: str) -> str:
+    """Return a name of `TrainState.existing_tensors` in words."""
+    kind, parameter = name.split(".", 1)
+    return f"{_WORDS[kind]} {parameter}"
 
 
 @dataclass
@@ -58,11 +70,23 @@ class TrainState:
             setattr(self, name, value)
 
     def tensors_by_name(self) -> dict[str, Tensor]:
+        """Return `existing_tensors`, with moments that do not exist yet as the first step would
+        make them.
+        """
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                moments = self.optimizer.state[parameter]
+                if not moments:
+                    device = parameter.device if group["fused"] else "cpu"
+                    moments["step"] = torch.zeros((), device=device)
+                    moments |= {name: torch.zeros_like(parameter) for name in MOMENTS}
+        return self.existing_tensors()
+
+    def existing_tensors(self) -> dict[str, Tensor]:
         """Return weights, buffers, moments and step counts: the tensors themselves, not copies.
 
         Sharded ones are DTensors. A name is the kind and the parameter, such as
-        "exp_avg.model.norm.weight", independent of the order in the optimiser. Moments that do not
-        exist yet are made, as the first step would make them.
+        "exp_avg.model.norm.weight", independent of the order in the optimiser.
         """
         stored, parameters = self.model.state_dict(), dict(self.model.named_parameters())
         # Tied weights are in the state dict twice.
@@ -71,11 +95,7 @@ class TrainState:
         names = {parameter: name for name, parameter in parameters.items()}
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
-                moments = self.optimizer.state[parameter]
-                if not moments:
-                    device = parameter.device if group["fused"] else "cpu"
-                    moments["step"] = torch.zeros((), device=device)
-                    moments |= {name: torch.zeros_like(parameter) for name in _MOMENTS}
+                moments = self.optimizer.state.get(parameter, {})
                 tensors |= {f"{kind}.{names[parameter]}": x for kind, x in moments.items()}
         return tensors
 
@@ -91,5 +111,5 @@ class TrainState:
         parameters = (p for group in self.optimizer.param_groups for p in group["params"])
         for number, parameter in enumerate(parameters):
             stored = moments.get(number, {})
-            stored |= {n: shard_like(parameter, stored[n]) for n in _MOMENTS if n in stored}
+            stored |= {n: shard_like(parameter, stored[n]) for n in MOMENTS if n in stored}
         self.optimizer.load_state_dict(tensors["optimizer"])

@@ -16,7 +16,9 @@ from torch.distributed.checkpoint import FileSystemWriter
 from molcli.config.sections import TrainConfig
 from molcli.errors import MolError
 from molcli.model.checkpoint import open_checkpoint
-from molcli.stages.train.checkpoints import BackgroundSaver, load_checkpoint, newest_checkpoint
+from molcli.stages.train.checkpoint_folder import newest_checkpoint
+from molcli.stages.train.checkpoint_reader import load_checkpoint
+from molcli.stages.train.checkpoints import BackgroundSaver
 from molcli.stages.train.optimizer import make_optimizer
 from molcli.stages.train.state import TrainState
 

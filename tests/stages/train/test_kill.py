@@ -56,7 +56,7 @@ moments = [
     lambda: at_call(PredictionObjective, "backward", 2),
     lambda: at_call(torch, "save", 1, half_a_file),
     lambda: at_call(torch.optim.AdamW, "step", 4),
-    lambda: at_call(checkpoints.shutil, "rmtree", 1, half_a_folder),
+    lambda: at_call(shutil, "rmtree", 1, half_a_folder),
     lambda: at_call(sys.modules["molcli.stages.train.loop"], "save_model", 1),
 ]
 for number, arm in enumerate(moments):

@@ -1,17 +1,21 @@
 """Stages planned from a model's size and a budget, and estimates of what they take."""
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from molcli.cli import main as command
 from molcli.config.ranges import validate
 from molcli.config.recipe import load_recipe
-from molcli.config.sections import Recipe, TrainConfig
+from molcli.config.sections import Recipe, StageConfig, TrainConfig
 from molcli.config.stages import resolve
 from molcli.errors import MolError
 from molcli.families.parent import Parent
@@ -125,3 +129,64 @@ def test_without_a_recipe_the_plan_is_printed_and_carried_out(
     assert molcli(monkeypatch, *words, *settings) == 0
     assert "planned" not in capsys.readouterr().out
     assert load_recipe(tmp_path / "plain" / "recipe.yaml").train.stages is None
+
+
+@pytest.mark.parametrize("kind", ["missing", "cut", "renamed", "resized"])
+@pytest.mark.parametrize("whose", ["checkpoint", "parent"])
+def test_a_dry_run_refuses_weights_that_a_run_would(
+    tiny_mol: Callable[..., Path],
+    corpus: Callable[..., str],
+    dense_parent: Parent,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    whose: str,
+) -> None:
+    checkpoint = tiny_mol()
+    file = (checkpoint if whose == "checkpoint" else dense_parent.folder) / "model.safetensors"
+    tensors = load_file(file)
+    if kind == "missing":  # a shard of two
+        index = {"weight_map": dict.fromkeys(tensors, "model-00001-of-00002.safetensors")}
+        (file.parent / "model.safetensors.index.json").write_text(json.dumps(index))
+        file.unlink()
+    elif kind == "cut":
+        file.write_bytes(file.read_bytes()[:-8])
+    elif kind == "renamed":
+        tensors["model.norms.weight"] = tensors.pop("model.norm.weight")
+        save_file(tensors, file)
+    else:
+        tensors["model.norm.weight"] = torch.ones(5)
+        save_file(tensors, file)
+    words = ["train", checkpoint, tmp_path / "out", "--data", corpus()]
+    words += ["--parent", dense_parent.folder, "--set", "train.context_length=16", "--dry-run"]
+    assert molcli(monkeypatch, *words) == 2
+    said = capsys.readouterr()
+    assert "error: " in said.err and "hours" not in said.out
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (dict(data="gone.jsonl"), "does not exist"),
+        (dict(data="folder"), "tokens.json"),
+        (dict(logits="gone"), "not a cache of logits"),
+        (dict(start_top_k=99), "start_top_k"),
+        (dict(stages=[StageConfig("align")]), "learns from the parent"),
+        (dict(learning_rate=float("nan")), "learning_rate. is nan"),
+    ],
+)
+def test_an_estimate_opens_what_training_reads(
+    tiny_mol: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    said: str,
+) -> None:
+    checkpoint = tiny_mol()
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    config = TrainConfig(tokens=10_000, context_length=32, **settings)
+    with pytest.raises(MolError, match=said):
+        estimate(checkpoint, config, None)
