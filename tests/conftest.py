@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +12,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from tests.forked import Forked
 
 if not torch.cuda.is_available():  # before anything imports Triton: its kernels run interpreted
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -144,6 +146,13 @@ def seeded() -> None:
 def tiny_tokenizer_fixture() -> Callable[..., PreTrainedTokenizerFast]:
     """`tiny_tokenizer`, for test modules: they cannot import one another."""
     return tiny_tokenizer
+
+
+@pytest.fixture(scope="session")
+def forked() -> Iterator[Forked]:
+    """A process that runs `molcli` commands in its forks."""
+    with Forked() as process:
+        yield process
 
 
 def randomize(model: torch.nn.Module, seed: int = 0) -> None:

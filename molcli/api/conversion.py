@@ -195,6 +195,8 @@ def calibrate(
     from molcli.stages.calibrate import calibrate as run
 
     config = found.calibrate
+    # Refused here too: sampling takes longer than reading text.
+    dense.check_context(config.context_length, "calibrate.context_length")
     with _scratch_beside(out) as scratch:
         if config.data is None:
             config = _with_sample(dense, found, scratch, progress=progress)
@@ -264,6 +266,8 @@ def _packed_text(
 
     size = source.config.vocab_size
     config = recipe.calibrate
+    if calibration is None:
+        source.config.check_context(config.context_length, "calibrate.context_length")
     if calibration is not None:
         found = open_calibration(calibration, parent)
         fit, heldout = found.fit, found.heldout
@@ -290,8 +294,11 @@ def _with_sample(
 ) -> CalibrateConfig:
     """recipe.calibrate, with as much text as it needs sampled from the parent into `scratch`."""
     config, text = recipe.calibrate, scratch / "sample.jsonl"
-    tokens = config.tokens + config.heldout_tokens
-    drawn = replace(recipe, sample=replace(recipe.sample, tokens=tokens, seed=config.seed))
+    tokens, length = config.tokens + config.heldout_tokens, recipe.sample.length
+    if length == type(recipe.sample).length:  # a default has to fit every parent
+        length = min(length, parent.config.max_position_embeddings)
+    changed = replace(recipe.sample, tokens=tokens, seed=config.seed, length=length)
+    drawn = replace(recipe, sample=changed)
     sample(parent, text, recipe=drawn, progress=progress)
     return replace(config, data=str(text))
 

@@ -56,13 +56,14 @@ def check_run(
     """Raise MolError for what every process would refuse. Called before they are started."""
     from molcli.config.stages import resolve
     from molcli.model.checkpoint import open_config
-    from molcli.stages.train.batches import check_stages
+    from molcli.stages.train.batches import check_contexts, check_stages
     from molcli.stages.train.log import check_trackers
     from molcli.stages.train.output import check_output
 
-    open_config(checkpoint)
+    model, stages = open_config(checkpoint), resolve(config, has_parent=parent)
     check_trackers(config)
-    check_stages(config, resolve(config, has_parent=parent), processes, has_parent=parent)
+    check_stages(config, stages, processes, has_parent=parent)
+    check_contexts(config, stages, model, None)
     check_output(out, resume=resume)
 
 

@@ -231,9 +231,9 @@ class Family:
         names = {f"model.layers.{i}.{_RECOMPUTED}" for i in range(config.num_hidden_layers)}
         return names | {LM_HEAD} if tied else names
 
-    def context(self, config: PreTrainedConfig) -> tuple[int, str]:
-        """Positions up to which MoL sees what the parent sees, and a note where that is not all."""
-        return positions.context(
+    def context_limit(self, config: PreTrainedConfig) -> positions.ContextLimit:
+        """Positions up to which MoL sees what the parent sees, and why no further."""
+        return positions.context_limit(
             config.max_position_embeddings,
             self.rope_parameters(config),
             self.context_window(config),
@@ -257,7 +257,7 @@ class Family:
             "qk_norm": False,
             "rms_norm_eps": config.rms_norm_eps,
             "rope_parameters": positions.fixed_rope(rope, config.max_position_embeddings),
-            "max_position_embeddings": self.context(config)[0],
+            "max_position_embeddings": self.context_limit(config).tokens,
             "tie_word_embeddings": tied,
             "initializer_range": config.initializer_range,
             "bos_token_id": config.bos_token_id,

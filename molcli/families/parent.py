@@ -90,6 +90,14 @@ class Parent:
         """sha256 that tells this checkpoint from others; see `TensorReader.fingerprint`."""
         return self._reader.fingerprint()
 
+    def check_context(self, length: int, setting: str, *, found: str = "") -> None:
+        """Refuse a context in which a converted model would not compute what the parent computes.
+
+        The arguments are those of `ContextLimit.check`. Every use of the parent through a model of
+        ours calls this; `molcli data sample` runs transformers' own model.
+        """
+        self.family.context_limit(self.config).check(length, setting, found=found)
+
     def mol_config_kwargs(self) -> dict[str, Any]:
         """Arguments of the MoLConfig of the same model, all layers dense.
 
@@ -135,7 +143,7 @@ def open_parent(spec: str | Path) -> Parent:
     tokenizer = open_tokenizer(folder)
     if tokenizer is not None:
         _check_tokenizer(tokenizer, folder, config, family)
-    _, note = family.context(config)
+    note = family.context_limit(config).note
     generation = read_generation(folder, config)
     return Parent(str(spec), folder, config, family, note, tied, generation, reader, tokenizer)
 

@@ -75,6 +75,14 @@ def open_calibration(folder: Path, parent: Parent | None) -> Calibration:
             allowed="a calibration of the same weights",
             hint=f"molcli calibrate {parent.name} NEW_FOLDER",
         )
+    if parent is not None:
+        for rows in (fit, heldout):
+            length = rows.input_ids.shape[1]
+            parent.check_context(
+                length,
+                "calibrate.context_length",
+                found=f"the calibration {folder} has rows of {length} tokens",
+            )
     # Check the headers of all layers first: else a late layer's would fail after hours of work.
     with _readable(folder):
         for layer in range(0 if parent is None else parent.config.num_hidden_layers):

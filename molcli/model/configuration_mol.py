@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from molcli.families.positions import declared_limit
 from molcli.model.mixers import MIXERS
 from molcli.model.shapes import BlockShape, dense_shape, routed_shape, shared_shape
 
@@ -197,6 +198,15 @@ class MoLConfig(PreTrainedConfig):
         self.eos_token_id = eos_token_id
         self._check()
         super().__init__(**kwargs)
+
+    def check_context(self, length: int, setting: str, *, found: str = "") -> None:
+        """Refuse a context that is longer than the model has positions.
+
+        The arguments are those of `ContextLimit.check`. Every command that runs text through a
+        model calls this.
+        """
+        limit = declared_limit(self.max_position_embeddings, "the model")
+        limit.check(length, setting, found=found)
 
     @property
     def num_routed_blocks(self) -> int:

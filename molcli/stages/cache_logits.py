@@ -61,6 +61,7 @@ def cache_logits(
     if not 1 <= top_k <= vocabulary:
         raise MolError(f"--top-k is {top_k}", allowed=f"1 to {vocabulary}, the parent's vocabulary")
     tokenizer, length = parent.tokenizer(), config.context_length
+    parent.check_context(length, "train.context_length")
     step_tokens = config.batch_size * length  # a training rounds its tokens up to whole steps
     rows = load_rows(
         data,

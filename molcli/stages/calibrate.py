@@ -46,6 +46,7 @@ def calibrate(
         MolError: if there is no text, too little for one row to fit on and one held out, no
         token to predict in the latter, or if the parent overflows on it.
     """
+    parent.check_context(config.context_length, "calibrate.context_length")
     fit, heldout = split_text(config, parent.tokenizer(), parent.config.vocab_size)
     of_parent, of_text = parent.fingerprint(), text_hash(fit, heldout)
     unfinished = ResumableWork(out, f"{of_parent} {of_text}")

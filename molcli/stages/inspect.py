@@ -13,7 +13,7 @@ from molcli.data.packing import Batch
 from molcli.data.tokenizer import open_tokenizer
 from molcli.errors import MolError
 from molcli.maths.routing_stats import RoutingCounts, RoutingSummary, count_routing, summarise
-from molcli.model.checkpoint import default_device, open_checkpoint
+from molcli.model.checkpoint import default_device, open_checkpoint, open_config
 from molcli.progress import Progress, silent
 
 
@@ -79,6 +79,7 @@ def inspect_routing(
             be read.
     """
     device = default_device()
+    open_config(checkpoint).check_context(config.context_length, "inspect.context_length")
     model = open_checkpoint(checkpoint, device)
     settings = model.config
     if settings.num_routed_blocks == 0 or "mixture" not in settings.layer_structures:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from molcli.config.sections import Recipe, UpcycleConfig
+from molcli.config.sections import Recipe, TrainConfig, UpcycleConfig
 from molcli.errors import MolError
 from molcli.estimate.cost import Cost, conversion_cost, parent_config, training_cost
 from molcli.estimate.flops import count_flops
@@ -122,6 +122,7 @@ def plan(
     dense = {name: value for name, value in outline.items() if name != "dtype"}
     dtype = outline["dtype"] or torch.bfloat16
     recipe = recipe if fit_tokens is None else _with_tokens(recipe, fit_tokens)
+    recipe = _with_length_for(recipe, MoLConfig(**dense))
     candidates = []
     for name, options in _shapes(dense, recipe.upcycle, share):
         config = converted_config(dense, options)
@@ -270,6 +271,19 @@ def _settings(config: MoLConfig, options: UpcycleConfig) -> dict[str, Any]:
         **{key: number for key, number in own.items() if number is not None},
         **(middle if options.layers == "middle" else {}),
     }
+
+
+def _with_length_for(recipe: Recipe, parent: MoLConfig) -> Recipe:
+    """Check that the parent has positions for `train.context_length`.
+
+    The default is shortened to fit, as it is in the stages that `molcli train` plans.
+    """
+    train, positions = recipe.train, parent.max_position_embeddings
+    if train.context_length == TrainConfig.context_length:
+        shorter = min(train.context_length, positions)
+        return replace(recipe, train=replace(train, context_length=shorter))
+    parent.check_context(train.context_length, "train.context_length")
+    return recipe
 
 
 def _with_tokens(recipe: Recipe, tokens: int) -> Recipe:

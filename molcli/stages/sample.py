@@ -16,6 +16,7 @@ from molcli.data.documents import read_documents
 from molcli.data.tokenizer import tokenize
 from molcli.errors import MolError
 from molcli.families.parent import Parent
+from molcli.families.positions import declared_limit
 from molcli.model.checkpoint import default_device
 from molcli.model.forward_inputs import CACHE_FIELD
 from molcli.model.parent import end_tokens
@@ -43,10 +44,14 @@ def sample(parent: Parent, config: SampleConfig, out: Path, progress: Progress =
         progress: called with written and total tokens.
 
     Raises:
-        MolError: `out` exists, or prompts cannot be read or are too long.
+        MolError: `out` exists, documents are longer than the parent has positions, or prompts
+            cannot be read or are too long.
     """
     if out.exists():
         raise MolError(f"{out} exists", hint="another path, or remove it first")
+    # transformers' own model runs, with sliding windows and all: its positions alone are a limit.
+    positions = declared_limit(parent.config.max_position_embeddings, "the parent")
+    positions.check(config.length, "sample.length")
     prompts = _prompts(parent, config)
     device = default_device()
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(

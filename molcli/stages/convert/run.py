@@ -70,6 +70,8 @@ def convert(
             "there is no text to fit Gated DeltaNet to",
             allowed="packed rows, unless no layer is converted",
         )
+    if text is not None:
+        config.check_context(text.fit.input_ids.shape[1], "calibrate.context_length")
     start = time.monotonic()
     size = sum(info.num_bytes for info in source.reader.tensors.values())
     with output_folder(out, need_bytes=2 * size) as staging:

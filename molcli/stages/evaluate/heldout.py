@@ -37,6 +37,16 @@ class Models:
     def device(self) -> torch.device:
         return self.model.device
 
+    @property
+    def positions(self) -> int:
+        """Tokens that both models have positions for."""
+        return min(model.config.max_position_embeddings for model in self.named().values())
+
+    def check_context(self, length: int, setting: str, *, found: str = "") -> None:
+        """Refuse a context that is longer than one of the models allows; see `ContextLimit`."""
+        for model in self.named().values():
+            model.config.check_context(length, setting, found=found)
+
     def named(self) -> dict[str, MoLForCausalLM]:
         """Return the models by name: "model", and "parent" if there is one."""
         return {"model": self.model} | ({} if self.parent is None else {"parent": self.parent})

@@ -88,7 +88,7 @@ def measure_recall(models: Models, config: EvaluateConfig, progress: Progress) -
     for i, distance in enumerate(config.recall_distances):
         progress(i * count, total, f"recall at {distance}")
         prompts = draw_prompts(models.tokenizer, count, config.recall_pairs, distance, config.seed)
-        if prompts.ids.shape[1] > models.model.config.max_position_embeddings:
+        if prompts.ids.shape[1] > models.positions:
             continue
         scores = {
             name: _score(model, prompts, config.batch_size)

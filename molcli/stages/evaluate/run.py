@@ -68,6 +68,7 @@ def evaluate(
         MolError: the checkpoint, the parent or the data cannot be used.
     """
     models = open_models(checkpoint, parent)
+    models.check_context(config.context_length, "evaluate.context_length")
     rows = pack(_documents(models, data, config), config.context_length, seed=None, pad_last=True)
     return evaluate_rows(models, rows, config.batch_size, progress)
 
@@ -90,6 +91,14 @@ def measure(
     scores: list[Recall] = []
     skipped: dict[str, str] = {}
     if data is not None:
+        models.check_context(config.context_length, "evaluate.context_length")
+        if models.parent is not None and config.num_prompts:
+            length = config.prompt_length + config.continuation_length
+            models.check_context(
+                length,
+                "evaluate.prompt_length",
+                found=f"`evaluate.prompt_length` and `continuation_length` are {length} together",
+            )
         documents = _documents(models, data, config)
         rows = pack(documents, config.context_length, seed=None, pad_last=True)
         prompts = split_into_prompts(documents, config.num_prompts, config.prompt_length)

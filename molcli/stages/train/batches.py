@@ -16,6 +16,8 @@ from molcli.data.mixture import Corpus, check_data, load_rows
 from molcli.data.packing import Batch, RowSource
 from molcli.data.tokenizer import open_tokenizer
 from molcli.errors import MolError
+from molcli.families.parent import Parent
+from molcli.model.configuration_mol import MoLConfig
 from molcli.progress import Progress
 
 
@@ -150,6 +152,21 @@ def check_stages(config: TrainConfig, stages: list[Stage], ranks: int, *, has_pa
         else:
             check_data(settings.data)
     check_batches(config, stages, ranks)
+
+
+def check_contexts(
+    config: TrainConfig, stages: list[Stage], model: MoLConfig, parent: Parent | None
+) -> None:
+    """Check that student and parent have positions for the rows of every stage of `config`.
+
+    Raises:
+        MolError: if they do not.
+    """
+    for number, stage in enumerate(stages):
+        length, setting = stage.settings.context_length, f"{section(config, number)}.context_length"
+        model.check_context(length, setting)
+        if parent is not None:
+            parent.check_context(length, setting)
 
 
 def check_batches(config: TrainConfig, stages: list[Stage], ranks: int) -> None:

@@ -25,6 +25,7 @@ from molcli.progress import Progress, silent
 from molcli.stages.train.balance import RouterLoads, check_top_k, scheduled_top_k, set_top_k
 from molcli.stages.train.batches import (
     MicroBatches,
+    check_contexts,
     check_stages,
     micro_batches,
     num_steps,
@@ -138,6 +139,7 @@ def train(
         config = plan(config, open_config(checkpoint), situation)
     stages = resolve(config, has_parent=parent is not None)
     check_stages(config, stages, ranks, has_parent=parent is not None)
+    check_contexts(config, stages, open_config(checkpoint), parent)
     # No rank creates the folder before all have passed this check: sharding synchronises them.
     check_output(out, resume=resume)
     torch.manual_seed(config.seed)

@@ -20,6 +20,7 @@ from molcli.model.configuration_mol import MoLConfig
 from molcli.model.precision import matmul_dtype
 from molcli.stages.train.batches import (
     check_batches,
+    check_contexts,
     micro_batch_rows,
     num_steps,
     tokens_per_step,
@@ -204,13 +205,15 @@ def estimate(
         ranks: processes, each with a device such as this one.
 
     Raises:
-        MolError: for a folder that is no checkpoint, and a batch that the ranks cannot share.
+        MolError: for a folder that is no checkpoint, a batch that the ranks cannot share, and rows
+            that are longer than a model has positions.
     """
     model = open_config(checkpoint)
     dense = None if parent is None else MoLConfig(**parent.mol_config_kwargs())
     count, device = count_parameters(model), default_device()
     speed = _flops_per_second(device, matmul_dtype(config, device)) * _UTILISATION[device.type]
     resolved = resolve(config, has_parent=parent is not None)
+    check_contexts(config, resolved, model, parent)
     check_batches(config, resolved, ranks)
     tokens = sum(num_steps(s.settings) * tokens_per_step(s.settings) for s in resolved)
     # Compiled layers on a CPU need the memory of eager ones, as far as is known.

@@ -29,7 +29,8 @@ def continuations(checkpoint: Path, parent: Parent, rows: TokenRows) -> list[dic
     Both models are loaded completely, one after the other.
 
     Returns:
-        For each prompt, the texts `prompt`, `parent` and `model`. None without a tokenizer.
+        For each prompt, the texts `prompt`, `parent` and `model`. None without a tokenizer, or
+        where the prompts fill all positions.
     """
     tokenizer = parent.tokenizer()
     if tokenizer is None:
@@ -39,11 +40,14 @@ def continuations(checkpoint: Path, parent: Parent, rows: TokenRows) -> list[dic
     prompts = [ids for ids in documents if len(ids) == longest][:PROMPTS]
     device = default_device()
     student = open_checkpoint(checkpoint, device)
-    dtype = student.dtype
-    ours = [continue_greedily(student, tokenizer, ids, NEW_TOKENS) for ids in prompts]
+    dtype, positions = student.dtype, student.config.max_position_embeddings
+    new = min(NEW_TOKENS, positions - longest)
+    if new < 1:
+        return None
+    ours = [continue_greedily(student, tokenizer, ids, new) for ids in prompts]
     del student
     dense = load_dense(parent, dtype, device)
-    theirs = [continue_greedily(dense, tokenizer, ids, NEW_TOKENS) for ids in prompts]
+    theirs = [continue_greedily(dense, tokenizer, ids, new) for ids in prompts]
     starts = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in prompts]
     return [
         {
