@@ -1,12 +1,14 @@
 """`molcli bench`: time a model beside a dense one, on this machine."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from molcli.api.arguments import open_dense
-from molcli.cli.options import Json, Overrides, ParentOption, RecipeName, recipe_for, write_json
+from molcli.cli.figures import Json, check_json, show_figures, write_json
+from molcli.cli.options import Overrides, ParentOption, RecipeName, recipe_for
 from molcli.errors import MolError
 from molcli.report.bars import bar
 
@@ -45,17 +47,16 @@ def bench(
 
     With --recipe in place of a checkpoint, an untrained model of its section `model`.
     """
-    from rich.console import Console
-
+    check_json(json_file)
     from molcli.report.benchmark import benchmark_tables
 
     def save(report: "Report") -> None:
-        write_json(json_file, report.to_json())
+        # A full disk does not stop the measurements; writing fails again after they are printed.
+        with suppress(OSError):
+            write_json(json_file, report.to_json())
 
     report = run_bench(checkpoint, parent, only, recipe, overrides, seed, compiled, save)
-    console = Console()
-    for part in benchmark_tables(report):
-        console.print(part)
+    show_figures(benchmark_tables(report), json_file, report.to_json())
 
 
 def run_bench(

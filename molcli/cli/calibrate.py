@@ -1,9 +1,8 @@
 """`molcli calibrate`: collect what the conversion needs to know about the parent's activations."""
 
-import typer
-
 from molcli import api
 from molcli.cli.options import Data, Out, Overrides, Parent, RecipeName, data_for
+from molcli.console import say
 
 
 def calibrate(
@@ -18,4 +17,4 @@ def calibrate(
     Without --data, text is sampled from the parent.
     """
     api.calibrate(parent, out, data=data_for(data), recipe=recipe, settings=overrides or ())
-    typer.echo(f"Calibration in {out}")
+    say(f"Calibration in {out}")

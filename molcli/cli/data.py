@@ -8,6 +8,7 @@ import typer
 from molcli import api
 from molcli.api.arguments import open_dense
 from molcli.cli.options import Data, Out, Overrides, Parent, RecipeName, data_for, recipe_for
+from molcli.console import say
 from molcli.errors import MolError
 from molcli.report.bars import bar
 
@@ -40,7 +41,7 @@ def sample(
     """Sample text from the parent, for use where there is no data set."""
     values: dict[str, Any] = {} if prompts is None else {"prompts": prompts}
     api.sample(parent, out, recipe=recipe, settings=overrides or (), **values)
-    typer.echo(f"Text in {out}")
+    say(f"Text in {out}")
 
 
 Source = Annotated[
@@ -61,7 +62,7 @@ Limit = Annotated[
 @app.command("tokenize")
 def tokenize(source: Source, out: Out, tokenizer: TokenizerOption, tokens: Limit = None) -> None:
     """Tokenise text once, for many runs: `--data OUT` maps the tokens into memory."""
-    typer.echo(f"{_write_tokens(source, out, tokenizer, tokens):,} tokens in {out}")
+    say(f"{_write_tokens(source, out, tokenizer, tokens):,} tokens in {out}")
 
 
 def _write_tokens(source: str, out: Path, tokenizer: str, limit: int | None) -> int:
@@ -112,4 +113,4 @@ def cache_logits(
 
     with bar("caching") as progress:
         tokens = run(dense, text, config, out, top_k=top_k, resume=resume, progress=progress)
-    typer.echo(f"Predictions for {tokens:,} tokens in {out}")
+    say(f"Predictions for {tokens:,} tokens in {out}")

@@ -15,6 +15,7 @@ from molcli.api.arguments import open_dense
 from molcli.api.conversion import with_data
 from molcli.cli.demo_state import DemoState, check_folder, demo_identity, open_state, write_json
 from molcli.cli.options import Overrides, ParentOption, RecipeName, recipe_for
+from molcli.console import say
 from molcli.errors import Interrupted
 from molcli.report.bars import bar
 
@@ -55,7 +56,7 @@ def demo(
     if recipe is None and default_device().type == "cuda":
         settings = recipe_for(ON_GPU, overrides)
     title = "The parent: SmolLM2-135M-Instruct" if parent is None else parent
-    typer.secho(title, err=True, dim=True)
+    say(title, stderr=True, style="dim")
     start = monotonic()
     dense = open_dense(parent if parent is not None else _fetched())
     seconds = round(monotonic() - start, 1)

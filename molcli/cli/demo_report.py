@@ -1,15 +1,16 @@
 """The results of the demo: `demo.json`, and the table at its end."""
 
 import json
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from molcli.cli.demo_state import FIGURES, write_json
 from molcli.config.sections import Recipe
+from molcli.console import console, printable, say
 from molcli.families.parent import Parent
 from molcli.model import MoLForCausalLM
 from molcli.model.checkpoint import default_device, open_checkpoint
@@ -99,32 +100,33 @@ def show(figures: dict[str, Any], out: Path, parent: str) -> None:
     }
     tokens, converted = figures["tokens"], figures["layers"]["converted"]
     title = f"{tokens['heldout']:,} held-out tokens, nats a token"
-    console = Console(highlight=False)
-    console.print(model_table(title, rows))
-    console.print(
+    printer = console()
+    printer.print(model_table(title, rows))
+    printer.print(
         f"{len(converted)} of {figures['layers']['of']} layers converted "
         f"({_ranges(converted)}), fitted on {tokens['calibration']:,} tokens, trained on "
         f"{tokens['training']:,} ({tokens['training'] / tokens['text']:.1f} passes over "
         f"{tokens['text']:,}), in {_minutes(figures['seconds']['total'])} on {figures['device']}.",
     )
     for name, text in figures["continuations"].items():
-        console.print(f"\n[bold]{name}:[/bold] {escape(' '.join(text.split()))}")
+        words = printable(" ".join(text.split()))
+        printer.print(Text.assemble("\n", (f"{name}:", "bold"), f" {words}"))
     places = {
         "checkpoint": out / "trained",
         "routing report": out / "routing.json",
         "these figures": path,
     }
-    console.print()
+    say("")
     for name, place in places.items():
-        console.print(f"{name:<15} {escape(str(place))}", soft_wrap=True)
+        say(f"{name:<15} {place}")
     commands = (
-        f"molcli inspect {out / 'trained'} --data {out / 'heldout.jsonl'}",
-        f"molcli train {out / 'trained'} {out / 'longer'} --data YOUR.txt --parent {parent}",
-        f"molcli upcycle {parent} {out / 'all-layers'} --recipe smollm2-135m --data YOUR.txt",
+        ["inspect", out / "trained", "--data", out / "heldout.jsonl"],
+        ["train", out / "trained", out / "longer", "--data", "YOUR.txt", "--parent", parent],
+        ["upcycle", parent, out / "all-layers", "--recipe", "smollm2-135m", "--data", "YOUR.txt"],
     )
-    console.print("\nGo on with")
+    say("\nGo on with")
     for command in commands:
-        console.print(f"  {escape(command)}", soft_wrap=True)
+        say("  " + shlex.join(["molcli", *map(str, command)]))
 
 
 def _count_tokens(text: Path) -> int:

@@ -8,10 +8,9 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-import typer
-
 from molcli import __version__
 from molcli.config.sections import Recipe
+from molcli.console import say
 from molcli.errors import MolError
 
 STATE, FIGURES = "demo-state.json", "demo.json"
@@ -50,9 +49,9 @@ class DemoState:
             The result of the stage, JSON-serialisable.
         """
         if name in self.results:
-            typer.secho(f"{sentence} (done before)", err=True, dim=True)
+            say(f"{sentence} (done before)", stderr=True, style="dim")
             return self.results[name]
-        typer.secho(sentence, err=True, dim=True)
+        say(sentence, stderr=True, style="dim")
         start = monotonic()
         try:
             self.results[name] = stage()

@@ -5,6 +5,7 @@ import re
 import traceback
 
 from molcli.cli.distributed import first_to_print
+from molcli.console import console, printable
 from molcli.errors import Interrupted, MolError
 
 DEBUG = "MOLCLI_DEBUG"
@@ -21,17 +22,15 @@ def explain(error: BaseException) -> int:
         The exit status. 2: the user can correct it (MolError). 128 + signal: interrupted, 130 by
         Ctrl-C. 1: the machine ran out of something, or a bug.
     """
-    from rich.console import Console
     from rich.text import Text
 
     status, lines = _lines(error)
-    console = Console(stderr=True, highlight=False)
+    errors = console(stderr=True)
     with first_to_print() as here:
         for style, label, text in lines if here else ():
-            # Text, not markup: messages hold [0, 2] and paths.
-            console.print(Text.assemble((label, style), text), soft_wrap=True)
+            errors.print(Text.assemble((label, style), printable(text)), soft_wrap=True)
         if os.environ.get(DEBUG):
-            console.print(Text("".join(traceback.format_exception(error))), soft_wrap=True)
+            errors.print("".join(traceback.format_exception(error)), soft_wrap=True)
     return status
 
 

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from molcli.cli.options import Out, Overrides, complete_recipe, recipe_for
+from molcli.console import say
 from molcli.report.bars import bar
 
 RecipeArgument = Annotated[
@@ -25,4 +26,4 @@ def init(recipe: RecipeArgument, out: Out, overrides: Overrides = None) -> None:
     with bar("initialising") as progress:
         write(settings, out)
         progress(1, 1)
-    typer.echo(f"Untrained model in {out}")
+    say(f"Untrained model in {out}")

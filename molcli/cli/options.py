@@ -1,8 +1,7 @@
 """Options that several commands share, and their shell completion."""
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -95,9 +94,6 @@ Calibration = Annotated[
         help="A folder that `molcli calibrate` wrote for this parent.",
     ),
 ]
-Json = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures to this file.")
-]
 
 
 def data_for(sources: list[str] | None) -> str | dict[str, float] | None:
@@ -135,12 +131,6 @@ def _weighted(source: str) -> tuple[str, float | None]:
     if not 0 < weight < float("inf"):
         raise MolError(f"`--data {source}` has weight {text}", allowed="a number above 0")
     return name, weight
-
-
-def write_json(path: Path | None, figures: dict[str, Any]) -> None:
-    """Write the figures of a command to the file of `--json`, if one is given."""
-    if path is not None:
-        path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def recipe_for(name: str | None, overrides: list[str] | None) -> "Recipe":

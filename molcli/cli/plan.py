@@ -1,11 +1,14 @@
 """`molcli plan`: estimate what shapes of a converted model would cost."""
 
+import shlex
 from typing import Annotated
 
 import typer
 
 from molcli import api
-from molcli.cli.options import Calibration, Json, Overrides, Parent, RecipeName, write_json
+from molcli.cli.figures import Json, check_json, write_json
+from molcli.cli.options import Calibration, Overrides, Parent, RecipeName
+from molcli.console import console, say
 from molcli.errors import MolError
 
 Active = Annotated[
@@ -28,6 +31,8 @@ GpuName = Annotated[
     typer.Option("--gpu", metavar="NAME", help="The GPU that time and memory are estimated for."),
 ]
 
+_MOST_TOKENS = 10**18
+
 
 def plan(
     parent: Parent,
@@ -43,6 +48,7 @@ def plan(
 
     With --calibration, also forecast the KL to the parent right after conversion.
     """
+    check_json(json_file)
     found = api.plan(
         parent,
         active=_parse_share(active),
@@ -52,16 +58,15 @@ def plan(
         recipe=recipe,
         settings=overrides or (),
     )
-    write_json(json_file, found.to_json())
-    from rich.console import Console
-
     from molcli.report.plan_table import plan_table
 
-    console = Console(highlight=False)
-    console.print(plan_table(found))
     best = next(c for c in found.candidates if c.name == found.recommended)
-    keys = " ".join(f"--set upcycle.{key}={value}" for key, value in best.settings.items())
-    console.print(f"{best.name}: molcli upcycle {parent} OUT {keys}", soft_wrap=True, markup=False)
+    console().print(plan_table(found))
+    words = ["molcli", "upcycle", parent, "OUT"]
+    for key, value in best.settings.items():
+        words += ["--set", f"upcycle.{key}={value}"]
+    say(f"{best.name}: {shlex.join(words)}")
+    write_json(json_file, found.to_json())
 
 
 def parse_count(text: str) -> int:
@@ -72,7 +77,7 @@ def parse_count(text: str) -> int:
         count = round(float(text[:-1] if unit > 1 else text) * unit)
     except (ValueError, OverflowError):
         count = 0
-    if count < 1:
+    if not 1 <= count <= _MOST_TOKENS:
         raise MolError(f"--tokens is {text}", allowed="a number such as 30M", hint="--tokens 30M")
     return count
 

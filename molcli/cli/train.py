@@ -25,6 +25,7 @@ from molcli.cli.options import (
     RecipeName,
     data_for,
 )
+from molcli.console import console, say
 from molcli.errors import Interrupted, MolError
 from molcli.ranks import is_launched, is_main, ranks
 
@@ -109,7 +110,7 @@ def train(
         raise
     leave_together()
     if is_main():
-        typer.echo(f"Trained model in {out}")
+        say(f"Trained model in {out}")
 
 
 def _processes(gpus: int | None) -> int:
@@ -123,8 +124,6 @@ def _processes(gpus: int | None) -> int:
 
 
 def _show_estimate(training: Training, processes: int) -> None:
-    from rich.console import Console
-
     from molcli.report.training import estimate_tables
     from molcli.stages.train.plan import estimate
 
@@ -133,7 +132,7 @@ def _show_estimate(training: Training, processes: int) -> None:
             training.checkpoint, training.recipe.train, training.parent, ranks=processes
         )
         for table in estimate_tables(found):
-            Console().print(table)
+            console().print(table)
 
 
 def _resume_command() -> str:

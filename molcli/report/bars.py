@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from molcli.console import console
 from molcli.progress import Progress as Report
 from molcli.progress import silent
 from molcli.ranks import is_main
@@ -48,7 +49,6 @@ def bar(title: str, *, shown: bool = True) -> Iterator[Report]:
 
 
 def _rich_progress() -> "Progress":
-    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -73,7 +73,7 @@ def _rich_progress() -> "Progress":
     )
     # In a notebook without ipywidgets rich would draw nothing and warn: print the finished bar.
     notebook = None if find_spec("ipywidgets") else False
-    return Progress(*columns, console=Console(stderr=True, force_jupyter=notebook), expand=True)
+    return Progress(*columns, console=console(stderr=True, force_jupyter=notebook), expand=True)
 
 
 @contextmanager
