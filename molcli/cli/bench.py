@@ -8,7 +8,7 @@ import typer
 
 from molcli.api.arguments import open_dense
 from molcli.cli.figures import Json, check_json, show_figures, write_json
-from molcli.cli.options import Overrides, ParentOption, RecipeName, recipe_for
+from molcli.cli.options import Overrides, ParentOption, RecipeName
 from molcli.errors import MolError
 from molcli.report.bars import bar
 
@@ -78,7 +78,15 @@ def run_bench(
             allowed="a checkpoint, or --recipe for an untrained model",
             hint="molcli bench --recipe paper-1.3b-1+3of15",
         )
-    settings = None if recipe is None else recipe_for(recipe, overrides)
+    if recipe is None and overrides:
+        raise MolError(
+            f"--set {overrides[0]} changes a recipe, and a checkpoint is timed as it is",
+            allowed="--set with --recipe",
+        )
+    from molcli.config.recipe import load_model_recipe
+
+    hint = "molcli bench --recipe paper-80m-1+3of15"
+    settings = None if recipe is None else load_model_recipe(recipe, overrides or (), hint)
     from molcli.model.checkpoint import default_device
     from molcli.stages.bench import SECTIONS, bench, open_benchmark_pair
     from molcli.stages.init import untrained_config

@@ -9,6 +9,8 @@ from molcli.console import console, printable
 from molcli.errors import Interrupted, MolError
 
 DEBUG = "MOLCLI_DEBUG"
+# What torch raises on a CPU has no class of its own.
+_NO_MEMORY = re.compile("can't allocate memory|not enough memory")
 # Errors of gloo and NCCL in a process when another one was killed.
 _PEER_GONE = re.compile("Connection closed by peer|Connection reset by peer|DistBackendError")
 
@@ -50,7 +52,7 @@ def _lines(error: BaseException) -> tuple[int, list[tuple[str, str, str]]]:
         if error.hint:
             lines.append(("bold green", "try: ", error.hint))
         return 2, lines
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if isinstance(error, MemoryError | RuntimeError) and _is_out_of_memory(error):
         return 1, [
             ("bold red", "error: ", f"out of memory: {error}".rstrip(": ")),
             ("bold green", "try: ", "a smaller batch_size or micro_batch_size with --set"),
@@ -73,3 +75,9 @@ def _lines(error: BaseException) -> tuple[int, list[tuple[str, str, str]]]:
             f"appear. {DEBUG}=1 in front of the command shows the traceback to report with it.",
         ),
     ]
+
+
+def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return _NO_MEMORY.search(str(error)) is not None

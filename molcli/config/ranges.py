@@ -151,7 +151,8 @@ def _check_blocks(section: str, num_blocks: int, num_shared: int, top_k: int) ->
     lowest = 1 if routed else 0  # routed blocks that never run would be dead weight
     if not lowest <= top_k <= routed:
         raise MolError(
-            f"`{section}.top_k` is {shown(top_k)}, with {num_blocks} blocks of which {num_shared} shared",
+            f"`{section}.top_k` is {shown(top_k)}, "
+            f"with {num_blocks} blocks of which {num_shared} shared",
             allowed=f"{lowest} to {routed} routed blocks" if routed else "0: no block is routed",
             hint=f"{section}.top_k={min(max(top_k, lowest), routed)}",
         )

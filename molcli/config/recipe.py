@@ -68,6 +68,29 @@ def load_recipe(source: str | Path | Recipe | None, overrides: Iterable[Override
     return recipe
 
 
+def load_model_recipe(source: str, overrides: Iterable[Override], hint: str) -> Recipe:
+    """Read a recipe that describes an untrained model, in a section `model` of its own.
+
+    Args:
+        source: A YAML file, or the name of a bundled recipe.
+        overrides: As for `load_recipe`.
+        hint: For the message: a command with a recipe that has the section.
+
+    Raises:
+        MolError: As `load_recipe`; or the recipe has no section `model`, whose defaults would be a
+            model that nobody asked for.
+    """
+    recipe = load_recipe(source, overrides)
+    if "model" not in _read(find_recipe(source)):
+        names = [name for name, path in bundled_recipes().items() if "model" in _read(path)]
+        raise MolError(
+            f"recipe {source} has no section `model`, hence describes no untrained model",
+            allowed=f"a recipe that has one, such as {', '.join(names)}",
+            hint=hint,
+        )
+    return recipe
+
+
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write every value of the recipe; `load_recipe(path)` returns an equal one."""
     header = f"{_SAVED}{__version__}: every value that was in force.\n"
