@@ -1,6 +1,5 @@
 """`molcli demo`: the whole path on a real model."""
 
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -13,10 +12,17 @@ import typer
 from molcli import api
 from molcli.api.arguments import open_dense
 from molcli.api.conversion import with_data
-from molcli.cli.demo_state import DemoState, check_folder, demo_identity, open_state, write_json
+from molcli.cli.demo_state import (
+    DemoState,
+    check_folder,
+    demo_identity,
+    open_state,
+    read_tokens,
+)
 from molcli.cli.options import Overrides, ParentOption, RecipeName, recipe_for
 from molcli.console import say
 from molcli.errors import Interrupted
+from molcli.files.json_files import write_object
 from molcli.report.bars import bar
 
 if TYPE_CHECKING:  # these import torch, or take time to import
@@ -112,7 +118,7 @@ def _run_stages(dense: "DenseParent", settings: "Recipe", state: DemoState) -> N
             )
 
     def inspect() -> None:
-        write_json(routing, api.inspect(trained, heldout, recipe=settings).to_json())
+        write_object(routing, api.inspect(trained, heldout, recipe=settings).to_json())
 
     state.run("upcycle", "Layers become thin blocks, fitted to the parent's activations", upcycle)
     sentence = "On the held-out text, right after upcycling"
@@ -121,7 +127,7 @@ def _run_stages(dense: "DenseParent", settings: "Recipe", state: DemoState) -> N
     state.run("train", sentence, train)
     sentence = "On the held-out text, after training"
     after = state.run("evaluate_trained", sentence, lambda: evaluate(trained))
-    state.run("inspect", "Which tokens each block sees", inspect)
+    state.run("inspect", "How many tokens each block processes", inspect)
     sentence = "A greedy continuation from both"
     texts = state.run("generate", sentence, lambda: continuations(trained, dense))
     evaluations = Evaluation(**before), Evaluation(**after)
@@ -136,10 +142,10 @@ def _split(drawn: Path, first: Path, tokens: int, rest: Path) -> None:
     exists, the other two may be incomplete.
     """
     count = 0
-    with drawn.open() as documents, first.open("w") as before, rest.open("w") as after:
-        for line in documents:
+    with first.open("w", encoding="utf-8") as before, rest.open("w", encoding="utf-8") as after:
+        for line, length in read_tokens(drawn):
             (before if count < tokens else after).write(line)
-            count += len(json.loads(line)["input_ids"])
+            count += length
     drawn.unlink()
 
 

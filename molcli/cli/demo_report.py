@@ -1,6 +1,5 @@
 """The results of the demo: `demo.json`, and the table at its end."""
 
-import json
 import shlex
 from dataclasses import asdict
 from pathlib import Path
@@ -8,12 +7,13 @@ from typing import Any
 
 from rich.text import Text
 
-from molcli.cli.demo_state import FIGURES, write_json
+from molcli.cli.demo_state import FIGURES, read_tokens
 from molcli.config.sections import Recipe
 from molcli.console import console, printable, say
 from molcli.families.parent import Parent
+from molcli.files.json_files import read_object, write_object
 from molcli.model import MoLForCausalLM
-from molcli.model.checkpoint import default_device, open_checkpoint
+from molcli.model.checkpoint import default_device, open_checkpoint, open_config
 from molcli.model.parent import continue_greedily, open_teacher
 from molcli.report.evaluation import model_figures, parent_figures
 from molcli.report.machine import device_name, versions
@@ -65,8 +65,13 @@ def report(
     """
     parent = parent_figures(before)
     assert parent is not None
-    structures = json.loads((checkpoint / "config.json").read_text())["layer_structures"]
-    receipt = json.loads((checkpoint / "receipt.json").read_text())
+    structures = open_config(checkpoint).layer_structures
+    receipt = read_object(
+        checkpoint / "receipt.json",
+        {"calibration": (dict, type(None))},
+        allowed="the receipt as the demo wrote it",
+        hint="molcli demo --restart",
+    )
     calibration = receipt["calibration"]
     return {
         "parent": asdict(parent),
@@ -90,9 +95,8 @@ def report(
 
 
 def show(figures: dict[str, Any], out: Path, parent: str) -> None:
-    """Write demo.json, the last file of a demo, and print the table and the paths of outputs."""
+    """Print the table and the paths of outputs, then write demo.json, the last file of a demo."""
     path = out / FIGURES
-    write_json(path, figures)
     rows = {
         "parent": ModelFigures(**figures["parent"]),
         "right after upcycling": ModelFigures(**figures["upcycled"]),
@@ -127,11 +131,11 @@ def show(figures: dict[str, Any], out: Path, parent: str) -> None:
     say("\nGo on with")
     for command in commands:
         say("  " + shlex.join(["molcli", *map(str, command)]))
+    write_object(path, figures)
 
 
 def _count_tokens(text: Path) -> int:
-    with text.open(encoding="utf-8") as lines:
-        return sum(len(json.loads(line)["input_ids"]) for line in lines)
+    return sum(length for _, length in read_tokens(text))
 
 
 def _ranges(layers: list[int]) -> str:

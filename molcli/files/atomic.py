@@ -5,7 +5,10 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-SUFFIX = ".molcli-partial"  # of the hidden file beside the output
+
+def partial_of(path: Path) -> Path:
+    """Return the hidden file that becomes this file."""
+    return path.with_name(f".{path.name}.molcli-partial")
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -21,7 +24,7 @@ def write_atomically(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
         return
     path = path.resolve()  # a link stays, and its target is replaced
-    partial = path.with_name(f".{path.name}{SUFFIX}")
+    partial = partial_of(path)
     descriptor = _create(partial)
     try:
         with open(descriptor, "w", encoding="utf-8", closefd=False) as file:
