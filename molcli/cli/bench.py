@@ -8,7 +8,7 @@ import typer
 
 from molcli.api.arguments import open_dense
 from molcli.cli.figures import Json, check_json, show_figures, write_json
-from molcli.cli.options import Overrides, ParentOption, RecipeName
+from molcli.cli.options import Overrides, RecipeName
 from molcli.errors import MolError
 from molcli.report.bars import bar
 
@@ -19,7 +19,16 @@ if TYPE_CHECKING:  # imports torch
 
 OptionalCheckpoint = Annotated[
     Path | None,
-    typer.Argument(metavar="[CKPT]", help="The folder of a Mixture of Layers model."),
+    typer.Argument(metavar="CKPT", help="The folder of a Mixture of Layers model."),
+]
+Peer = Annotated[
+    str | None,
+    typer.Option(
+        "--parent",
+        "-p",
+        metavar="PARENT",
+        help="The dense model to time beside it.",
+    ),
 ]
 Only = Annotated[
     str | None,
@@ -29,13 +38,14 @@ Only = Annotated[
 ]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Of tokens and random weights.")]
 Compiled = Annotated[
-    bool, typer.Option("--compile/--no-compile", help="Compile models for prefill and training.")
+    bool,
+    typer.Option("--compile/--no-compile", help="On a GPU, compile for prefill and training."),
 ]
 
 
 def bench(
     checkpoint: OptionalCheckpoint = None,
-    parent: ParentOption = None,
+    parent: Peer = None,
     only: Only = None,
     json_file: Json = None,
     recipe: RecipeName = None,
@@ -45,7 +55,8 @@ def bench(
 ) -> None:
     """Time a model beside its dense parent, or a Llama of its width: prefill, decoding, training.
 
-    With --recipe in place of a checkpoint, an untrained model of its section `model`.
+    With --recipe in place of CKPT, an untrained model as its section `model` says. The dense model
+    has random weights.
     """
     check_json(json_file)
     from molcli.report.benchmark import benchmark_tables
@@ -84,9 +95,6 @@ def run_bench(
             allowed="--set with --recipe",
         )
     from molcli.config.recipe import load_model_recipe
-
-    hint = "molcli bench --recipe paper-80m-1+3of15"
-    settings = None if recipe is None else load_model_recipe(recipe, overrides or (), hint)
     from molcli.model.checkpoint import default_device
     from molcli.stages.bench import SECTIONS, bench, open_benchmark_pair
     from molcli.stages.init import untrained_config
@@ -97,6 +105,8 @@ def run_bench(
         raise MolError(
             f"--only names {', '.join(unknown) or 'nothing'}", allowed=", ".join(SECTIONS)
         )
+    hint = "molcli bench --recipe paper-80m-1+3of15"
+    settings = None if recipe is None else load_model_recipe(recipe, overrides or (), hint)
     config = None if settings is None else untrained_config(settings.model)
     dense = None if parent is None else open_dense(parent).config
     pair = open_benchmark_pair(config, checkpoint, dense, default_device())

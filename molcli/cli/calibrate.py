@@ -14,7 +14,7 @@ def calibrate(
 ) -> None:
     """Run text through the parent and keep the statistics that `upcycle` fits to.
 
-    Without --data, text is sampled from the parent.
+    Without --data or calibrate.data in the recipe, text is sampled from the parent.
     """
     api.calibrate(parent, out, data=data_for(data), recipe=recipe, settings=overrides or ())
     say(f"Calibration in {out}")

@@ -7,7 +7,16 @@ import typer
 
 from molcli import api
 from molcli.api.arguments import open_dense
-from molcli.cli.options import Data, Out, Overrides, Parent, RecipeName, data_for, recipe_for
+from molcli.cli.options import (
+    Data,
+    Out,
+    Overrides,
+    Parent,
+    RecipeName,
+    ResumableOut,
+    data_for,
+    recipe_for,
+)
 from molcli.console import say
 from molcli.errors import MolError
 from molcli.report.bars import bar
@@ -71,7 +80,9 @@ def _write_tokens(source: str, out: Path, tokenizer: str, limit: int | None) -> 
     from molcli.data.token_folder import write_token_folder
     from molcli.data.tokenizer import find_tokenizer
     from molcli.data.tokenizer import tokenize as encode
+    from molcli.files.folders import refuse_existing
 
+    refuse_existing(out)
     found = find_tokenizer(tokenizer)
     with bar("tokenising") as progress:
         # Ids beyond the tokenizer's are left to the model that reads them: many models pad their
@@ -91,7 +102,7 @@ CacheResume = Annotated[
 @app.command("cache-logits")
 def cache_logits(
     parent: Parent,
-    out: Out,
+    out: ResumableOut,
     data: Data = None,
     top_k: TopK = 64,
     recipe: RecipeName = None,
@@ -108,6 +119,10 @@ def cache_logits(
         raise MolError(
             "there is no text to predict", allowed="--data SOURCE, or train.data in the recipe"
         )
+    from molcli.files.folders import refuse_existing
+
+    if not resume:
+        refuse_existing(out)
     dense = open_dense(parent)
     from molcli.stages.cache_logits import cache_logits as run
 

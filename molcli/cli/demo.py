@@ -19,7 +19,7 @@ from molcli.cli.demo_state import (
     open_state,
     read_tokens,
 )
-from molcli.cli.options import Overrides, ParentOption, RecipeName, recipe_for
+from molcli.cli.options import Overrides, RecipeName, recipe_for
 from molcli.console import say
 from molcli.errors import Interrupted
 from molcli.files.json_files import write_object
@@ -34,6 +34,12 @@ DemoOut = Annotated[
     Path,
     typer.Option("--out", "-o", metavar="DIR", help="The folder to write, or to continue in."),
 ]
+DemoParent = Annotated[
+    str | None,
+    typer.Option(
+        "--parent", "-p", metavar="PARENT", help="A dense model in place of SmolLM2-135M."
+    ),
+]
 Restart = Annotated[
     bool,
     typer.Option("--restart", help="Remove what an earlier demo wrote to --out, and begin again."),
@@ -43,16 +49,16 @@ ON_CPU, ON_GPU = "demo", "demo-gpu"
 
 def demo(
     out: DemoOut = Path("molcli-demo"),
-    parent: ParentOption = None,
+    parent: DemoParent = None,
     recipe: RecipeName = None,
     overrides: Overrides = None,
     restart: Restart = False,
 ) -> None:
-    """Upcycle SmolLM2-135M, train it, and show its routing.
+    """Upcycle SmolLM2-135M, train it, and compare it with its parent.
 
     Needs a package index only: the parent comes from PyPI, or from --parent, and generates all
-    text. Without --recipe, `demo-gpu` on a machine with a GPU, else `demo`. After an interruption,
-    the same command continues.
+    text. The routing is in DIR/routing.json. Without --recipe, `demo-gpu` on a machine with a GPU,
+    else `demo`. After an interruption, the same command continues.
     """
     settings = recipe_for(recipe or ON_CPU, overrides)
     check_folder(out, restart=restart)

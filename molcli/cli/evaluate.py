@@ -40,8 +40,9 @@ def evaluate(
 ) -> None:
     """Measure a model, and its parent beside it with --parent.
 
-    Always: recall of a value by its key. With --data, held-out text: cross-entropy, KL to the
-    parent, and how long greedy continuations of both agree. With --tasks, tasks of lm-eval.
+    Recall of a value by its key, where there is a tokenizer. With --data, held-out text:
+    cross-entropy; with --parent, too, KL and how long greedy continuations of both agree. With
+    --tasks, tasks of lm-eval. Without --recipe, the recipe saved in CKPT is used.
     """
     check_json(json_file)
     report = api.evaluate(

@@ -1,6 +1,7 @@
 """The figures of a command: printed, and written to the file of `--json`."""
 
 import os
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -37,16 +38,13 @@ def check_json(path: Path | None) -> None:
         raise MolError(
             f"--json is {path}, and there is no folder {folder}",
             allowed="a file in a folder that exists",
-            hint=f"mkdir -p {folder}, or --json {path.name or 'figures.json'}",
+            hint=f"mkdir -p {shlex.quote(str(folder))}",
         )
-    # A regular file is replaced by a new one: its folder is written.
-    written = path if path.exists() and not path.is_file() else folder
-    if not _is_writable(written):
-        raise MolError(
-            f"--json is {path}, and {written} cannot be written",
-            allowed="a file in a folder that you may write",
-            hint=f"--json ~/{path.name}",
-        )
+    if path.exists() and not path.is_file() and not os.access(path, os.W_OK):  # a pipe or a device
+        raise MolError(f"--json is {path}, which cannot be written", allowed="a file to write")
+    from molcli.files.writable import check_writable
+
+    check_writable(path)
 
 
 def show_figures(
@@ -65,19 +63,3 @@ def write_json(path: Path | None, figures: dict[str, Any]) -> None:
         from molcli.files.json_files import write_object
 
         write_object(path, figures)
-
-
-def _is_writable(path: Path) -> bool:
-    """Whether the path can be written, not only by its mode: root may, and a disk may be read-only.
-
-    A folder is tried with a file that is removed again.
-    """
-    if not path.is_dir():
-        return os.access(path, os.W_OK)
-    trial = path / f".molcli-{os.getpid()}.trial"
-    try:
-        os.close(os.open(trial, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
-    except OSError:
-        return False
-    trial.unlink()
-    return True

@@ -26,7 +26,10 @@ def init(recipe: RecipeArgument, out: Out, overrides: Overrides = None) -> None:
 
     hint = f"molcli init {EXAMPLE} {shlex.quote(str(out))}"
     settings = load_model_recipe(recipe, overrides or (), hint)
+    from molcli.files.folders import refuse_existing
     from molcli.stages.init import init as write
+
+    refuse_existing(out)
 
     with bar("initialising") as progress:
         write(settings, out)

@@ -12,7 +12,11 @@ def inspect(
     recipe: RecipeName = None,
     overrides: Overrides = None,
 ) -> None:
-    """Show the routing: load, entropy, dead blocks, weights, and gaps between routed tokens."""
+    """Show the routing: load, entropy, dead blocks, weights, and gaps between routed tokens.
+
+    The table has a line for each layer, the file of --json the figures of each block.
+    Without --recipe, the recipe saved in CKPT is used.
+    """
     check_json(json_file)
     report = api.inspect(checkpoint, data, recipe=recipe, settings=overrides or ())
     from molcli.report.routing import routing_table

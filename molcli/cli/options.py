@@ -40,7 +40,11 @@ Parent = Annotated[
 Checkpoint = Annotated[
     Path, typer.Argument(metavar="CKPT", help="The folder of a Mixture of Layers model.")
 ]
-Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; must not exist.")]
+_OUT = "The folder to write; must not exist, or be empty"
+Out = Annotated[Path, typer.Argument(metavar="OUT", help=f"{_OUT}.")]
+ResumableOut = Annotated[
+    Path, typer.Argument(metavar="OUT", help=f"{_OUT}, or hold the run that --resume continues.")
+]
 RecipeName = Annotated[
     str | None,
     typer.Option(
@@ -91,7 +95,7 @@ Calibration = Annotated[
     typer.Option(
         "--calibration",
         metavar="DIR",
-        help="A folder that `molcli calibrate` wrote for this parent.",
+        help="A folder that `molcli calibrate` wrote for the parent.",
     ),
 ]
 

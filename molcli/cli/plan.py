@@ -1,6 +1,7 @@
 """`molcli plan`: estimate what shapes of a converted model would cost."""
 
 import shlex
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -46,9 +47,12 @@ def plan(
 ) -> None:
     """Estimate size, operations, memory and time of shapes from the parent's configuration alone.
 
-    With --calibration, also forecast the KL to the parent right after conversion.
+    Nothing is run. With --calibration, the KL to the parent right after conversion is forecast,
+    too, from the parent's weights and the statistics in that folder. The shapes are chosen here:
+    --set changes other things, such as train.tokens or upcycle.layers.
     """
     check_json(json_file)
+    _refuse_shapes(overrides or ())
     found = api.plan(
         parent,
         active=_parse_share(active),
@@ -92,3 +96,17 @@ def _parse_share(text: str) -> float:
     if not 0 < share <= 1:
         raise MolError(f"--active is {text}", allowed="more than 0% to 100%", hint="--active 50%")
     return share
+
+
+def _refuse_shapes(overrides: Sequence[str]) -> None:
+    """Raise MolError for a setting of the command line that is not used here."""
+    from molcli.config.sections import SHAPE_KEYS
+
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if key in {f"upcycle.{name}" for name in (*SHAPE_KEYS, "preset")}:
+            raise MolError(
+                f"--set {key} has no effect: plan compares shapes of its own choice",
+                allowed="--set for other things, such as upcycle.layers",
+                hint="--active 50% for the size of the model",
+            )

@@ -19,10 +19,10 @@ from molcli.cli.distributed import (
 from molcli.cli.options import (
     Checkpoint,
     Data,
-    Out,
     Overrides,
     ParentOption,
     RecipeName,
+    ResumableOut,
     data_for,
 )
 from molcli.console import console, say
@@ -59,7 +59,7 @@ Logits = Annotated[
 
 def train(
     checkpoint: Checkpoint,
-    out: Out,
+    out: ResumableOut,
     data: Data = None,
     parent: ParentOption = None,
     logits: Logits = None,

@@ -26,6 +26,11 @@ Data = str | dict[str, float]
 tokens, in any unit. A source is a .txt, .jsonl or .parquet file, a folder of `molcli data
 tokenize`, or a data set on the Hub as hf://org/name[:config[:split]]."""
 Preset = Literal["quality", "balanced", "fast"]
+SHAPE_KEYS = (
+    *("d_thin", "d_ff_thin", "num_heads_thin"),
+    *("d_thin_shared", "d_ff_thin_shared", "num_heads_shared"),
+)
+"""Keys of the section `upcycle`: the six numbers of a block's shape."""
 PRESETS: tuple[Preset, ...] = get_args(Preset)
 
 

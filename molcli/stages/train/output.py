@@ -15,6 +15,7 @@ from molcli.data.tokenizer import open_tokenizer
 from molcli.errors import MolError
 from molcli.files.generation_config import read_generation, write_generation
 from molcli.files.tensors import ShardedWriter, TensorReader
+from molcli.files.writable import check_writable
 from molcli.model import MoLForCausalLM
 from molcli.model.checkpoint import open_config
 from molcli.stages.train.distributed import first_error, full_tensor
@@ -42,6 +43,7 @@ def check_output(out: Path, *, resume: bool) -> None:
             f"{out} exists and is not empty",
             allowed="a path that does not exist yet, or --resume to continue the run in it",
         )
+    check_writable(out)
     if resume and not out.is_dir():
         raise MolError(f"there is no run to resume in {out}", hint="the command without --resume")
 
