@@ -46,12 +46,15 @@ def _lines(error: BaseException) -> tuple[int, list[tuple[str, str, str]]]:
             lines.append(("bold green", "resume: ", error.resume))
         return 128 + error.signal, lines
     if isinstance(error, MolError):
-        lines = [("bold red", "error: ", error.found)]
-        if error.allowed:
-            lines.append(("bold", "allowed: ", error.allowed))
-        if error.hint:
-            lines.append(("bold green", "try: ", error.hint))
-        return 2, lines
+        parts = [
+            ("bold red", "error: ", error.found),
+            ("bold", "allowed: ", error.allowed),
+            ("bold green", "try: ", error.hint),
+        ]
+        # A line each: a name with a line break must not look like another message.
+        return 2, [
+            (style, label, " ".join(text.splitlines())) for style, label, text in parts if text
+        ]
     if isinstance(error, MemoryError | RuntimeError) and _is_out_of_memory(error):
         return 1, [
             ("bold red", "error: ", f"out of memory: {error}".rstrip(": ")),
