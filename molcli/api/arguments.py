@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from molcli.console import note
 from molcli.errors import MolError
 
 if TYPE_CHECKING:  # these import torch or a YAML parser: `molcli --help` answers without them
@@ -88,5 +88,5 @@ def open_dense(parent: str | Path | Parent, *, show_note: bool = True) -> Parent
         return parent
     opened = open_parent(parent)
     if opened.note and show_note:
-        sys.stderr.write(f"note: {opened.note}\n")
+        note(opened.note)
     return opened

@@ -191,6 +191,9 @@ def calibrate(
     """
     out = Path(out)
     found = with_data(resolve_recipe("calibrate", recipe, settings, values), as_data(data))
+    from molcli.files.folders import refuse_existing
+
+    refuse_existing(out)
     dense = open_dense(parent, show_note=progress)
     from molcli.stages.calibrate import calibrate as run
 

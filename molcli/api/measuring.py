@@ -124,7 +124,7 @@ def inspect(
     progress: bool = True,
     **values: Any,
 ) -> RoutingReport:
-    """Count which tokens each routed block processes.
+    """Count the tokens that each routed block processes.
 
     Args:
         checkpoint: The folder of a Mixture of Layers model.
@@ -175,7 +175,7 @@ def plan(
         recipe: A .yaml file, the name of a bundled recipe, or a loaded recipe.
         settings: Values that replace those of the recipe.
         progress: Draw a progress bar.
-        **values: Keys of the section `upcycle` that are no matter of shape, such as layers="auto".
+        **values: Keys of the section `upcycle` but for those of shapes, which are chosen here.
 
     Returns:
         The candidates, and the name of the recommended one.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from molcli.api.arguments import Settings, Text, as_data, open_dense, resolve_recipe
+from molcli.console import console
 from molcli.errors import MolError
 from molcli.ranks import is_main, ranks
 from molcli.report.bars import bar
@@ -168,8 +169,6 @@ def _planned(
     recipe: Recipe, checkpoint: Path, processes: int, *, has_parent: bool, shown: bool
 ) -> Recipe:
     """The recipe with stages planned for the model, which are printed if `shown`."""
-    from rich.console import Console
-
     from molcli.config.stages import resolve
     from molcli.model.checkpoint import open_config
     from molcli.report.training import stages_table
@@ -180,7 +179,7 @@ def _planned(
     config = plan(recipe.train, open_config(checkpoint), situation)
     if shown:
         title = f"Stages planned for {config.tokens:,} tokens"
-        Console().print(stages_table(resolve(config, has_parent=has_parent), title))
+        console().print(stages_table(resolve(config, has_parent=has_parent), title))
     return replace(recipe, train=config)
 
 

@@ -1,12 +1,14 @@
 """`molcli bench`: time a model beside a dense one, on this machine."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from molcli.api.arguments import open_dense
-from molcli.cli.options import Json, Overrides, ParentOption, RecipeName, recipe_for, write_json
+from molcli.cli.figures import Json, check_json, show_figures, write_json
+from molcli.cli.options import Overrides, RecipeName
 from molcli.errors import MolError
 from molcli.report.bars import bar
 
@@ -17,7 +19,16 @@ if TYPE_CHECKING:  # imports torch
 
 OptionalCheckpoint = Annotated[
     Path | None,
-    typer.Argument(metavar="[CKPT]", help="The folder of a Mixture of Layers model."),
+    typer.Argument(metavar="CKPT", help="The folder of a Mixture of Layers model."),
+]
+Peer = Annotated[
+    str | None,
+    typer.Option(
+        "--parent",
+        "-p",
+        metavar="PARENT",
+        help="The dense model to time beside it.",
+    ),
 ]
 Only = Annotated[
     str | None,
@@ -27,13 +38,14 @@ Only = Annotated[
 ]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Of tokens and random weights.")]
 Compiled = Annotated[
-    bool, typer.Option("--compile/--no-compile", help="Compile models for prefill and training.")
+    bool,
+    typer.Option("--compile/--no-compile", help="On a GPU, compile for prefill and training."),
 ]
 
 
 def bench(
     checkpoint: OptionalCheckpoint = None,
-    parent: ParentOption = None,
+    parent: Peer = None,
     only: Only = None,
     json_file: Json = None,
     recipe: RecipeName = None,
@@ -43,19 +55,19 @@ def bench(
 ) -> None:
     """Time a model beside its dense parent, or a Llama of its width: prefill, decoding, training.
 
-    With --recipe in place of a checkpoint, an untrained model of its section `model`.
+    With --recipe in place of CKPT, an untrained model as its section `model` says. The dense model
+    has random weights.
     """
-    from rich.console import Console
-
+    check_json(json_file)
     from molcli.report.benchmark import benchmark_tables
 
     def save(report: "Report") -> None:
-        write_json(json_file, report.to_json())
+        # A full disk does not stop the measurements; writing fails again after they are printed.
+        with suppress(OSError):
+            write_json(json_file, report.to_json())
 
     report = run_bench(checkpoint, parent, only, recipe, overrides, seed, compiled, save)
-    console = Console()
-    for part in benchmark_tables(report):
-        console.print(part)
+    show_figures(benchmark_tables(report), json_file, report.to_json())
 
 
 def run_bench(
@@ -77,7 +89,12 @@ def run_bench(
             allowed="a checkpoint, or --recipe for an untrained model",
             hint="molcli bench --recipe paper-1.3b-1+3of15",
         )
-    settings = None if recipe is None else recipe_for(recipe, overrides)
+    if recipe is None and overrides:
+        raise MolError(
+            f"--set {overrides[0]} changes a recipe, and a checkpoint is timed as it is",
+            allowed="--set with --recipe",
+        )
+    from molcli.config.recipe import load_model_recipe
     from molcli.model.checkpoint import default_device
     from molcli.stages.bench import SECTIONS, bench, open_benchmark_pair
     from molcli.stages.init import untrained_config
@@ -88,6 +105,8 @@ def run_bench(
         raise MolError(
             f"--only names {', '.join(unknown) or 'nothing'}", allowed=", ".join(SECTIONS)
         )
+    hint = "molcli bench --recipe paper-80m-1+3of15"
+    settings = None if recipe is None else load_model_recipe(recipe, overrides or (), hint)
     config = None if settings is None else untrained_config(settings.model)
     dense = None if parent is None else open_dense(parent).config
     pair = open_benchmark_pair(config, checkpoint, dense, default_device())

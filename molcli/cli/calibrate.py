@@ -1,9 +1,8 @@
 """`molcli calibrate`: collect what the conversion needs to know about the parent's activations."""
 
-import typer
-
 from molcli import api
 from molcli.cli.options import Data, Out, Overrides, Parent, RecipeName, data_for
+from molcli.console import say
 
 
 def calibrate(
@@ -15,7 +14,7 @@ def calibrate(
 ) -> None:
     """Run text through the parent and keep the statistics that `upcycle` fits to.
 
-    Without --data, text is sampled from the parent.
+    Without --data or calibrate.data in the recipe, text is sampled from the parent.
     """
     api.calibrate(parent, out, data=data_for(data), recipe=recipe, settings=overrides or ())
-    typer.echo(f"Calibration in {out}")
+    say(f"Calibration in {out}")

@@ -7,7 +7,17 @@ import typer
 
 from molcli import api
 from molcli.api.arguments import open_dense
-from molcli.cli.options import Data, Out, Overrides, Parent, RecipeName, data_for, recipe_for
+from molcli.cli.options import (
+    Data,
+    Out,
+    Overrides,
+    Parent,
+    RecipeName,
+    ResumableOut,
+    data_for,
+    recipe_for,
+)
+from molcli.console import say
 from molcli.errors import MolError
 from molcli.report.bars import bar
 
@@ -40,7 +50,7 @@ def sample(
     """Sample text from the parent, for use where there is no data set."""
     values: dict[str, Any] = {} if prompts is None else {"prompts": prompts}
     api.sample(parent, out, recipe=recipe, settings=overrides or (), **values)
-    typer.echo(f"Text in {out}")
+    say(f"Text in {out}")
 
 
 Source = Annotated[
@@ -61,7 +71,7 @@ Limit = Annotated[
 @app.command("tokenize")
 def tokenize(source: Source, out: Out, tokenizer: TokenizerOption, tokens: Limit = None) -> None:
     """Tokenise text once, for many runs: `--data OUT` maps the tokens into memory."""
-    typer.echo(f"{_write_tokens(source, out, tokenizer, tokens):,} tokens in {out}")
+    say(f"{_write_tokens(source, out, tokenizer, tokens):,} tokens in {out}")
 
 
 def _write_tokens(source: str, out: Path, tokenizer: str, limit: int | None) -> int:
@@ -70,7 +80,9 @@ def _write_tokens(source: str, out: Path, tokenizer: str, limit: int | None) -> 
     from molcli.data.token_folder import write_token_folder
     from molcli.data.tokenizer import find_tokenizer
     from molcli.data.tokenizer import tokenize as encode
+    from molcli.files.folders import refuse_existing
 
+    refuse_existing(out)
     found = find_tokenizer(tokenizer)
     with bar("tokenising") as progress:
         # Ids beyond the tokenizer's are left to the model that reads them: many models pad their
@@ -90,7 +102,7 @@ CacheResume = Annotated[
 @app.command("cache-logits")
 def cache_logits(
     parent: Parent,
-    out: Out,
+    out: ResumableOut,
     data: Data = None,
     top_k: TopK = 64,
     recipe: RecipeName = None,
@@ -107,9 +119,13 @@ def cache_logits(
         raise MolError(
             "there is no text to predict", allowed="--data SOURCE, or train.data in the recipe"
         )
+    from molcli.files.folders import refuse_existing
+
+    if not resume:
+        refuse_existing(out)
     dense = open_dense(parent)
     from molcli.stages.cache_logits import cache_logits as run
 
     with bar("caching") as progress:
         tokens = run(dense, text, config, out, top_k=top_k, resume=resume, progress=progress)
-    typer.echo(f"Predictions for {tokens:,} tokens in {out}")
+    say(f"Predictions for {tokens:,} tokens in {out}")

@@ -1,6 +1,5 @@
 """`molcli demo`: the whole path on a real model."""
 
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -13,9 +12,17 @@ import typer
 from molcli import api
 from molcli.api.arguments import open_dense
 from molcli.api.conversion import with_data
-from molcli.cli.demo_state import DemoState, check_folder, demo_identity, open_state, write_json
-from molcli.cli.options import Overrides, ParentOption, RecipeName, recipe_for
+from molcli.cli.demo_state import (
+    DemoState,
+    check_folder,
+    demo_identity,
+    open_state,
+    read_tokens,
+)
+from molcli.cli.options import Overrides, RecipeName, recipe_for
+from molcli.console import say
 from molcli.errors import Interrupted
+from molcli.files.json_files import write_object
 from molcli.report.bars import bar
 
 if TYPE_CHECKING:  # these import torch, or take time to import
@@ -27,6 +34,12 @@ DemoOut = Annotated[
     Path,
     typer.Option("--out", "-o", metavar="DIR", help="The folder to write, or to continue in."),
 ]
+DemoParent = Annotated[
+    str | None,
+    typer.Option(
+        "--parent", "-p", metavar="PARENT", help="A dense model in place of SmolLM2-135M."
+    ),
+]
 Restart = Annotated[
     bool,
     typer.Option("--restart", help="Remove what an earlier demo wrote to --out, and begin again."),
@@ -36,16 +49,16 @@ ON_CPU, ON_GPU = "demo", "demo-gpu"
 
 def demo(
     out: DemoOut = Path("molcli-demo"),
-    parent: ParentOption = None,
+    parent: DemoParent = None,
     recipe: RecipeName = None,
     overrides: Overrides = None,
     restart: Restart = False,
 ) -> None:
-    """Upcycle SmolLM2-135M, train it, and show its routing.
+    """Upcycle SmolLM2-135M, train it, and compare it with its parent.
 
     Needs a package index only: the parent comes from PyPI, or from --parent, and generates all
-    text. Without --recipe, `demo-gpu` on a machine with a GPU, else `demo`. After an interruption,
-    the same command continues.
+    text. The routing is in DIR/routing.json. Without --recipe, `demo-gpu` on a machine with a GPU,
+    else `demo`. After an interruption, the same command continues.
     """
     settings = recipe_for(recipe or ON_CPU, overrides)
     check_folder(out, restart=restart)
@@ -55,7 +68,7 @@ def demo(
     if recipe is None and default_device().type == "cuda":
         settings = recipe_for(ON_GPU, overrides)
     title = "The parent: SmolLM2-135M-Instruct" if parent is None else parent
-    typer.secho(title, err=True, dim=True)
+    say(title, stderr=True, style="dim")
     start = monotonic()
     dense = open_dense(parent if parent is not None else _fetched())
     seconds = round(monotonic() - start, 1)
@@ -111,7 +124,7 @@ def _run_stages(dense: "DenseParent", settings: "Recipe", state: DemoState) -> N
             )
 
     def inspect() -> None:
-        write_json(routing, api.inspect(trained, heldout, recipe=settings).to_json())
+        write_object(routing, api.inspect(trained, heldout, recipe=settings).to_json())
 
     state.run("upcycle", "Layers become thin blocks, fitted to the parent's activations", upcycle)
     sentence = "On the held-out text, right after upcycling"
@@ -120,7 +133,7 @@ def _run_stages(dense: "DenseParent", settings: "Recipe", state: DemoState) -> N
     state.run("train", sentence, train)
     sentence = "On the held-out text, after training"
     after = state.run("evaluate_trained", sentence, lambda: evaluate(trained))
-    state.run("inspect", "Which tokens each block sees", inspect)
+    state.run("inspect", "How many tokens each block processes", inspect)
     sentence = "A greedy continuation from both"
     texts = state.run("generate", sentence, lambda: continuations(trained, dense))
     evaluations = Evaluation(**before), Evaluation(**after)
@@ -135,10 +148,10 @@ def _split(drawn: Path, first: Path, tokens: int, rest: Path) -> None:
     exists, the other two may be incomplete.
     """
     count = 0
-    with drawn.open() as documents, first.open("w") as before, rest.open("w") as after:
-        for line in documents:
+    with first.open("w", encoding="utf-8") as before, rest.open("w", encoding="utf-8") as after:
+        for line, length in read_tokens(drawn):
             (before if count < tokens else after).write(line)
-            count += len(json.loads(line)["input_ids"])
+            count += length
     drawn.unlink()
 
 

@@ -1,18 +1,19 @@
 """The results of the demo: `demo.json`, and the table at its end."""
 
-import json
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
-from molcli.cli.demo_state import FIGURES, write_json
+from molcli.cli.demo_state import FIGURES, read_tokens
 from molcli.config.sections import Recipe
+from molcli.console import console, printable, say
 from molcli.families.parent import Parent
+from molcli.files.json_files import read_object, write_object
 from molcli.model import MoLForCausalLM
-from molcli.model.checkpoint import default_device, open_checkpoint
+from molcli.model.checkpoint import default_device, open_checkpoint, open_config
 from molcli.model.parent import continue_greedily, open_teacher
 from molcli.report.evaluation import model_figures, parent_figures
 from molcli.report.machine import device_name, versions
@@ -64,8 +65,13 @@ def report(
     """
     parent = parent_figures(before)
     assert parent is not None
-    structures = json.loads((checkpoint / "config.json").read_text())["layer_structures"]
-    receipt = json.loads((checkpoint / "receipt.json").read_text())
+    structures = open_config(checkpoint).layer_structures
+    receipt = read_object(
+        checkpoint / "receipt.json",
+        {"calibration": (dict, type(None))},
+        allowed="the receipt as the demo wrote it",
+        hint="molcli demo --restart",
+    )
     calibration = receipt["calibration"]
     return {
         "parent": asdict(parent),
@@ -89,9 +95,8 @@ def report(
 
 
 def show(figures: dict[str, Any], out: Path, parent: str) -> None:
-    """Write demo.json, the last file of a demo, and print the table and the paths of outputs."""
+    """Print the table and the paths of outputs, then write demo.json, the last file of a demo."""
     path = out / FIGURES
-    write_json(path, figures)
     rows = {
         "parent": ModelFigures(**figures["parent"]),
         "right after upcycling": ModelFigures(**figures["upcycled"]),
@@ -99,37 +104,38 @@ def show(figures: dict[str, Any], out: Path, parent: str) -> None:
     }
     tokens, converted = figures["tokens"], figures["layers"]["converted"]
     title = f"{tokens['heldout']:,} held-out tokens, nats a token"
-    console = Console(highlight=False)
-    console.print(model_table(title, rows))
-    console.print(
+    printer = console()
+    printer.print(model_table(title, rows))
+    printer.print(
         f"{len(converted)} of {figures['layers']['of']} layers converted "
         f"({_ranges(converted)}), fitted on {tokens['calibration']:,} tokens, trained on "
         f"{tokens['training']:,} ({tokens['training'] / tokens['text']:.1f} passes over "
         f"{tokens['text']:,}), in {_minutes(figures['seconds']['total'])} on {figures['device']}.",
     )
     for name, text in figures["continuations"].items():
-        console.print(f"\n[bold]{name}:[/bold] {escape(' '.join(text.split()))}")
+        words = printable(" ".join(text.split()))
+        printer.print(Text.assemble("\n", (f"{name}:", "bold"), f" {words}"))
     places = {
         "checkpoint": out / "trained",
         "routing report": out / "routing.json",
         "these figures": path,
     }
-    console.print()
+    say("")
     for name, place in places.items():
-        console.print(f"{name:<15} {escape(str(place))}", soft_wrap=True)
+        say(f"{name:<15} {place}")
     commands = (
-        f"molcli inspect {out / 'trained'} --data {out / 'heldout.jsonl'}",
-        f"molcli train {out / 'trained'} {out / 'longer'} --data YOUR.txt --parent {parent}",
-        f"molcli upcycle {parent} {out / 'all-layers'} --recipe smollm2-135m --data YOUR.txt",
+        ["inspect", out / "trained", "--data", out / "heldout.jsonl"],
+        ["train", out / "trained", out / "longer", "--data", "YOUR.txt", "--parent", parent],
+        ["upcycle", parent, out / "all-layers", "--recipe", "smollm2-135m", "--data", "YOUR.txt"],
     )
-    console.print("\nGo on with")
+    say("\nGo on with")
     for command in commands:
-        console.print(f"  {escape(command)}", soft_wrap=True)
+        say("  " + shlex.join(["molcli", *map(str, command)]))
+    write_object(path, figures)
 
 
 def _count_tokens(text: Path) -> int:
-    with text.open(encoding="utf-8") as lines:
-        return sum(len(json.loads(line)["input_ids"]) for line in lines)
+    return sum(length for _, length in read_tokens(text))
 
 
 def _ranges(layers: list[int]) -> str:

@@ -1,20 +1,23 @@
 """Record the finished stages of a demo, so that the same command continues an interrupted one."""
 
+import hashlib
 import json
+import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
-import typer
-
 from molcli import __version__
 from molcli.config.sections import Recipe
+from molcli.console import say
 from molcli.errors import MolError
+from molcli.files.json_files import read_object, shortened, write_object
 
 STATE, FIGURES = "demo-state.json", "demo.json"
+_FIELDS = ("identity", "results", "seconds")
 # Everything that a demo writes; --restart removes nothing else.
 _OUTPUTS = (
     *("drawn.jsonl", "heldout.jsonl", "text.jsonl", "upcycled", "trained", "routing.json"),
@@ -50,9 +53,9 @@ class DemoState:
             The result of the stage, JSON-serialisable.
         """
         if name in self.results:
-            typer.secho(f"{sentence} (done before)", err=True, dim=True)
+            say(f"{sentence} (done before)", stderr=True, style="dim")
             return self.results[name]
-        typer.secho(sentence, err=True, dim=True)
+        say(sentence, stderr=True, style="dim")
         start = monotonic()
         try:
             self.results[name] = stage()
@@ -63,15 +66,9 @@ class DemoState:
 
     def save(self) -> None:
         """Write STATE atomically."""
-        content = {name: getattr(self, name) for name in ("identity", "results", "seconds")}
-        write_json(self.folder / STATE, content)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file atomically."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+        content = {name: getattr(self, name) for name in _FIELDS}
+        content = json.loads(json.dumps(content))  # as it is read back, for the sum
+        write_object(self.folder / STATE, content | {"sum": _sum(content)})
 
 
 def demo_identity(recipe: Recipe, parent: str) -> dict[str, Any]:
@@ -86,15 +83,17 @@ def check_folder(out: Path, *, restart: bool) -> None:
     Raises:
         MolError: if the folder is not a demo's, or holds a finished demo and `restart` is not set.
     """
+    from molcli.files.atomic import partial_of
     from molcli.files.folders import refuse_existing
 
     if not (out / STATE).is_file():
-        refuse_existing(out)
+        if _names(out) != {partial_of(out / STATE).name}:  # that of a demo killed at its beginning
+            refuse_existing(out)
     elif (out / FIGURES).is_file() and not restart:
         raise MolError(
             f"{out} holds a finished demo",
             allowed="--restart to begin again, or another folder",
-            hint=f"molcli demo --out {out} --restart",
+            hint=shlex.join(["molcli", "demo", "--out", str(out), "--restart"]),
         )
 
 
@@ -119,10 +118,14 @@ def open_state(out: Path, identity: dict[str, Any], *, restart: bool) -> DemoSta
             f"{out} holds an unfinished demo with other "
             + ", ".join(_differences(state.identity, identity)),
             allowed="the command that it was started with, or --restart to begin again",
-            hint=f"molcli demo --out {out} --restart",
+            hint=shlex.join(["molcli", "demo", "--out", str(out), "--restart"]),
         )
     state.save()
     return state
+
+
+def _names(folder: Path) -> set[str]:
+    return {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
 
 
 def _clear(out: Path) -> None:
@@ -143,14 +146,46 @@ def _read(out: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return {name: dict(content[name]) for name in ("identity", "results", "seconds")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise MolError(
-            f"{path} is damaged ({error})",
-            allowed="the file as the demo wrote it, or --restart to begin again",
-            hint=f"molcli demo --out {out} --restart",
-        ) from error
+        content = read_object(
+            path, dict.fromkeys(_FIELDS, dict) | {"sum": str}, allowed="", hint=""
+        )
+    except MolError as error:
+        raise damaged(path, error.found.removeprefix(f"{path} ")) from error
+    found = {name: content[name] for name in _FIELDS}
+    if content["sum"] != _sum(found):
+        raise damaged(path, "its content has another sum than was written with it")
+    return found
+
+
+def read_tokens(path: Path) -> Iterator[tuple[str, int]]:
+    """Yield each line of a file of sampled documents, and its number of tokens.
+
+    Raises:
+        MolError: The file is not as the demo wrote it.
+    """
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for line in lines:
+                ids = json.loads(line)["input_ids"]
+                if not isinstance(ids, list):
+                    raise TypeError("input_ids is no list")
+                yield line, len(ids)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise damaged(path, str(error)) from error
+
+
+def damaged(path: Path, problem: str) -> MolError:
+    """Return the error for a file of the demo that is not as it was written."""
+    return MolError(
+        f"{path} is damaged ({shortened(problem, 200)})",
+        allowed="the file as the demo wrote it, or --restart to begin again",
+        hint=shlex.join(["molcli", "demo", "--out", str(path.parent), "--restart"]),
+    )
+
+
+def _sum(content: dict[str, Any]) -> str:
+    """A sum over the values, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

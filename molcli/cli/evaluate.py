@@ -6,15 +6,15 @@ from typing import Annotated
 import typer
 
 from molcli import api
+from molcli.cli.figures import Json, check_json, show_figures
 from molcli.cli.options import (
     Checkpoint,
-    Json,
     OneSource,
     Overrides,
     ParentOption,
     RecipeName,
-    write_json,
 )
+from molcli.console import note
 
 TaskNames = Annotated[
     str | None,
@@ -40,9 +40,11 @@ def evaluate(
 ) -> None:
     """Measure a model, and its parent beside it with --parent.
 
-    Always: recall of a value by its key. With --data, held-out text: cross-entropy, KL to the
-    parent, and how long greedy continuations of both agree. With --tasks, tasks of lm-eval.
+    Recall of a value by its key, where there is a tokenizer. With --data, held-out text:
+    cross-entropy; with --parent, too, KL and how long greedy continuations of both agree. With
+    --tasks, tasks of lm-eval. Without --recipe, the recipe saved in CKPT is used.
     """
+    check_json(json_file)
     report = api.evaluate(
         checkpoint,
         data=data,
@@ -52,13 +54,8 @@ def evaluate(
         recipe=recipe,
         settings=overrides or (),
     )
-    write_json(json_file, report.to_json())
-    from rich.console import Console
-
     from molcli.report.evaluation import evaluation_tables
 
-    console = Console()
-    for table in evaluation_tables(str(checkpoint), report):
-        console.print(table)
     for figure, reason in report.skipped.items():
-        typer.echo(f"note: no {figure}: {reason}", err=True)
+        note(f"no {figure}: {reason}")
+    show_figures(evaluation_tables(str(checkpoint), report), json_file, report.to_json())

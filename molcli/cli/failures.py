@@ -5,9 +5,12 @@ import re
 import traceback
 
 from molcli.cli.distributed import first_to_print
+from molcli.console import console, printable
 from molcli.errors import Interrupted, MolError
 
 DEBUG = "MOLCLI_DEBUG"
+# What torch raises on a CPU has no class of its own.
+_NO_MEMORY = re.compile("can't allocate memory|not enough memory")
 # Errors of gloo and NCCL in a process when another one was killed.
 _PEER_GONE = re.compile("Connection closed by peer|Connection reset by peer|DistBackendError")
 
@@ -21,17 +24,15 @@ def explain(error: BaseException) -> int:
         The exit status. 2: the user can correct it (MolError). 128 + signal: interrupted, 130 by
         Ctrl-C. 1: the machine ran out of something, or a bug.
     """
-    from rich.console import Console
     from rich.text import Text
 
     status, lines = _lines(error)
-    console = Console(stderr=True, highlight=False)
+    errors = console(stderr=True)
     with first_to_print() as here:
         for style, label, text in lines if here else ():
-            # Text, not markup: messages hold [0, 2] and paths.
-            console.print(Text.assemble((label, style), text), soft_wrap=True)
+            errors.print(Text.assemble((label, style), printable(text)), soft_wrap=True)
         if os.environ.get(DEBUG):
-            console.print(Text("".join(traceback.format_exception(error))), soft_wrap=True)
+            errors.print("".join(traceback.format_exception(error)), soft_wrap=True)
     return status
 
 
@@ -45,13 +46,16 @@ def _lines(error: BaseException) -> tuple[int, list[tuple[str, str, str]]]:
             lines.append(("bold green", "resume: ", error.resume))
         return 128 + error.signal, lines
     if isinstance(error, MolError):
-        lines = [("bold red", "error: ", error.found)]
-        if error.allowed:
-            lines.append(("bold", "allowed: ", error.allowed))
-        if error.hint:
-            lines.append(("bold green", "try: ", error.hint))
-        return 2, lines
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        parts = [
+            ("bold red", "error: ", error.found),
+            ("bold", "allowed: ", error.allowed),
+            ("bold green", "try: ", error.hint),
+        ]
+        # A line each: a name with a line break must not look like another message.
+        return 2, [
+            (style, label, " ".join(text.splitlines())) for style, label, text in parts if text
+        ]
+    if isinstance(error, MemoryError | RuntimeError) and _is_out_of_memory(error):
         return 1, [
             ("bold red", "error: ", f"out of memory: {error}".rstrip(": ")),
             ("bold green", "try: ", "a smaller batch_size or micro_batch_size with --set"),
@@ -74,3 +78,9 @@ def _lines(error: BaseException) -> tuple[int, list[tuple[str, str, str]]]:
             f"appear. {DEBUG}=1 in front of the command shows the traceback to report with it.",
         ),
     ]
+
+
+def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return _NO_MEMORY.search(str(error)) is not None

@@ -1,12 +1,15 @@
 """`molcli init`: write an untrained Mixture of Layers model."""
 
+import shlex
 from typing import Annotated
 
 import typer
 
-from molcli.cli.options import Out, Overrides, complete_recipe, recipe_for
+from molcli.cli.options import Out, Overrides, complete_recipe
+from molcli.console import say
 from molcli.report.bars import bar
 
+EXAMPLE = "paper-80m-1+3of15"
 RecipeArgument = Annotated[
     str,
     typer.Argument(
@@ -19,10 +22,16 @@ RecipeArgument = Annotated[
 
 def init(recipe: RecipeArgument, out: Out, overrides: Overrides = None) -> None:
     """Write an untrained checkpoint, such as those of the paper."""
-    settings = recipe_for(recipe, overrides)
+    from molcli.config.recipe import load_model_recipe
+
+    hint = f"molcli init {EXAMPLE} {shlex.quote(str(out))}"
+    settings = load_model_recipe(recipe, overrides or (), hint)
+    from molcli.files.folders import refuse_existing
     from molcli.stages.init import init as write
+
+    refuse_existing(out)
 
     with bar("initialising") as progress:
         write(settings, out)
         progress(1, 1)
-    typer.echo(f"Untrained model in {out}")
+    say(f"Untrained model in {out}")

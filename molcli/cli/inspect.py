@@ -1,7 +1,8 @@
-"""`molcli inspect`: show which tokens each block processes."""
+"""`molcli inspect`: statistics of the routing."""
 
 from molcli import api
-from molcli.cli.options import Checkpoint, Json, Overrides, RecipeName, RequiredData, write_json
+from molcli.cli.figures import Json, check_json, show_figures
+from molcli.cli.options import Checkpoint, Overrides, RecipeName, RequiredData
 
 
 def inspect(
@@ -11,11 +12,13 @@ def inspect(
     recipe: RecipeName = None,
     overrides: Overrides = None,
 ) -> None:
-    """Show the routing: load, entropy, dead blocks, weights, and gaps between routed tokens."""
-    report = api.inspect(checkpoint, data, recipe=recipe, settings=overrides or ())
-    write_json(json_file, report.to_json())
-    from rich.console import Console
+    """Show the routing: load, entropy, dead blocks, weights, and gaps between routed tokens.
 
+    The table has a line for each layer, the file of --json the figures of each block.
+    Without --recipe, the recipe saved in CKPT is used.
+    """
+    check_json(json_file)
+    report = api.inspect(checkpoint, data, recipe=recipe, settings=overrides or ())
     from molcli.report.routing import routing_table
 
-    Console().print(routing_table(report))
+    show_figures([routing_table(report)], json_file, report.to_json())

@@ -19,6 +19,8 @@ from molcli.cli.inspect import inspect
 from molcli.cli.plan import plan
 from molcli.cli.train import train
 from molcli.cli.upcycle import upcycle
+from molcli.cli.usage import Commands
+from molcli.console import guard_streams, note, say
 from molcli.ranks import is_main
 
 _HELP = ["-h", "--help"]
@@ -26,6 +28,7 @@ _CHECKED = "MOLCLI_VERSIONS_CHECKED"  # in the environment: also for the process
 
 app = typer.Typer(
     name="molcli",
+    cls=Commands,
     help="Turn a dense language model into a Mixture of Layers model, train it, measure it.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -37,7 +40,7 @@ def _version(wanted: bool) -> None:
     if wanted:
         from molcli.config.versions import version_report
 
-        typer.echo(version_report())
+        say(version_report())
         raise typer.Exit()
 
 
@@ -61,7 +64,7 @@ def _warn_of_untested_versions() -> None:
     from molcli.config.versions import untested_versions
 
     if found := untested_versions():
-        typer.echo(f"warning: {found}", err=True)
+        note(found, label="warning")
 
 
 app.command("demo")(demo)
@@ -83,6 +86,7 @@ def main() -> None:
     Exit status: 0 done, 1 a bug or the machine, 2 the user's input, 130 interrupted (143 by
     SIGTERM).
     """
+    guard_streams()
     try:
         app()
     except SystemExit as stop:

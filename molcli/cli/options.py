@@ -1,8 +1,7 @@
 """Options that several commands share, and their shell completion."""
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -41,7 +40,11 @@ Parent = Annotated[
 Checkpoint = Annotated[
     Path, typer.Argument(metavar="CKPT", help="The folder of a Mixture of Layers model.")
 ]
-Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; must not exist.")]
+_OUT = "The folder to write; must not exist, or be empty"
+Out = Annotated[Path, typer.Argument(metavar="OUT", help=f"{_OUT}.")]
+ResumableOut = Annotated[
+    Path, typer.Argument(metavar="OUT", help=f"{_OUT}, or hold the run that --resume continues.")
+]
 RecipeName = Annotated[
     str | None,
     typer.Option(
@@ -92,11 +95,8 @@ Calibration = Annotated[
     typer.Option(
         "--calibration",
         metavar="DIR",
-        help="A folder that `molcli calibrate` wrote for this parent.",
+        help="A folder that `molcli calibrate` wrote for the parent.",
     ),
-]
-Json = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures to this file.")
 ]
 
 
@@ -135,12 +135,6 @@ def _weighted(source: str) -> tuple[str, float | None]:
     if not 0 < weight < float("inf"):
         raise MolError(f"`--data {source}` has weight {text}", allowed="a number above 0")
     return name, weight
-
-
-def write_json(path: Path | None, figures: dict[str, Any]) -> None:
-    """Write the figures of a command to the file of `--json`, if one is given."""
-    if path is not None:
-        path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def recipe_for(name: str | None, overrides: list[str] | None) -> "Recipe":

@@ -1,11 +1,15 @@
 """`molcli plan`: estimate what shapes of a converted model would cost."""
 
+import shlex
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
 from molcli import api
-from molcli.cli.options import Calibration, Json, Overrides, Parent, RecipeName, write_json
+from molcli.cli.figures import Json, check_json, write_json
+from molcli.cli.options import Calibration, Overrides, Parent, RecipeName
+from molcli.console import console, say
 from molcli.errors import MolError
 
 Active = Annotated[
@@ -28,6 +32,8 @@ GpuName = Annotated[
     typer.Option("--gpu", metavar="NAME", help="The GPU that time and memory are estimated for."),
 ]
 
+_MOST_TOKENS = 10**18
+
 
 def plan(
     parent: Parent,
@@ -41,8 +47,12 @@ def plan(
 ) -> None:
     """Estimate size, operations, memory and time of shapes from the parent's configuration alone.
 
-    With --calibration, also forecast the KL to the parent right after conversion.
+    Nothing is run. With --calibration, the KL to the parent right after conversion is forecast,
+    too, from the parent's weights and the statistics in that folder. The shapes are chosen here:
+    --set changes other things, such as train.tokens or upcycle.layers.
     """
+    check_json(json_file)
+    _refuse_shapes(overrides or ())
     found = api.plan(
         parent,
         active=_parse_share(active),
@@ -52,16 +62,15 @@ def plan(
         recipe=recipe,
         settings=overrides or (),
     )
-    write_json(json_file, found.to_json())
-    from rich.console import Console
-
     from molcli.report.plan_table import plan_table
 
-    console = Console(highlight=False)
-    console.print(plan_table(found))
     best = next(c for c in found.candidates if c.name == found.recommended)
-    keys = " ".join(f"--set upcycle.{key}={value}" for key, value in best.settings.items())
-    console.print(f"{best.name}: molcli upcycle {parent} OUT {keys}", soft_wrap=True, markup=False)
+    console().print(plan_table(found))
+    words = ["molcli", "upcycle", parent, "OUT"]
+    for key, value in best.settings.items():
+        words += ["--set", f"upcycle.{key}={value}"]
+    say(f"{best.name}: {shlex.join(words)}")
+    write_json(json_file, found.to_json())
 
 
 def parse_count(text: str) -> int:
@@ -72,7 +81,7 @@ def parse_count(text: str) -> int:
         count = round(float(text[:-1] if unit > 1 else text) * unit)
     except (ValueError, OverflowError):
         count = 0
-    if count < 1:
+    if not 1 <= count <= _MOST_TOKENS:
         raise MolError(f"--tokens is {text}", allowed="a number such as 30M", hint="--tokens 30M")
     return count
 
@@ -87,3 +96,17 @@ def _parse_share(text: str) -> float:
     if not 0 < share <= 1:
         raise MolError(f"--active is {text}", allowed="more than 0% to 100%", hint="--active 50%")
     return share
+
+
+def _refuse_shapes(overrides: Sequence[str]) -> None:
+    """Raise MolError for a setting of the command line that is not used here."""
+    from molcli.config.sections import SHAPE_KEYS
+
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if key in {f"upcycle.{name}" for name in (*SHAPE_KEYS, "preset")}:
+            raise MolError(
+                f"--set {key} has no effect: plan compares shapes of its own choice",
+                allowed="--set for other things, such as upcycle.layers",
+                hint="--active 50% for the size of the model",
+            )

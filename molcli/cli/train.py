@@ -19,12 +19,13 @@ from molcli.cli.distributed import (
 from molcli.cli.options import (
     Checkpoint,
     Data,
-    Out,
     Overrides,
     ParentOption,
     RecipeName,
+    ResumableOut,
     data_for,
 )
+from molcli.console import console, say
 from molcli.errors import Interrupted, MolError
 from molcli.ranks import is_launched, is_main, ranks
 
@@ -58,7 +59,7 @@ Logits = Annotated[
 
 def train(
     checkpoint: Checkpoint,
-    out: Out,
+    out: ResumableOut,
     data: Data = None,
     parent: ParentOption = None,
     logits: Logits = None,
@@ -109,7 +110,7 @@ def train(
         raise
     leave_together()
     if is_main():
-        typer.echo(f"Trained model in {out}")
+        say(f"Trained model in {out}")
 
 
 def _processes(gpus: int | None) -> int:
@@ -123,8 +124,6 @@ def _processes(gpus: int | None) -> int:
 
 
 def _show_estimate(training: Training, processes: int) -> None:
-    from rich.console import Console
-
     from molcli.report.training import estimate_tables
     from molcli.stages.train.plan import estimate
 
@@ -133,7 +132,7 @@ def _show_estimate(training: Training, processes: int) -> None:
             training.checkpoint, training.recipe.train, training.parent, ranks=processes
         )
         for table in estimate_tables(found):
-            Console().print(table)
+            console().print(table)
 
 
 def _resume_command() -> str:

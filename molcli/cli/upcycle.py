@@ -26,8 +26,8 @@ def upcycle(
 ) -> None:
     """Turn a dense model into a Mixture of Layers model.
 
-    The thin blocks are fitted to --calibration, else to the text of --data, else to text sampled
-    from the parent.
+    The thin blocks are fitted to --calibration, else to the text of --data or calibrate.data in the
+    recipe, else to text sampled from the parent.
     """
     api.upcycle(
         parent,

@@ -3,33 +3,46 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args, get_type_hints
 
+from molcli.config.shown import shown
 from molcli.errors import MolError
+
+# What no run reaches, and what arithmetic in int64 and float32 still holds.
+MOST_TOKENS = 10**15
+MOST_ROWS = 2**16  # of a step: their indices and tokens are in memory
+LARGEST_SIZE = 2**31 - 1
+LARGEST_SEED = 2**63 - 1
+LARGEST_FLOAT = 1e30
 
 
 @dataclass(frozen=True)
 class AtLeast:
-    """A number from `lowest`."""
+    """A number from `lowest` to `highest`, which is beyond all use."""
 
     lowest: float
+    highest: float = LARGEST_FLOAT
 
     def holds(self, value: float) -> bool:
-        return value >= self.lowest
+        return self.lowest <= value <= self.highest
 
-    def __str__(self) -> str:
-        return f"{self.lowest} or more"
+    def allowed(self, value: float) -> str:
+        return f"at most {self.highest:,}" if value > self.highest else f"{self.lowest} or more"
 
 
 @dataclass(frozen=True)
 class Above:
-    """A number beyond `limit`."""
+    """A number beyond `limit`, up to `LARGEST_FLOAT`, and not so small that its inverse is more."""
 
     limit: float
 
     def holds(self, value: float) -> bool:
-        return value > self.limit
+        return self.limit < value <= LARGEST_FLOAT and value >= 1 / LARGEST_FLOAT
 
-    def __str__(self) -> str:
-        return f"more than {self.limit}"
+    def allowed(self, value: float) -> str:
+        if value > LARGEST_FLOAT:
+            return f"at most {LARGEST_FLOAT:.0e}"
+        return (
+            f"{1 / LARGEST_FLOAT:.0e} or more" if value > self.limit else f"more than {self.limit}"
+        )
 
 
 @dataclass(frozen=True)
@@ -42,15 +55,20 @@ class Between:
     def holds(self, value: float) -> bool:
         return self.lowest <= value <= self.highest
 
-    def __str__(self) -> str:
+    def allowed(self, value: float) -> str:
         return f"{self.lowest} to {self.highest}"
 
 
 Bound = AtLeast | Above | Between
-Count = Annotated[int, AtLeast(1)]
-Natural = Annotated[int, AtLeast(0)]
-Length = Annotated[int, AtLeast(2)]
+Count = Annotated[int, AtLeast(1, MOST_TOKENS)]
+Natural = Annotated[int, AtLeast(0, MOST_TOKENS)]
+Size = Annotated[int, AtLeast(1, LARGEST_SIZE)]
+Blocks = Annotated[int, AtLeast(1, 4096)]
+Layers = Annotated[int, AtLeast(1, 4096)]
+Rows = Annotated[int, AtLeast(1, MOST_ROWS)]
+Length = Annotated[int, AtLeast(2, LARGEST_SIZE)]
 """Of a sequence: with fewer tokens, there is nothing to predict."""
+Seed = Annotated[int, AtLeast(0, LARGEST_SEED)]
 Fraction = Annotated[float, Between(0, 1)]
 Positive = Annotated[float, Above(0)]
 NonNegative = Annotated[float, AtLeast(0)]
@@ -59,7 +77,7 @@ NonNegative = Annotated[float, AtLeast(0)]
 def check(name: str, value: float, bound: Bound) -> None:
     """Raise MolError if the value, called `name` by the user, is out of range."""
     if not bound.holds(value):
-        raise MolError(f"`{name}` is {value}", allowed=str(bound))
+        raise MolError(f"`{name}` is {shown(value)}", allowed=bound.allowed(value))
 
 
 def check_fields(name: str, values: Any, kind: Any) -> None:

@@ -1,6 +1,6 @@
 """What a recipe's values must satisfy, beyond their types."""
 
-from molcli.config.bounds import Above, Between, check, check_fields
+from molcli.config.bounds import LARGEST_SIZE, Above, Between, check, check_fields
 from molcli.config.sections import (
     Data,
     EvaluateConfig,
@@ -11,6 +11,7 @@ from molcli.config.sections import (
     TrainConfig,
     UpcycleConfig,
 )
+from molcli.config.shown import cut, shown
 from molcli.config.stages import merged
 from molcli.errors import MolError
 
@@ -26,7 +27,9 @@ def validate(recipe: Recipe) -> None:
         check_fields(name, section, type(section))
     _check_upcycle(recipe.upcycle)
     if not isinstance(recipe.convert.gated_deltanet, str):
-        _check_layers("convert.gated_deltanet", recipe.convert.gated_deltanet)
+        _check_layers(
+            "convert.gated_deltanet", recipe.convert.gated_deltanet, "convert.gated_deltanet=none"
+        )
     _check_weights("calibrate.data", recipe.calibrate.data)
     _check_sample(recipe.sample)
     _check_train(recipe.train)
@@ -44,7 +47,7 @@ def _check_upcycle(c: UpcycleConfig) -> None:
                 hint=f"upcycle.{key}=null",
             )
     if not isinstance(c.layers, str):
-        _check_layers("upcycle.layers", c.layers)
+        _check_layers("upcycle.layers", c.layers, "upcycle.layers=all")
     if c.layers == "auto" and c.method != "fitted":
         raise MolError(
             f"`upcycle.layers` is auto, `upcycle.method` {c.method}: auto compares fits",
@@ -52,11 +55,11 @@ def _check_upcycle(c: UpcycleConfig) -> None:
             hint="upcycle.layers=middle",
         )
     if not isinstance(c.gated_deltanet, str):
-        _check_layers("upcycle.gated_deltanet", c.gated_deltanet)
+        _check_layers("upcycle.gated_deltanet", c.gated_deltanet, "upcycle.gated_deltanet=none")
         if c.layers in ("middle", "auto"):
             raise MolError(
-                f"`upcycle.gated_deltanet` is {c.gated_deltanet}, `upcycle.layers` {c.layers}, "
-                "which may keep these dense",
+                f"`upcycle.gated_deltanet` is {shown(c.gated_deltanet)}, `upcycle.layers` "
+                f"{c.layers}, which may keep these dense",
                 allowed="all, none, every:N or auto, among the layers that upcycle.layers selects",
                 hint="upcycle.gated_deltanet=auto",
             )
@@ -64,8 +67,9 @@ def _check_upcycle(c: UpcycleConfig) -> None:
             dense := sorted(set(c.gated_deltanet) - set(c.layers))
         ):
             raise MolError(
-                f"`upcycle.gated_deltanet` names {dense}, which `upcycle.layers` keeps dense",
-                allowed=f"layers of {c.layers}",
+                f"`upcycle.gated_deltanet` names {shown(dense)}, "
+                "which `upcycle.layers` keeps dense",
+                allowed=f"layers of {shown(c.layers)}",
             )
     if c.gated_deltanet == "auto" and c.method != "fitted":
         raise MolError(
@@ -95,7 +99,7 @@ def _check_train(c: TrainConfig) -> None:
     for beta in c.betas:
         check("train.betas", beta, Between(0, 0.999_999))
     if len(set(c.trackers)) < len(c.trackers):
-        raise MolError(f"`train.trackers` is {c.trackers}", allowed="each tracker once")
+        raise MolError(f"`train.trackers` is {shown(c.trackers)}", allowed="each tracker once")
     if isinstance(c.stages, list):
         if not c.stages:
             raise MolError(
@@ -125,9 +129,10 @@ def _check_stage(name: str, c: TrainConfig) -> None:
 
 
 def _check_evaluate(c: EvaluateConfig) -> None:
-    if not c.recall_distances or min(c.recall_distances) < 0:
+    distances = c.recall_distances
+    if not distances or not all(0 <= distance <= LARGEST_SIZE for distance in distances):
         raise MolError(
-            f"`evaluate.recall_distances` is {c.recall_distances}",
+            f"`evaluate.recall_distances` is {shown(distances)}",
             allowed="one or more numbers of tokens, 0 or more",
         )
 
@@ -146,7 +151,8 @@ def _check_blocks(section: str, num_blocks: int, num_shared: int, top_k: int) ->
     lowest = 1 if routed else 0  # routed blocks that never run would be dead weight
     if not lowest <= top_k <= routed:
         raise MolError(
-            f"`{section}.top_k` is {top_k}, with {num_blocks} blocks of which {num_shared} shared",
+            f"`{section}.top_k` is {shown(top_k)}, "
+            f"with {num_blocks} blocks of which {num_shared} shared",
             allowed=f"{lowest} to {routed} routed blocks" if routed else "0: no block is routed",
             hint=f"{section}.top_k={min(max(top_k, lowest), routed)}",
         )
@@ -168,15 +174,18 @@ def _check_weights(name: str, data: Data | None) -> None:
     if not data:
         raise MolError(f"`{name}` maps nothing", allowed="at least one source and its weight")
     for source, weight in data.items():
-        check(f"{name}: {source}", weight, Above(0))
+        check(f"{name}: {cut(source)}", weight, Above(0))
 
 
-def _check_layers(name: str, layers: list[int]) -> None:
-    if any(layer < 0 for layer in layers):
-        raise MolError(f"`{name}` is {layers}", allowed="layer numbers from 0")
+def _check_layers(name: str, layers: list[int], empty: str) -> None:
+    """Check the numbers of layers. empty: what to write for none, or for the usual ones."""
+    if not layers:
+        raise MolError(f"`{name}` is an empty list", allowed="at least one layer", hint=empty)
+    if not all(0 <= layer <= LARGEST_SIZE for layer in layers):
+        raise MolError(f"`{name}` is {shown(layers)}", allowed="layer numbers from 0")
     if len(set(layers)) < len(layers):
         raise MolError(
-            f"`{name}` is {layers}",
+            f"`{name}` is {shown(layers)}",
             allowed="each layer once",
-            hint=f"{name}={sorted(set(layers))}",
+            hint=f"{name}={shown(sorted(set(layers)))}",
         )

@@ -10,6 +10,7 @@ from molcli import __version__
 from molcli.config import yaml_text
 from molcli.config.ranges import validate
 from molcli.config.sections import Recipe
+from molcli.config.shown import cut, shown
 from molcli.config.typed import build, nearest
 from molcli.errors import MolError
 
@@ -67,6 +68,29 @@ def load_recipe(source: str | Path | Recipe | None, overrides: Iterable[Override
     return recipe
 
 
+def load_model_recipe(source: str, overrides: Iterable[Override], hint: str) -> Recipe:
+    """Read a recipe that describes an untrained model, in a section `model` of its own.
+
+    Args:
+        source: A YAML file, or the name of a bundled recipe.
+        overrides: As for `load_recipe`.
+        hint: For the message: a command with a recipe that has the section.
+
+    Raises:
+        MolError: As `load_recipe`; or the recipe has no section `model`, whose defaults would be a
+            model that nobody asked for.
+    """
+    recipe = load_recipe(source, overrides)
+    if "model" not in _read(find_recipe(source)):
+        names = [name for name, path in bundled_recipes().items() if "model" in _read(path)]
+        raise MolError(
+            f"recipe {source} has no section `model`, hence describes no untrained model",
+            allowed=f"a recipe that has one, such as {', '.join(names)}",
+            hint=hint,
+        )
+    return recipe
+
+
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write every value of the recipe; `load_recipe(path)` returns an equal one."""
     header = f"{_SAVED}{__version__}: every value that was in force.\n"
@@ -118,7 +142,7 @@ def _keys(section: str) -> list[str]:
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise MolError(f"recipe {path} is not text", allowed="a YAML file in UTF-8") from error
     content = yaml_text.parse(text, f"recipe {path}")
@@ -130,7 +154,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
         _check_section(str(section))
         if keys is not None and not isinstance(keys, dict):
             raise MolError(
-                f"section `{section}` is {keys!r}", allowed="`key: value` lines, indented"
+                f"section `{section}` is {shown(keys)}", allowed="`key: value` lines, indented"
             )
         if keys and text.startswith(_SAVED):
             content[section] = keys = _with_new_names(section, keys)
@@ -155,10 +179,10 @@ def _parse_override(override: Override) -> tuple[str, str, Any]:
     """Return section, key and value."""
     if isinstance(override, str):
         name, equals, text = override.partition("=")
-        found = f"`--set {override}` sets nothing"
+        found = f"`--set {cut(override)}` sets nothing"
     else:
         name, equals, text = override[0], "=", ""
-        found = f"setting `{name}` names no section"
+        found = f"setting `{cut(name)}` names no section"
     section, dot, key = name.strip().partition(".")
     if not equals or not dot:
         raise MolError(found, allowed="section.key=value", hint="--set upcycle.d_thin=192")
@@ -180,8 +204,8 @@ def _put(values: dict[str, Any], section: str, path: list[str], value: Any) -> N
     number, *inner = rest
     if number not in numbers or len(inner) != 1:
         raise MolError(
-            f"the recipe has no `{section}.{'.'.join(path)}`",
-            allowed=f"{name}.NUMBER.KEY, NUMBER of {', '.join(numbers)}"
+            f"the recipe has no `{section}.{cut('.'.join(path))}`",
+            allowed=f"{name}.NUMBER.KEY, NUMBER of {cut(', '.join(numbers))}"
             if numbers
             else f"a recipe with a list of {name}",
         )
@@ -194,7 +218,7 @@ def _check_section(section: str) -> None:
     if section not in _SECTIONS:
         guess = nearest(section, list(_SECTIONS))
         raise MolError(
-            f"there is no section `{section}`",
+            f"there is no section `{cut(section)}`",
             allowed=", ".join(_SECTIONS),
             hint=guess,
         )
@@ -207,7 +231,7 @@ def _check_key(section: str, key: str, how: str = "") -> None:
     if key not in _keys(section):
         guess = nearest(key, _keys(section))
         raise MolError(
-            f"`{section}` has no key `{key}`",
+            f"`{section}` has no key `{cut(key)}`",
             allowed=", ".join(_keys(section)),
             hint=f"{section}.{guess}" if guess else "",
         )

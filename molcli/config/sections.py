@@ -3,7 +3,22 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, get_args
 
-from molcli.config.bounds import AtLeast, Count, Fraction, Length, Natural, NonNegative, Positive
+from molcli.config.bounds import (
+    LARGEST_SIZE,
+    MOST_ROWS,
+    AtLeast,
+    Blocks,
+    Count,
+    Fraction,
+    Layers,
+    Length,
+    Natural,
+    NonNegative,
+    Positive,
+    Rows,
+    Seed,
+    Size,
+)
 from molcli.config.layer_choice import LayerChoice
 
 Data = str | dict[str, float]
@@ -11,6 +26,11 @@ Data = str | dict[str, float]
 tokens, in any unit. A source is a .txt, .jsonl or .parquet file, a folder of `molcli data
 tokenize`, or a data set on the Hub as hf://org/name[:config[:split]]."""
 Preset = Literal["quality", "balanced", "fast"]
+SHAPE_KEYS = (
+    *("d_thin", "d_ff_thin", "num_heads_thin"),
+    *("d_thin_shared", "d_ff_thin_shared", "num_heads_shared"),
+)
+"""Keys of the section `upcycle`: the six numbers of a block's shape."""
 PRESETS: tuple[Preset, ...] = get_args(Preset)
 
 
@@ -56,15 +76,15 @@ class UpcycleConfig:
     """
 
     preset: Preset = "balanced"
-    num_blocks: Count = 9
+    num_blocks: Blocks = 9
     num_shared_blocks: int = 1
     top_k: int | None = None
-    d_thin: Count | None = None
-    d_ff_thin: Count | None = None
-    num_heads_thin: Count | None = None
-    d_thin_shared: Count | None = None
-    d_ff_thin_shared: Count | None = None
-    num_heads_shared: Count | None = None
+    d_thin: Size | None = None
+    d_ff_thin: Size | None = None
+    num_heads_thin: Size | None = None
+    d_thin_shared: Size | None = None
+    d_ff_thin_shared: Size | None = None
+    num_heads_shared: Size | None = None
     layers: Literal["all", "middle", "auto"] | list[int] = "all"
     layers_budget: Fraction = 0.5
     gated_deltanet: LayerChoice = "none"
@@ -126,7 +146,7 @@ class CalibrateConfig:
     tokens: Count = 65_536
     heldout_tokens: Count = 8_192
     context_length: Length = 512
-    seed: Natural = 0
+    seed: Seed = 0
 
 
 @dataclass(frozen=True)
@@ -148,8 +168,8 @@ class SampleConfig:
     batch_size: Count | Literal["auto"] = "auto"
     temperature: Positive = 1.0
     prompts: str | None = None
-    prompt_length: Count | None = None
-    seed: Natural = 0
+    prompt_length: Size | None = None
+    seed: Seed = 0
 
 
 @dataclass(frozen=True)
@@ -165,8 +185,8 @@ class StageConfig:
     data: Data | None = None
     tokens: Count | None = None
     context_length: Length | None = None
-    batch_size: Count | None = None
-    micro_batch_size: Count | None = None
+    batch_size: Rows | None = None
+    micro_batch_size: Rows | None = None
     learning_rate: Positive | None = None
     new_learning_rate: Positive | None = None
     min_learning_rate_ratio: Fraction | None = None
@@ -230,8 +250,8 @@ class TrainConfig:
     logits: str | None = None
     tokens: Count = 1_000_000
     context_length: Length = 512
-    batch_size: Count = 16
-    micro_batch_size: Count = 4
+    batch_size: Rows = 16
+    micro_batch_size: Rows = 4
     learning_rate: Positive = 1e-4
     new_learning_rate: Positive = 3e-5
     min_learning_rate_ratio: Fraction = 0.1
@@ -256,7 +276,7 @@ class TrainConfig:
     compile: Literal["auto"] | bool = "auto"
     gradient_checkpointing: bool = False
     sharding: Literal["auto", "full", "optimizer"] = "auto"
-    seed: Natural = 0
+    seed: Seed = 0
     stages: Literal["auto"] | list[StageConfig] | None = None
 
 
@@ -281,12 +301,12 @@ class EvaluateConfig:
     context_length: Length = 512
     batch_size: Count = 8
     num_prompts: Natural = 32
-    prompt_length: Count = 32
-    continuation_length: Count = 32
-    recall_sequences: Natural = 32
-    recall_pairs: Count = 8
+    prompt_length: Size = 32
+    continuation_length: Size = 32
+    recall_sequences: Annotated[int, AtLeast(0, MOST_ROWS)] = 32
+    recall_pairs: Size = 8
     recall_distances: list[int] = field(default_factory=lambda: [0, 32, 128, 512])
-    seed: Natural = 0
+    seed: Seed = 0
 
 
 @dataclass(frozen=True)
@@ -314,24 +334,24 @@ class ModelConfig:
     restrict_attention: false runs every routed block on every token and weights the top_k.
     """
 
-    vocab_size: Count = 32_000
-    hidden_size: Count = 1024
-    num_hidden_layers: Count = 8
-    head_dim: Annotated[int, AtLeast(2)] = 64
+    vocab_size: Size = 32_000
+    hidden_size: Size = 1024
+    num_hidden_layers: Layers = 8
+    head_dim: Annotated[int, AtLeast(2, LARGEST_SIZE)] = 64
     layer_mixer: Literal["attention", "gated_deltanet"] = "gated_deltanet"
-    num_blocks: Count = 15
+    num_blocks: Blocks = 15
     num_shared_blocks: int = 1
     top_k: int = 3
-    d_thin: Count = 256
-    d_ff_thin: Count = 1024
+    d_thin: Size = 256
+    d_ff_thin: Size = 1024
     mlp_gated: bool = False
     hidden_act: str = "gelu"
     attention_bias: bool = True
     restrict_attention: bool = True
     rope_theta: Positive = 10_000.0
-    max_position_embeddings: Count = 4096
+    max_position_embeddings: Size = 4096
     tie_word_embeddings: bool = True
-    seed: Natural = 0
+    seed: Seed = 0
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,10 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from molcli.config.layer_choice import Every, is_every
+from molcli.config.shown import cut, shown
 from molcli.errors import MolError
+
+_LONGEST_WORD = 100  # that is compared with names; comparing takes time
 
 
 def checked(name: str, value: object, hint: Any) -> Any:
@@ -34,7 +37,7 @@ def checked(name: str, value: object, hint: Any) -> Any:
             return result
     words = [word for alternative in _alternatives(hint) for word in _words(alternative)]
     raise MolError(
-        f"`{name}` is {_shown(value)}",
+        f"`{name}` is {shown(value)}",
         allowed=describe(hint),
         hint=_suggestion(name, value, hint, words),
     )
@@ -48,13 +51,13 @@ def build(name: str, values: object, kind: Any) -> Any:
             lacks a key that has no default.
     """
     if not isinstance(values, dict):
-        raise MolError(f"`{name}` is {_shown(values)}", allowed="`key: value` lines")
+        raise MolError(f"`{name}` is {shown(values)}", allowed="`key: value` lines")
     hints = get_type_hints(kind)
     for key in values:
         if key not in hints:
             guess = nearest(str(key), list(hints))
             raise MolError(
-                f"`{name}` has no key `{key}`",
+                f"`{name}` has no key `{cut(str(key))}`",
                 allowed=", ".join(hints),
                 hint=f"{name}.{guess}" if guess else "",
             )
@@ -67,7 +70,7 @@ def build(name: str, values: object, kind: Any) -> Any:
 
 def nearest(word: str, candidates: list[str]) -> str:
     """Return the candidate closest to the word, or "" if none is close."""
-    matches = get_close_matches(word, candidates, n=1, cutoff=0.5)
+    matches = get_close_matches(word[:_LONGEST_WORD], candidates, n=1, cutoff=0.5)
     return matches[0] if matches else ""
 
 
@@ -154,14 +157,6 @@ def _describe_one(hint: Any) -> str:
         dict[str, float]: "a mapping to numbers such as {a.jsonl: 0.7, b.txt: 0.3}",
     }
     return names[hint]
-
-
-def _shown(value: object) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return repr(value)
 
 
 def _suggestion(name: str, value: Any, hint: Any, words: list[str]) -> str:

@@ -5,7 +5,7 @@ A corpus gives rows, batches, and the order in which a run trains on them.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -19,7 +19,7 @@ from molcli.data.order import MixedOrder, MixtureSchedule
 from molcli.data.packing import Batch, RowSource, TokenRows, pack
 from molcli.data.token_folder import load_folder_rows, read_token_folder
 from molcli.data.tokenizer import tokenize
-from molcli.progress import Progress, silent
+from molcli.progress import Progress, phase, silent
 
 
 def load_rows(
@@ -44,7 +44,7 @@ def load_rows(
         limit: Use at most this many tokens in all; of each source its first ones, by weight.
         seed: Shuffles the documents of each source; None keeps their order.
         pad_last: Pad each source's last, incomplete row instead of dropping it.
-        progress: Counts the tokens of a source as it is read.
+        progress: Its phase "reading" counts the tokens of all sources as they are read.
 
     Raises:
         MolError: As `read_documents`, `tokenize`, `pack` and `load_folder_rows` do.
@@ -57,8 +57,10 @@ def load_rows(
         counts = MixtureSchedule(list(weights.values())).counts(-(-limit // length))
         limits = [max(count, 1) * length for count in counts]
     sources: dict[str, RowSource] = {}
+    texts = [limit for source, limit in zip(weights, limits, strict=True) if not _is_folder(source)]
+    reading = _Reading(phase(progress, "reading"), texts)
     for source, source_limit in zip(weights, limits, strict=True):
-        if Path(source).is_dir():
+        if _is_folder(source):
             sources[source] = load_folder_rows(
                 Path(source),
                 tokenizer,
@@ -74,10 +76,43 @@ def load_rows(
                 tokenizer,
                 vocab_size=vocab_size,
                 limit=source_limit,
-                progress=progress,
+                progress=reading.source(),
             )
             sources[source] = pack(list(ids), length, seed=seed, pad_last=pad_last)
     return Corpus(sources, weights)
+
+
+class _Reading:
+    """Adds up the tokens of several sources that are read one after another.
+
+    Args:
+        progress: Called with the tokens of all sources so far, and of all there will be.
+        limits: Of each source; None where the number of tokens is unknown before they are read.
+    """
+
+    def __init__(self, progress: Progress, limits: Sequence[int | None]) -> None:
+        self._progress, self._left = progress, list(limits)
+        self._before = 0  # tokens of the sources that have been read
+
+    def source(self) -> Progress:
+        """Return the callback for the next source."""
+        before, (_, *later) = self._before, self._left
+        self._left = later
+
+        def report(done: int, total: int | None, note: str = "") -> None:
+            self._before = before + done
+            known = (
+                None
+                if total is None or None in later
+                else total + sum(n for n in later if n is not None)
+            )
+            self._progress(self._before, None if known is None else before + known, note)
+
+        return report
+
+
+def _is_folder(source: str) -> bool:
+    return Path(source).is_dir()
 
 
 def load_documents(

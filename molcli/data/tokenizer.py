@@ -49,7 +49,7 @@ def tokenize(
         vocab_size: Ids must be below it.
         limit: Stop after this many tokens; the last document is cut.
         add_eos: End each string with exactly one EOS; if False, with none, as prompts need.
-        progress: Counts tokens.
+        progress: Counts tokens; the total is `limit` until the end shows that there are fewer.
 
     Yields:
         (tokens,) int32 for each document.
@@ -70,6 +70,7 @@ def tokenize(
                 progress(count, limit)
                 return
         progress(count, limit)
+    progress(count, count)
 
 
 def find_tokenizer(name: str) -> PreTrainedTokenizerBase:

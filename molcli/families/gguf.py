@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from rich.console import Console
+from rich.text import Text
 from transformers import (
     TOKENIZER_MAPPING,
     AutoConfig,
@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from molcli import __version__
+from molcli.console import console
 from molcli.errors import MolError
 from molcli.families import FAMILIES
 from molcli.families.base import EMBEDDING, FINAL_NORM, LM_HEAD, Family, head_dim
@@ -91,7 +92,8 @@ def convert_gguf(path: Path, folder: Path | None = None) -> Path:
     cached, folder = folder is None, folder or _cache_folder(path)
     if cached and folder.is_dir():
         return folder
-    status = Console(file=sys.stderr).status(f"Reading {path.name} (once)")
+    stderr = console(file=sys.stderr)  # noqa: TID251 - the stream itself, which is redirected below
+    status = stderr.status(Text(f"Reading {path.name} (once)"))
     with status, contextlib.redirect_stderr(io.StringIO()):  # hides the bars of transformers
         reader = _open(path)
         family = _family(path, reader)

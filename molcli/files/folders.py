@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from molcli.errors import MolError
+from molcli.files.writable import check_writable
 
 
 @contextmanager
@@ -53,7 +54,7 @@ def refuse_existing(path: Path) -> None:
     """Check that an output path is free.
 
     Raises:
-        MolError: If `path` is a file or a folder with content.
+        MolError: If `path` is a file or a folder with content, or its folder cannot be written.
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise MolError(
@@ -61,6 +62,7 @@ def refuse_existing(path: Path) -> None:
             allowed="a path that does not exist yet, or an empty folder",
             hint=f"give another path, or remove {path} first",
         )
+    check_writable(path)
 
 
 def cache_folder() -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from molcli.errors import MolError
+from molcli.files.atomic import write_atomically
 
 MAX_BYTES = 64 * 2**20  # far above any configuration, index or receipt; a larger file is not one
 
@@ -55,7 +56,7 @@ def read_object(
 
 
 def write_object(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON object, two spaces a level, in UTF-8.
+    """Write a JSON object, two spaces a level, in UTF-8; complete, or the file is as before.
 
     Raises:
         MolError: If a number is not finite; nothing is written.
@@ -67,7 +68,7 @@ def write_object(path: Path, content: Mapping[str, Any]) -> None:
             allowed="finite figures",
             hint="report this, with the command: figures that are undefined should be left out",
         )
-    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_atomically(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def shortened(value: Any, length: int = 60) -> str:

@@ -3,9 +3,8 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 
-from molcli.report.html import Markup
+from molcli.report.html import Markup, escape
 
 COLOURS = 6  # defined by the page's style
 _WIDTH, _HEIGHT = 720, 280

@@ -4,15 +4,14 @@ import json
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+
+from molcli.console import console, say
 
 
 def show_conversion(out: Path) -> None:
     """Print the converted layers and the losses of `out`/convert.json."""
     found = json.loads((out / "convert.json").read_text(encoding="utf-8"))
-    console = Console(highlight=False)
     names = {
         "delta_error_start": "delta error, fitted",
         "delta_error": "delta error",
@@ -30,10 +29,10 @@ def show_conversion(out: Path) -> None:
         figures = ("–" if row[name] is None else f"{row[name]:.4f}" for name in names)
         table.add_row(str(row["layer"]), row["kind"], *figures)
     if found["layers"]:
-        console.print(table)
+        console().print(table)
     if (heldout := found["heldout"]) is not None:
-        console.print(
+        console().print(
             f"Cross-entropy {heldout['ce']:.3f} nats a token, before {heldout['original_ce']:.3f}; "
             f"KL to the original {heldout['kl']:.3f}.\n"
         )
-    console.print(f"checkpoint {escape(str(out))}", soft_wrap=True)
+    say(f"checkpoint {out}")

@@ -1,12 +1,19 @@
 """Self-contained HTML pages: no scripts, no external links, light and dark colour schemes.
 
-Plain text is `str`, escaped HTML is `Markup`. Text is escaped only here and in
+Plain text is `str`, escaped HTML is `Markup`. Text is escaped by `escape` only, here and in
 `molcli.report.charts`, where it becomes Markup.
 """
 
+import html
+import re
 from collections.abc import Iterable, Sequence
-from html import escape
 from typing import NewType
+
+from molcli.console import printable
+
+# And parts of surrogate pairs, which UTF-8 cannot hold. Characters that change the direction of
+# text stay: the page keeps their effect within a cell.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 Markup = NewType("Markup", str)
 """HTML that is safe to embed."""
@@ -20,6 +27,7 @@ _STYLE = """
 body{margin:2rem auto;max-width:62rem;padding:0 1rem;background:var(--ground);color:var(--ink);
 font:15px/1.5 system-ui,sans-serif}
 h1{font-size:1.6rem}h2{font-size:1.15rem;margin-top:2.2rem}
+p,td,th,h1,h2,figcaption,svg text{unicode-bidi:isolate}
 p,figcaption{max-width:46rem}figcaption,.soft{color:var(--soft)}
 figure{margin:1rem 0;overflow-x:auto}svg{width:100%;height:auto;max-width:52rem}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
@@ -30,6 +38,11 @@ table.prose th{text-align:left}
 svg text{fill:var(--ink);font:12px system-ui,sans-serif}svg .axis{stroke:var(--rule)}
 svg .label{fill:var(--soft)}
 """.strip()
+
+
+def escape(text: str) -> str:
+    """Return the text as HTML that shows it; control characters become escapes such as `\\x1b`."""
+    return html.escape(_CONTROL.sub(lambda found: printable(found[0]), text))
 
 
 def page(title: str, parts: Iterable[Markup]) -> str:

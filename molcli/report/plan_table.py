@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from molcli.config.sections import PRESETS
 
@@ -33,14 +34,14 @@ def plan_table(found: Plan) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for c in found.candidates:
         name = f"{c.name}, {_shapes(c.settings)}" if c.name in PRESETS else c.name
-        cells = [
-            name if c.name != found.recommended else f"[bold]{name}[/bold]",
+        cells: list[str | Text] = [
+            Text(name, style="bold" if c.name == found.recommended else ""),
             _count_of(c.total),
             _count_of(c.active),
             f"{c.share:.0%}",
             f"{c.flops / found.parent_flops:.0%}",
-            f"{_time(c.conversion.seconds)} {_memory(c.conversion.memory, gpu.memory)}",
-            f"{_time(c.training.seconds)} {_memory(c.training.memory, gpu.memory)}",
+            _cost(c.conversion.seconds, c.conversion.memory, gpu.memory),
+            _cost(c.training.seconds, c.training.memory, gpu.memory),
         ]
         if c.kl is not None:
             cells.insert(1, f"{c.kl:.2f}")
@@ -54,8 +55,10 @@ def _shapes(settings: dict[str, Any]) -> str:
     return ", ".join(f"{width}×{neurons}" for width, neurons in (wide, thin) if width)
 
 
-def _memory(size: float, available: float) -> str:
-    return _bytes(size) if size <= available else f"[red]{_bytes(size)}[/red]"
+def _cost(seconds: float, memory: float, available: float) -> Text:
+    """Time and memory, in red if it is more than the GPU has."""
+    colour = "red" if memory > available else ""
+    return Text.assemble(_time(seconds), " ", (_bytes(memory), colour))
 
 
 def _bytes(size: float) -> str:

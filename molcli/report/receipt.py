@@ -5,10 +5,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from molcli.console import console, say
 from molcli.report.charts import bar_chart, heatmap, line_chart
 from molcli.report.html import Markup, figure, heading, page, paragraph, table
 from molcli.report.tables import MISSING, ModelFigures, millions, model_table, new_table
@@ -45,20 +44,20 @@ def receipt_page(receipt: dict[str, Any]) -> str:
 def print_receipt(folder: Path) -> None:
     """Print the receipt of a converted checkpoint."""
     receipt: dict[str, Any] = json.loads((folder / "receipt.json").read_text(encoding="utf-8"))
-    console = Console(highlight=False)
+    out = console()
     if receipt["heldout"] is not None:
-        console.print(_layer_table(receipt["layers"]))
+        out.print(_layer_table(receipt["layers"]))
         tokens = receipt["heldout"]["tokens"]
         title = f"{tokens:,} held-out tokens, nats a token"
-        console.print(model_table(title, _model_figures(receipt)))
+        out.print(model_table(title, _model_figures(receipt)))
         flops = receipt["flops"]
-        console.print(
+        out.print(
             f"{flops['active'] / 1e6:,.0f}M operations a token, the parent "
             f"{flops['parent'] / 1e6:,.0f}M, at {flops['context_length']:,} tokens of context.\n"
         )
     paths = {"checkpoint": folder, "receipt": folder / "receipt.html"}
     for name, path in paths.items():
-        console.print(f"{name:<10} {escape(str(path))}", soft_wrap=True)
+        say(f"{name:<10} {path}")
 
 
 def _summary(receipt: dict[str, Any], converted: int) -> Markup:

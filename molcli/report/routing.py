@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rich.text import Text
+
 from molcli.report.tables import MISSING, new_table
 
 if TYPE_CHECKING:  # stages import this room, so it must not import them
@@ -36,7 +38,7 @@ def routing_table(report: RoutingReport) -> Table:
     return table
 
 
-def _cells(layer: LayerRouting) -> list[str]:
+def _cells(layer: LayerRouting) -> list[str | Text]:
     summary = layer.summary
     dead = len(summary.dead_blocks)
     weights = [weight for weight in summary.mean_weight if weight is not None]
@@ -45,7 +47,7 @@ def _cells(layer: LayerRouting) -> list[str]:
         layer.mixer.removeprefix("gated_"),
         f"{100 * min(summary.load_share):.1f}–{max(summary.load_share):.1%}",
         f"{summary.entropy:.3f}",
-        f"[red]{dead}[/red]" if dead else "0",
+        Text(str(dead), style="red" if dead else ""),
         f"{min(weights):.2f}–{max(weights):.2f}",
         MISSING if summary.layer_mean_gap is None else f"{summary.layer_mean_gap:.1f}",
         MISSING if summary.layer_p95_gap is None else str(summary.layer_p95_gap),

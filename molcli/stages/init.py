@@ -1,18 +1,29 @@
 """Init: write an untrained Mixture of Layers checkpoint from a recipe's section `model`."""
 
+import os
 from pathlib import Path
 
 import torch
+from transformers.activations import ACT2FN
 
 from molcli.config.recipe import RECIPE_FILE, save_recipe
 from molcli.config.sections import ModelConfig, Recipe
+from molcli.errors import MolError
+from molcli.estimate.parameters import count_parameters
 from molcli.files.folders import output_folder
+from molcli.files.json_files import shortened
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.modeling_mol import MoLForCausalLM
 
 
 def untrained_config(model: ModelConfig) -> MoLConfig:
     """Return the configuration of a recipe's section `model`; all layers are Mixture of Layers."""
+    if model.hidden_act not in ACT2FN:
+        raise MolError(
+            f"`model.hidden_act` is {shortened(repr(model.hidden_act))}",
+            allowed="an activation of transformers, such as gelu, silu or relu",
+            hint="model.hidden_act=gelu",
+        )
     return MoLConfig(
         vocab_size=model.vocab_size,
         hidden_size=model.hidden_size,
@@ -41,11 +52,24 @@ def init(recipe: Recipe, out: Path) -> None:
     """Write the configuration, float32 weights drawn with model.seed, and the recipe.
 
     Raises:
-        MolError: `out` exists, or the disk is too small.
+        MolError: `out` exists, the disk or the memory is too small, or the activation is unknown.
     """
     config = untrained_config(recipe.model)
+    size = 4 * count_parameters(config).total
+    _check_memory(size)
     torch.manual_seed(recipe.model.seed)
-    model = MoLForCausalLM(config)
-    with output_folder(out, need_bytes=4 * model.num_parameters()) as staging:
+    with output_folder(out, need_bytes=size) as staging:
+        model = MoLForCausalLM(config)
         model.save_pretrained(staging)
         save_recipe(recipe, staging / RECIPE_FILE)
+
+
+def _check_memory(size: int) -> None:
+    """Raise MolError if the machine has less memory than the weights need."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > memory:
+        raise MolError(
+            f"the model needs {size / 1e9:,.1f} GB of memory, this machine has {memory / 1e9:,.1f}",
+            allowed="a model that fits into memory",
+            hint="smaller numbers in the section `model`, such as model.num_hidden_layers=4",
+        )

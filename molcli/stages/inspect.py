@@ -1,4 +1,4 @@
-"""Inspect: measure which tokens each routed block of a model sees."""
+"""Inspect: count the tokens that each routed block of a model processes."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path

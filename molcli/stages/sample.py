@@ -83,8 +83,11 @@ def _write(parent: Parent, config: SampleConfig, file: TextIO, progress: Progres
         starts = list(islice(prompts, count))
         num_documents += count
 
-        def report(new: int, before: int = tokens) -> None:
-            progress(min(before + new, config.tokens), config.tokens)
+        def report(new: int, most: int, before: int = tokens) -> None:
+            # The last batch ends the work, with some more tokens than are wanted: by how many
+            # shows when its documents end.
+            wanted = config.tokens - before
+            progress(before + new * min(wanted, most) // most, config.tokens)
 
         with sdpa_kernel(_BACKENDS):
             documents = _sample_batch(model, starts, config, generator, report)
@@ -149,7 +152,7 @@ def _sample_batch(
     starts: list[list[int]],
     config: SampleConfig,
     generator: torch.Generator,
-    report: Callable[[int], None],
+    report: Callable[[int, int], None],
 ) -> list[list[int]]:
     """Sample one document from each start.
 
@@ -162,7 +165,7 @@ def _sample_batch(
         starts: first tokens of each document.
         config: length and temperature.
         generator: on the model's device.
-        report: called with the number of tokens so far.
+        report: called with the number of tokens so far, and the most that they can become.
     """
     ends, count = torch.tensor(end_tokens(model), dtype=torch.int64), len(starts)
     start_lengths = torch.tensor([len(start) for start in starts], device=model.device)
@@ -199,10 +202,11 @@ def _sample_batch(
         if any_ended:
             lengths[running[ended]] = step + 1
             running = running[~ended]
-            if not len(running):
-                break
+        report(tokens, tokens + len(running) * (config.length - 1 - step))
+        if not len(running):
+            break
+        if any_ended:
             cache.batch_select_indices((~ended).nonzero()[:, 0])
-        report(tokens)
     return [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
 
 

@@ -59,7 +59,14 @@ def test_set_wins_over_the_file_and_the_last_set_wins(tmp_path: Path) -> None:
     [
         ("upcycle.d_thin=null", "upcycle", "d_thin", None),
         ("upcycle.layers=all", "upcycle", "layers", "all"),
-        ("upcycle.layers=[]", "upcycle", "layers", []),
+        ("upcycle.layers=[3]", "upcycle", "layers", [3]),
+        ("calibrate.tokens=0x10", "calibrate", "tokens", 16),
+        ("calibrate.data=2024-01-01", "calibrate", "data", "2024-01-01"),
+        ("calibrate.data=1:30", "calibrate", "data", "1:30"),
+        ("calibrate.data=010", "calibrate", "data", "010"),
+        ("calibrate.data=!!str 10", "calibrate", "data", "10"),
+        ("train.compile=yes", "train", "compile", True),
+        ("train.learning_rate=1_0.5", "train", "learning_rate", 10.5),
         ("upcycle.gated_deltanet=[1, 3]", "upcycle", "gated_deltanet", [1, 3]),
         ("train.learning_rate=1e-4", "train", "learning_rate", 1e-4),
         ("train.learning_rate=1", "train", "learning_rate", 1.0),
@@ -118,6 +125,10 @@ DATA = "text or a mapping to numbers such as {a.jsonl: 0.7, b.txt: 0.3} or null"
     [
         ("upcycle.num_blocks=true", "an integer"),
         ("upcycle.num_blocks=2.5", "an integer"),
+        ("calibrate.tokens=010", "an integer"),
+        ("calibrate.tokens=1:30", "an integer"),
+        ("calibrate.tokens=2024-01-01", "an integer"),
+        ("calibrate.tokens=" + "9" * 50, "an integer"),
         ("upcycle.num_blocks='9'", "an integer"),
         ("upcycle.num_blocks=", "an integer"),
         ("upcycle.d_thin=wide", "an integer or null"),
@@ -156,6 +167,9 @@ def test_an_ill_typed_value_is_refused(override: str, allowed: str) -> None:
         ("upcycle.layers=[0, -1]", "layer numbers from 0"),
         ("upcycle.layers=[2, 2]", "each layer once"),
         ("upcycle.gated_deltanet=[1, 1]", "each layer once"),
+        ("upcycle.layers=[]", "at least one layer"),
+        ("upcycle.gated_deltanet=[]", "at least one layer"),
+        ("convert.gated_deltanet=[]", "at least one layer"),
         ("upcycle.ridge=0", "more than 0"),
         ("upcycle.shrinkage=1.5", "0 to 1"),
         ("calibrate.tokens=0", "1 or more"),
@@ -321,7 +335,9 @@ texts = st.text(st.characters(codec="utf-8"), max_size=20) | st.sampled_from(
     ]
 )
 positive = st.floats(min_value=1e-12, max_value=1e12)
-layers = st.sampled_from(["all", "auto"]) | st.lists(st.integers(0, 99), unique=True, max_size=4)
+layers = st.sampled_from(["all", "auto"]) | st.lists(
+    st.integers(0, 99), unique=True, min_size=1, max_size=4
+)
 
 
 @st.composite

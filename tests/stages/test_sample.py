@@ -106,7 +106,7 @@ def test_documents_that_leave_the_batch_do_not_disturb_the_others() -> None:
     generator = torch.Generator().manual_seed(0)
     model: Any = Chained()
     config = SampleConfig(length=9)
-    documents = _sample_batch(model, [[1]] * 40, config, generator, lambda drawn: None)
+    documents = _sample_batch(model, [[1]] * 40, config, generator, lambda drawn, most: None)
     assert len({len(ids) for ids in documents}) > 3
     for ids in documents:
         assert all(ids[i] == Chained.follows(ids[:i]) for i in range(2, len(ids)))
@@ -120,14 +120,19 @@ def test_prompts_of_any_length_are_continued_from_all_of_their_tokens() -> None:
     starts = [[1 + i % 12, 0, *range(1, 1 + i % 5)] for i in range(40)]
     model: Any = Chained()
     seen: list[int] = []
-    documents = _sample_batch(model, starts, SampleConfig(length=12), generator, seen.append)
+
+    def report(drawn: int, most: int) -> None:
+        assert drawn <= most <= 40 * 12
+        seen.append(drawn)
+
+    documents = _sample_batch(model, starts, SampleConfig(length=12), generator, report)
     assert len({len(ids) for ids in documents}) > 3
     for ids, start in zip(documents, starts, strict=True):
         assert ids[: len(start)] == start and len(ids) > len(start)
         assert all(ids[i] == Chained.follows(ids[:i]) for i in range(len(start), len(ids)))
         assert 0 not in ids[len(start) : -1]
         assert len(ids) == 12 or ids[-1] == 0
-    assert seen == sorted(seen) and seen[-1] <= 40 * 12
+    assert seen == sorted(seen) and seen[-1] == sum(map(len, documents))
 
 
 def test_prompts_are_used_in_rotation(tiny_parent: Callable[..., Path], tmp_path: Path) -> None:

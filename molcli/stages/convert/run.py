@@ -24,7 +24,7 @@ from molcli.fitting.residuals import Residuals, open_residuals, relative_error
 from molcli.model.checkpoint import default_device, stored_dtype
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.layers import Layer
-from molcli.progress import Progress, silent
+from molcli.progress import Progress, silent, step
 from molcli.report.machine import device_name, versions
 from molcli.stages.convert.layer import align_mixer, convert_layer, mixer_prefix
 from molcli.stages.convert.selection import layer_costs, select_layers, with_gated_deltanet
@@ -145,8 +145,9 @@ def _write_tensors(
                 residuals.advance(softmax, converted)
             if i in layers:
                 found[-1]["residual_error"] = heldout.error()
-            progress(i + 1, count, "converting")
-        losses = source.output_head(device).losses(heldout, heldout.student)
+            progress(i + 1, count)
+        with step(progress, "comparing"):
+            losses = source.output_head(device).losses(heldout, heldout.student)
     for name in source.reader.tensors:
         if name not in replaced:
             writer.add(name, source.reader.read(name))

@@ -11,7 +11,7 @@ from molcli.errors import MolError
 from molcli.fitting.residuals import LayerSensitivity, open_residuals, split_rows
 from molcli.model.checkpoint import default_device
 from molcli.model.configuration_mol import MoLConfig
-from molcli.progress import Progress
+from molcli.progress import Progress, phase, step
 from molcli.stages.convert.layer import convert_layer
 from molcli.stages.convert.source import SourceCheckpoint
 
@@ -80,7 +80,7 @@ def layer_costs(
         candidates: layers to measure.
         rows: text. The last of them measure, the others are fitted to.
         penalty: of the regressions (`ridge`).
-        progress: called after each layer.
+        progress: its phase "measuring" counts layers.
     """
     device, config = default_device(), source.config
     fit, kept = split_rows(rows)
@@ -89,6 +89,7 @@ def layer_costs(
     sensitivity = LayerSensitivity(kept, config, embedding, device)
     after = with_gated_deltanet(config, set(candidates))
     last = max(candidates)
+    measuring = phase(progress, "measuring")
     for i in range(config.num_hidden_layers):
         layer = converted = source.layer(i, device)
         if i in candidates:
@@ -96,5 +97,6 @@ def layer_costs(
         sensitivity.advance(i, layer, converted)
         if i < last:
             residuals.advance(layer, layer)
-        progress(i + 1, config.num_hidden_layers, "measuring each layer alone")
-    return sensitivity.kl_by_layer(source.output_head(device))
+        measuring(i + 1, config.num_hidden_layers)
+    with step(progress, "comparing"):
+        return sensitivity.kl_by_layer(source.output_head(device))

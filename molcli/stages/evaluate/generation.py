@@ -67,7 +67,7 @@ def compare_generation(
     """
     assert models.parent is not None
     ends = end_tokens(models.model)
-    progress(0, len(prompts), "continuations")
+    progress(0, len(prompts))
     matching = []
     for batch in prompts.split(batch_size):
         of_model, of_parent = (
@@ -75,7 +75,7 @@ def compare_generation(
             for model in (models.model, models.parent)
         )
         matching.append((of_model == of_parent).long().cumprod(dim=1).sum(dim=1).cpu())
-        progress(sum(map(len, matching)), len(prompts), "continuations")
+        progress(sum(map(len, matching)), len(prompts))
     tokens = torch.cat(matching).double()
     return Generation(
         prompts=len(prompts),

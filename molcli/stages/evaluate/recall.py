@@ -86,7 +86,7 @@ def measure_recall(models: Models, config: EvaluateConfig, progress: Progress) -
     count, results = config.recall_sequences, []
     total = count * len(config.recall_distances)
     for i, distance in enumerate(config.recall_distances):
-        progress(i * count, total, f"recall at {distance}")
+        progress(i * count, total, f"{distance} tokens of filler")
         prompts = draw_prompts(models.tokenizer, count, config.recall_pairs, distance, config.seed)
         if prompts.ids.shape[1] > models.positions:
             continue

@@ -10,7 +10,7 @@ from molcli.config.sections import EvaluateConfig
 from molcli.data.mixture import load_documents
 from molcli.data.packing import pack
 from molcli.families.parent import Parent
-from molcli.progress import Progress, silent
+from molcli.progress import Progress, phase, silent
 from molcli.stages.evaluate.generation import (
     Generation,
     compare_generation,
@@ -82,7 +82,7 @@ def measure(
         models: the model, and its parent if there is one.
         data: source of held-out text, of which the first config.tokens tokens are used.
         config: the recipe's section `evaluate`.
-        progress: called with finished and total work of each figure.
+        progress: counts tokens of held-out text; its phases count prompts.
 
     Raises:
         MolError: the data cannot be used.
@@ -109,12 +109,14 @@ def measure(
             length = config.continuation_length
             tokens = config.prompt_length + length
             batch_size = max(1, config.batch_size * config.context_length // tokens)
-            generation = compare_generation(models, prompts, length, batch_size, progress)
+            generation = compare_generation(
+                models, prompts, length, batch_size, phase(progress, "continuing")
+            )
         elif models.parent is not None and config.num_prompts:
             skipped["generation"] = f"no document has {config.prompt_length} tokens"
     if config.recall_sequences:
         obstacle = recall_obstacle(models.tokenizer, config.recall_pairs)
-        scores = [] if obstacle else measure_recall(models, config, progress)
+        scores = [] if obstacle else measure_recall(models, config, phase(progress, "recall"))
         if not scores:
             skipped["recall"] = obstacle or "no distance fits the model's positions"
     return Report(heldout, generation, scores, skipped=skipped)

@@ -19,6 +19,7 @@ from molcli.errors import MolError
 from molcli.files.folders import locked
 from molcli.files.generation_config import read_generation, write_generation
 from molcli.files.tensors import ShardedWriter, TensorReader
+from molcli.files.writable import check_writable
 from molcli.model import MoLForCausalLM
 from molcli.model.checkpoint import open_config
 from molcli.stages.train.distributed import first_error, full_tensor, local_shard
@@ -51,6 +52,7 @@ def check_output(out: Path, *, resume: bool) -> None:
             f"{out} exists and is not empty",
             allowed="a path that does not exist yet, or --resume to continue the run in it",
         )
+    check_writable(out)
     staging = out / _STAGING
     if os.path.lexists(staging) and not _is_ours(staging):
         raise MolError(

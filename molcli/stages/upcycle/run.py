@@ -33,7 +33,7 @@ from molcli.model.checkpoint import default_device, stored_dtype
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.layers import DenseLayer, MoLLayer
 from molcli.model.parent import dense_layer
-from molcli.progress import Progress, silent
+from molcli.progress import Progress, silent, step
 from molcli.report.receipt import receipt_page
 from molcli.stages.upcycle.comparison import Comparison, continuations
 from molcli.stages.upcycle.receipt import Measured, layer_figures, make_receipt
@@ -104,7 +104,8 @@ def upcycle(
         save_recipe(recipe, staging / RECIPE_FILE)
         samples = None
         if text is not None and recipe.upcycle.receipt == "full":
-            samples = continuations(staging, parent, text.heldout)
+            with step(progress, "continuing"):
+                samples = continuations(staging, parent, text.heldout)
         seconds = time.monotonic() - start
         receipt = make_receipt(parent, config, recipe, text, measured, samples, seconds)
         (staging / "receipt.json").write_text(json.dumps(receipt, indent=2) + "\n")
@@ -174,13 +175,13 @@ def _write_layers(
         progress(i + 1, count)
     del fit, conversion  # the head needs the memory of the text that blocks were fitted to
     head = open_output_head(parent, device)
-    losses = head.losses(heldout, heldout.student)
-    if comparison is None:
-        return Measured(rows, losses)
-    progress(count, count, "comparing with baselines")
-    for index, kl in comparison.sensitivity.kl_by_layer(head).items():
-        rows[index]["sensitivity"] = kl
-    return Measured(rows, losses, comparison.figures(head))
+    with step(progress, "comparing"):
+        losses = head.losses(heldout, heldout.student)
+        if comparison is None:
+            return Measured(rows, losses)
+        for index, kl in comparison.sensitivity.kl_by_layer(head).items():
+            rows[index]["sensitivity"] = kl
+        return Measured(rows, losses, comparison.figures(head))
 
 
 @dataclass(frozen=True)

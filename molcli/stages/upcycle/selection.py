@@ -27,7 +27,7 @@ from molcli.model.checkpoint import default_device
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.layers import Layer
 from molcli.model.parent import dense_layer
-from molcli.progress import Progress
+from molcli.progress import Progress, phase, step
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,7 @@ def _costs_alone(
     embedding = parent.embedding()
     residuals = open_residuals(fit, config, embedding, device)
     sensitivities = {mixer: LayerSensitivity(kept, config, embedding, device) for mixer in mixers}
+    measuring = phase(progress, "measuring")
     for i in range(config.num_hidden_layers):
         dense = dense_layer(parent, config, i, device)
         after = residuals
@@ -130,6 +131,7 @@ def _costs_alone(
         else:
             residuals.parent = residuals.student = after.parent
         del after
-        progress(i + 1, config.num_hidden_layers, "measuring each layer alone")
+        measuring(i + 1, config.num_hidden_layers)
     head = open_output_head(parent, device)
-    return [sensitivities[mixer].kl_by_layer(head) for mixer in mixers]
+    with step(progress, "comparing"):
+        return [sensitivities[mixer].kl_by_layer(head) for mixer in mixers]
