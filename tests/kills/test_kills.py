@@ -14,8 +14,7 @@ PENDING = {
     *("calibrate", "calibrate, sampled", "calibrate, GGUF"),
     *("upcycle", "upcycle, empty folder", "upcycle, with text", "upcycle, sampled"),
     *("convert", "convert, sampled"),
-    *("train", "train --resume", "train --logits", "train, stages"),
-    *("data cache-logits", "eval --json", "inspect --json", "plan --json", "bench --json"),
+    "data cache-logits",
 }
 
 
