@@ -62,7 +62,7 @@ def demo(
     """
     settings = recipe_for(recipe or ON_CPU, overrides)
     check_folder(out, restart=restart)
-    from molcli.files.folders import locked
+    from molcli.files.hidden_folders import locked
     from molcli.model.checkpoint import default_device
 
     if recipe is None and default_device().type == "cuda":

@@ -30,7 +30,8 @@ from molcli.data.mixture import Corpus
 from molcli.data.packing import TokenRows
 from molcli.data.tokenizer import tokenizer_fingerprint
 from molcli.errors import MolError
-from molcli.files.folders import locked, refuse_existing
+from molcli.files.folders import refuse_existing
+from molcli.files.hidden_folders import locked
 from molcli.files.json_files import shortened
 
 INDEX = "logits.json"

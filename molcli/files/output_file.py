@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TextIO
 
 from molcli.errors import MolError
-from molcli.files.folders import locked
+from molcli.files.hidden_folders import locked
 
 
 @contextmanager

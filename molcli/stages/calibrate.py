@@ -69,7 +69,7 @@ def calibrate(
         (staging / "calibration.json").write_text(json.dumps(about, indent=2) + "\n")
         for layer in range(parent.config.num_hidden_layers):
             moments_file(unfinished.folder, layer).rename(moments_file(staging, layer))
-    unfinished.remove()
+        unfinished.remove()  # before the output appears: no later run would remove it
 
 
 def _save_moments(
