@@ -25,7 +25,6 @@ from molcli.model.parent import end_tokens
 from molcli.model.precision import fast_dtype
 from molcli.progress import Progress, silent
 
-_BEGINS = "{"  # every file that `sample` writes
 _CPU_BATCH, _LARGEST_BATCH = 64, 8192  # documents
 # Without cuDNN's attention, which makes a new plan for every length, hence for every token.
 _BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -53,7 +52,7 @@ def sample(parent: Parent, config: SampleConfig, out: Path, progress: Progress =
     # transformers' own model runs, with sliding windows and all: its positions alone are a limit.
     positions = declared_limit(parent.config.max_position_embeddings, "the parent")
     positions.check(config.length, "sample.length")
-    with output_file(out, begins=_BEGINS) as file:  # before a model is opened
+    with output_file(out) as file:  # before a model is opened
         _write(parent, config, file, progress)
 
 
