@@ -61,14 +61,19 @@ def refuse_existing(path: Path) -> None:
         MolError: If `path` is a file or a folder with content, or its folder cannot be written.
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        for kind in (PARTIAL, SCRATCH):
-            remove_leftover(hidden_path(path, kind))
+        remove_leftovers(path)
         raise MolError(
             f"{path} exists and is not empty",
             allowed="a path that does not exist yet, or an empty folder",
             hint=f"give another path, or remove {path} first",
         )
     check_writable(path)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what a run left beside its complete output when it was killed after its last step."""
+    for kind in (PARTIAL, SCRATCH):
+        remove_leftover(hidden_path(path, kind))
 
 
 def cache_folder() -> Path:

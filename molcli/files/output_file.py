@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TextIO
 
 from molcli.errors import MolError
-from molcli.files.hidden_folders import PARTIAL, hidden_folder, hidden_path, remove_leftover
+from molcli.files.folders import remove_leftovers
+from molcli.files.hidden_folders import PARTIAL, hidden_folder
 
 
 @contextmanager
@@ -43,5 +44,5 @@ def output_file(path: Path) -> Iterator[TextIO]:
 
 def _refuse_existing(path: Path) -> None:
     if path.exists() or path.is_symlink():
-        remove_leftover(hidden_path(path, PARTIAL))  # of a run that was killed after its last step
+        remove_leftovers(path)
         raise MolError(f"{path} exists", hint="another path, or remove it first")
