@@ -96,6 +96,14 @@ class Parent:
         tensor = self._reader.read(source.name, source.rows)
         return tensor if source.transform is None else source.transform(tensor)
 
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return all tensors by their names in the files, in the stored dtype.
+
+        transformers, given a folder, reads a tensor that is in two shards from the last one,
+        whatever the index says. They are mapped from the files, not loaded.
+        """
+        return self._reader.read_all()
+
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """None if the parent came without one."""
         return self._tokenizer

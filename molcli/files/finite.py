@@ -1,9 +1,13 @@
 """Refuse weights that are NaN or infinite, by the tensor's name."""
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, aminmax, bfloat16, dtype, finfo, float16, float32, float64
 
 from molcli.errors import MolError
-from molcli.files.tensors import TensorReader
+
+if TYPE_CHECKING:  # it imports this module
+    from molcli.files.tensors import TensorReader
 
 FLOATS = {"F64": float64, "F32": float32, "F16": float16, "BF16": bfloat16}
 _CHUNK_BYTES = 64 * 2**20  # of a large tensor, in memory at a time
@@ -41,7 +45,7 @@ def check_finite(name: str, tensor: Tensor, source: object) -> None:
         )
 
 
-def check_all_finite(reader: TensorReader) -> None:
+def check_all_finite(reader: "TensorReader") -> None:
     """Read all tensors of a folder once, a part at a time.
 
     Raises:

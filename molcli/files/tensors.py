@@ -1,16 +1,19 @@
 """Checkpoint folders of safetensors files: lazy reading, and writing shard by shard."""
 
 import hashlib
-import json
-from dataclasses import dataclass
+import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from molcli.errors import MolError
+from molcli.files.finite import is_finite
+from molcli.files.json_files import read_object, shortened, write_object
+from molcli.files.tensor_header import TensorInfo, damaged_file, read_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -37,21 +40,47 @@ class TensorReader:
         self.shards = sorted({folder / shard for shard in index.values()} or {folder / SINGLE})
         self.tensors: dict[str, TensorInfo] = {}
         for shard in self.shards:
-            self.tensors |= _read_header(shard)
+            self._add_shard(shard, index)
         for name, file in index.items():
-            if name not in self.tensors or self.tensors[name].shard != folder / file:
+            if name not in self.tensors:
                 raise MolError(
                     f"{INDEX} places {name} in {file}, which does not hold it",
                     allowed="an index that matches its shards",
                     hint=f"download {folder} again",
                 )
 
+    def _add_shard(self, shard: Path, index: Mapping[str, str]) -> None:
+        if not shard.is_file():
+            raise MolError(
+                f"{shard} is missing, though {INDEX} names it",
+                allowed="all shards of the index",
+                hint=f"download {shard.name} again",
+            )
+        for name, info in read_header(shard).items():
+            if index.get(name, shard.name) != shard.name:
+                continue  # left behind when the tensor was moved: the index decides
+            if name in self.tensors:
+                other = self.tensors[name].shard.name
+                raise MolError(
+                    f"{name} is in {other} and in {shard.name}, and {INDEX} does not name it",
+                    allowed="an index that says where each tensor is",
+                    hint=f"download {self.folder} again",
+                )
+            self.tensors[name] = info
+
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
         """Read a tensor, or some of its rows, in its stored dtype, to the CPU."""
-        with safe_open(self.tensors[name].shard, framework="pt") as shard:
-            tensor: torch.Tensor
-            tensor = shard.get_tensor(name) if rows is None else shard.get_slice(name)[rows]
-            return tensor
+        path, tensor = self.tensors[name].shard, torch.empty(0)
+        try:
+            with safe_open(path, framework="pt") as shard:
+                tensor = shard.get_tensor(name) if rows is None else shard.get_slice(name)[rows]
+        except SafetensorError as error:  # the file was changed since, or the disk fails
+            raise damaged_file(path, f"cannot be read ({error})") from error
+        return tensor
+
+    def read_all(self) -> dict[str, torch.Tensor]:
+        """Return all tensors; they are read from the files when they are used."""
+        return {name: self.read(name) for name in self.tensors}
 
     def fingerprint(self) -> str:
         """Return the sha256 of every tensor's name, dtype, shape and first 4096 bytes.
@@ -84,17 +113,56 @@ class TensorReader:
                 hint="AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder) "
                 "writes safetensors",
             )
-        try:
-            weight_map = json.loads(path.read_text())["weight_map"]
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise ValueError("weight_map is empty")
-        except (ValueError, KeyError, TypeError) as error:
-            raise MolError(
-                f"{path} cannot be read ({error})",
-                allowed="JSON with a weight_map from tensor names to shards",
-                hint=f"download {path} again",
-            ) from error
-        return {str(name): str(file) for name, file in weight_map.items()}
+        content = read_object(
+            path,
+            {"weight_map": dict},
+            allowed="JSON with a weight_map from tensor names to shards",
+            hint=f"download {path} again",
+        )
+        weight_map: dict[str, str] = content["weight_map"]
+        if not weight_map:
+            raise MolError(f"{path} names no tensors", hint=f"download {path} again")
+        for name, shard in weight_map.items():
+            if not is_file_name(shard):
+                raise MolError(
+                    f"{path} places {shortened(name)} in {shortened(shard)}",
+                    allowed="shards in the same folder, by their names alone",
+                    hint=f"download {path} again, and trust no folder with such an index",
+                )
+        return weight_map
+
+
+def is_file_name(name: object) -> bool:
+    """Whether a name in a file of others names a file of the same folder, and no other place."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
+
+
+def save_tensors(
+    tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file with the permissions of a new file.
+
+    safetensors' own function makes files that are private, and its errors are no OSErrors.
+
+    Args:
+        tensors: Contiguous, on any device.
+        path: The file; one that exists is replaced.
+        metadata: Text to store beside the tensors.
+
+    Raises:
+        OSError: The file cannot be written; what was written of it is removed.
+    """
+    try:
+        with path.open("wb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+        save_file(dict(tensors), path, None if metadata is None else dict(metadata))
+        path.chmod(mode & 0o777)
+    except SafetensorError as error:
+        path.unlink(missing_ok=True)
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 class ShardedWriter:
@@ -116,7 +184,17 @@ class ShardedWriter:
         self._shards: list[list[str]] = []
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Add a tensor in its dtype; it must not be modified before `close`."""
+        """Add a tensor in its dtype; it must not be modified before `close`.
+
+        Raises:
+            MolError: If an entry is NaN or infinite.
+        """
+        if tensor.is_floating_point() and not is_finite(tensor):
+            raise MolError(
+                f"{name} would be written with entries that are NaN or infinite",
+                allowed="finite weights",
+                hint="--set train.precision=fp32, or other settings",
+            )
         assert all(name not in names for names in (self._pending, *self._shards)), name
         if self._pending and self._pending_bytes + tensor.nbytes > self.max_shard_bytes:
             self._flush()
@@ -142,8 +220,9 @@ class ShardedWriter:
             file = f"model-{number:05d}-of-{count:05d}.safetensors"
             self._part(number).rename(self.folder / file)
             weight_map |= dict.fromkeys(names, file)
-        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-        (self.folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        total = {"total_size": self.total_bytes}
+        by_name = dict(sorted(weight_map.items()))
+        write_object(self.folder / INDEX, {"metadata": total, "weight_map": by_name})
 
     def _part(self, number: int) -> Path:
         """A shard's name until the number of shards is known."""
@@ -153,61 +232,5 @@ class ShardedWriter:
         if not self._pending and self._shards:
             return  # without any tensor, one empty file is written
         self._shards.append(list(self._pending))
-        part = self._part(len(self._shards))
-        save_file(self._pending, part, metadata={"format": "pt"})
-        # safetensors makes files private to the user; give them the permissions of the folder.
-        part.chmod(self.folder.stat().st_mode & 0o666)
+        save_tensors(self._pending, self._part(len(self._shards)), {"format": "pt"})
         self._pending, self._pending_bytes = {}, 0
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Header of a tensor in a shard.
-
-    dtype: Name in safetensors, such as "BF16".
-    start: Position of the data in the shard, in bytes.
-    """
-
-    shard: Path
-    shape: tuple[int, ...]
-    dtype: str
-    start: int
-    num_bytes: int
-
-
-def _read_header(shard: Path) -> dict[str, TensorInfo]:
-    """Read a shard's header and check it against the file's size."""
-    if not shard.is_file():
-        raise MolError(
-            f"{shard} is missing, though {INDEX} names it",
-            allowed="all shards of the index",
-            hint=f"download {shard.name} again",
-        )
-    size = shard.stat().st_size
-    with shard.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        raw = file.read(length) if 8 + length <= size else b""
-    try:
-        header: dict[str, Any] = json.loads(raw)
-        header.pop("__metadata__", None)
-        tensors = {name: _info(shard, entry, 8 + length) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(shard, f"is not a whole safetensors file ({size} bytes)") from error
-    expected = 8 + length + sum(info.num_bytes for info in tensors.values())
-    if size != expected:
-        raise _damaged(shard, f"has {size} bytes, but its header describes {expected}")
-    return tensors
-
-
-def _info(shard: Path, entry: dict[str, Any], data_start: int) -> TensorInfo:
-    begin, end = entry["data_offsets"]
-    shape = tuple(entry["shape"])
-    return TensorInfo(shard, shape, str(entry["dtype"]), data_start + begin, end - begin)
-
-
-def _damaged(shard: Path, problem: str) -> MolError:
-    return MolError(
-        f"{shard} {problem}",
-        allowed="a complete safetensors file",
-        hint=f"download {shard.name} again (with git: git lfs pull)",
-    )

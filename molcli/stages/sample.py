@@ -10,7 +10,12 @@ from typing import TextIO
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from molcli.config.sections import SampleConfig
 from molcli.data.documents import read_documents
@@ -60,12 +65,12 @@ def _write(parent: Parent, config: SampleConfig, file: TextIO, progress: Progres
     prompts = _prompts(parent, config)
     parent.check_weights()
     device = default_device()
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        parent.folder,
+    # Not from the folder: of a tensor in two shards, transformers would read the wrong one.
+    model: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(parent.config)].from_pretrained(
+        None,
         config=parent.config,
+        state_dict=parent.state_dict(),
         dtype=fast_dtype(device),
-        trust_remote_code=False,
-        use_safetensors=True,
     )
     model.to(device).eval()  # type: ignore[arg-type]
     tokenizer = parent.tokenizer()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoTokenizer,
     DynamicCache,
@@ -238,3 +239,23 @@ def test_batch_size_follows_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert with_gb(1, 10**6) == 1
     model.device = torch.device("cpu")
     assert with_gb(80, 128) == 64
+
+
+def test_a_stale_duplicate_in_a_later_shard_is_not_sampled_from(
+    tiny_parent: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tiny_parent("llama", tokenizer=False)
+    config = SampleConfig(tokens=100, length=20, batch_size=3)
+    sample(open_parent(folder), config, tmp_path / "clean.jsonl")
+    weights = folder / "model.safetensors"
+    tensors = load_file(weights)
+    moved = "model.embed_tokens.weight"
+    rest = {name: tensor for name, tensor in tensors.items() if name != moved}
+    stale = {moved: tensors[moved].flip(0).contiguous()}
+    save_file({moved: tensors[moved]}, folder / "a.safetensors")
+    save_file(rest | stale, folder / "b.safetensors")
+    index = {name: "a.safetensors" if name == moved else "b.safetensors" for name in tensors}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    weights.unlink()
+    sample(open_parent(folder), config, tmp_path / "stale.jsonl")
+    assert (tmp_path / "stale.jsonl").read_bytes() == (tmp_path / "clean.jsonl").read_bytes()
