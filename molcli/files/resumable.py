@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from molcli.errors import MolError
@@ -17,6 +16,7 @@ from molcli.files.hidden_folders import (
     make_hidden,
     remove_leftover,
 )
+from molcli.files.tensors import save_tensors
 
 MIN_SAVE_INTERVAL = 60.0  # seconds
 MIN_WORK_PER_SAVE = 20  # seconds of work per second of saving: saving takes at most 5% of the time
@@ -93,9 +93,9 @@ class ResumableWork:
         on_host = {name: tensor.to("cpu").contiguous() for name, tensor in tensors.items()}
         new = self.folder / f"{_STATE}.new"
         try:
-            save_file(on_host, new, {"identity": self.identity, "done": str(done)})
+            save_tensors(on_host, new, {"identity": self.identity, "done": str(done)})
             new.replace(self.folder / _STATE)
-        except (OSError, SafetensorError):
+        except OSError:
             new.unlink(missing_ok=True)
         end = time.monotonic()
         self._next_save = end + max(MIN_SAVE_INTERVAL, MIN_WORK_PER_SAVE * (end - start))

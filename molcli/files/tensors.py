@@ -1,10 +1,13 @@
 """Checkpoint folders of safetensors files: lazy reading, and writing shard by shard."""
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,25 +16,27 @@ from safetensors.torch import save_file
 from molcli.errors import MolError
 from molcli.files.finite import is_finite
 from molcli.files.json_files import read_object, shortened, write_object
-from molcli.files.tensor_header import TensorInfo, damaged_file, read_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _SAMPLE_BYTES = 4096  # of each tensor, for the fingerprint
+_MAX_HEADER_BYTES = 100_000_000  # of a shard, as in safetensors
+_ERRNO = re.compile(r"\(os error (\d+)\)")  # in the message of a SafetensorError
 
 
 class TensorReader:
     """Lazy reader of a folder with `model.safetensors`, or with shards and their index.
 
-    Opening reads the headers only.
+    Opening reads the headers only. A tensor that is in several shards is read from the one that the
+    index names.
 
     Attributes:
         shards: Files, sorted.
         tensors: Name -> header.
 
     Raises:
-        MolError: If there are no safetensors, a shard is missing or truncated, or the index and the
-            shards disagree.
+        MolError: If there are no safetensors, a shard is missing, truncated or outside of the
+            folder, or the index and the shards disagree.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -40,46 +45,40 @@ class TensorReader:
         self.shards = sorted({folder / shard for shard in index.values()} or {folder / SINGLE})
         self.tensors: dict[str, TensorInfo] = {}
         for shard in self.shards:
-            self._add_shard(shard, index)
+            for name, info in _read_header(shard).items():
+                named = index.get(name)
+                if named is None and name in self.tensors:
+                    raise self._disagree(f"{name} is in several shards, and not in {INDEX}")
+                if named is None or shard.name == named:
+                    self.tensors[name] = info
         for name, file in index.items():
             if name not in self.tensors:
-                raise MolError(
-                    f"{INDEX} places {name} in {file}, which does not hold it",
-                    allowed="an index that matches its shards",
-                    hint=f"download {folder} again",
-                )
+                raise self._disagree(f"{INDEX} places {name} in {file}, which does not hold it")
 
-    def _add_shard(self, shard: Path, index: Mapping[str, str]) -> None:
-        if not shard.is_file():
-            raise MolError(
-                f"{shard} is missing, though {INDEX} names it",
-                allowed="all shards of the index",
-                hint=f"download {shard.name} again",
-            )
-        for name, info in read_header(shard).items():
-            if index.get(name, shard.name) != shard.name:
-                continue  # left behind when the tensor was moved: the index decides
-            if name in self.tensors:
-                other = self.tensors[name].shard.name
-                raise MolError(
-                    f"{name} is in {other} and in {shard.name}, and {INDEX} does not name it",
-                    allowed="an index that says where each tensor is",
-                    hint=f"download {self.folder} again",
-                )
-            self.tensors[name] = info
+    def _disagree(self, problem: str) -> MolError:
+        return MolError(
+            problem,
+            allowed="an index that matches its shards",
+            hint=f"download {self.folder} again",
+        )
 
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
-        """Read a tensor, or some of its rows, in its stored dtype, to the CPU."""
-        path, tensor = self.tensors[name].shard, torch.empty(0)
+        """Read a tensor, or some of its rows, in its stored dtype, to the CPU.
+
+        Raises:
+            MolError: If the file cannot be read.
+        """
+        path = self.tensors[name].shard
         try:
             with safe_open(path, framework="pt") as shard:
+                tensor: torch.Tensor
                 tensor = shard.get_tensor(name) if rows is None else shard.get_slice(name)[rows]
-        except SafetensorError as error:  # the file was changed since, or the disk fails
-            raise damaged_file(path, f"cannot be read ({error})") from error
-        return tensor
+                return tensor
+        except (SafetensorError, OSError) as error:
+            raise _damaged(path, f"cannot be read ({error})") from error
 
     def read_all(self) -> dict[str, torch.Tensor]:
-        """Return all tensors; they are read from the files when they are used."""
+        """Return all tensors by name, in their stored dtypes; mapped from the files, not loaded."""
         return {name: self.read(name) for name in self.tensors}
 
     def fingerprint(self) -> str:
@@ -113,56 +112,27 @@ class TensorReader:
                 hint="AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder) "
                 "writes safetensors",
             )
-        content = read_object(
+        index = read_object(
             path,
             {"weight_map": dict},
             allowed="JSON with a weight_map from tensor names to shards",
             hint=f"download {path} again",
         )
-        weight_map: dict[str, str] = content["weight_map"]
-        if not weight_map:
-            raise MolError(f"{path} names no tensors", hint=f"download {path} again")
-        for name, shard in weight_map.items():
-            if not is_file_name(shard):
+        if not index["weight_map"]:
+            raise MolError(
+                f"{path} cannot be read (weight_map is empty)",
+                allowed="a weight_map from tensor names to shards",
+                hint=f"download {path} again",
+            )
+        for name, file in index["weight_map"].items():
+            # A file of this folder, which may be a link, as in the cache of the Hub.
+            if not isinstance(file, str) or Path(file).name != file or file in ("", ".."):
                 raise MolError(
-                    f"{path} places {shortened(name)} in {shortened(shard)}",
-                    allowed="shards in the same folder, by their names alone",
-                    hint=f"download {path} again, and trust no folder with such an index",
+                    f"{path} places {shortened(name)} in {shortened(file)}",
+                    allowed="the name of a file beside the index",
+                    hint=f"download {path} again",
                 )
-        return weight_map
-
-
-def is_file_name(name: object) -> bool:
-    """Whether a name in a file of others names a file of the same folder, and no other place."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
-
-
-def save_tensors(
-    tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write a safetensors file with the permissions of a new file.
-
-    safetensors' own function makes files that are private, and its errors are no OSErrors.
-
-    Args:
-        tensors: Contiguous, on any device.
-        path: The file; one that exists is replaced.
-        metadata: Text to store beside the tensors.
-
-    Raises:
-        OSError: The file cannot be written; what was written of it is removed.
-    """
-    try:
-        with path.open("wb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-        save_file(dict(tensors), path, None if metadata is None else dict(metadata))
-        path.chmod(mode & 0o777)
-    except SafetensorError as error:
-        path.unlink(missing_ok=True)
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        return dict(index["weight_map"])
 
 
 class ShardedWriter:
@@ -193,7 +163,7 @@ class ShardedWriter:
             raise MolError(
                 f"{name} would be written with entries that are NaN or infinite",
                 allowed="finite weights",
-                hint="--set train.precision=fp32, or other settings",
+                hint="use other text or settings; weights stored as float32 overflow last",
             )
         assert all(name not in names for names in (self._pending, *self._shards)), name
         if self._pending and self._pending_bytes + tensor.nbytes > self.max_shard_bytes:
@@ -220,9 +190,11 @@ class ShardedWriter:
             file = f"model-{number:05d}-of-{count:05d}.safetensors"
             self._part(number).rename(self.folder / file)
             weight_map |= dict.fromkeys(names, file)
-        total = {"total_size": self.total_bytes}
-        by_name = dict(sorted(weight_map.items()))
-        write_object(self.folder / INDEX, {"metadata": total, "weight_map": by_name})
+        index = {
+            "metadata": {"total_size": self.total_bytes},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+        write_object(self.folder / INDEX, index)
 
     def _part(self, number: int) -> Path:
         """A shard's name until the number of shards is known."""
@@ -232,5 +204,90 @@ class ShardedWriter:
         if not self._pending and self._shards:
             return  # without any tensor, one empty file is written
         self._shards.append(list(self._pending))
-        save_tensors(self._pending, self._part(len(self._shards)), {"format": "pt"})
+        part = self._part(len(self._shards))
+        save_tensors(self._pending, part, {"format": "pt"})
         self._pending, self._pending_bytes = {}, 0
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Header of a tensor in a shard.
+
+    dtype: Name in safetensors, such as "BF16".
+    start: Position of the data in the shard, in bytes.
+    """
+
+    shard: Path
+    shape: tuple[int, ...]
+    dtype: str
+    start: int
+    num_bytes: int
+
+
+def save_tensors(
+    tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file, with the permissions of any new file.
+
+    Args:
+        tensors: Name -> contiguous tensor on the CPU.
+        path: Of the file.
+        metadata: Of its header.
+
+    Raises:
+        OSError: If the disk is full, or the folder cannot be written.
+    """
+    path.touch()
+    mode = path.stat().st_mode & 0o777
+    try:
+        save_file(dict(tensors), path, None if metadata is None else dict(metadata))
+    except SafetensorError as error:
+        number = _ERRNO.search(str(error))
+        if number is None:
+            raise
+        code = int(number[1])
+        raise OSError(code, os.strerror(code), str(path)) from error
+    path.chmod(mode)  # safetensors makes a new file, private to the user
+
+
+def _read_header(shard: Path) -> dict[str, TensorInfo]:
+    """Read a shard's header and check it against the file's size."""
+    if not shard.is_file():
+        raise MolError(
+            f"{shard} is missing, though {INDEX} names it",
+            allowed="all shards of the index",
+            hint=f"download {shard.name} again",
+        )
+    size = shard.stat().st_size
+    with shard.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        whole = 8 + length <= size and length <= _MAX_HEADER_BYTES
+        raw = file.read(length) if whole else b""
+    try:
+        header: dict[str, Any] = json.loads(raw)
+        header.pop("__metadata__", None)
+        tensors = {name: _info(shard, entry, 8 + length) for name, entry in header.items()}
+        expected = 8 + length + sum(info.num_bytes for info in tensors.values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged(shard, f"is not a whole safetensors file ({size} bytes)") from error
+    if size != expected:
+        raise _damaged(shard, f"has {size} bytes, but its header describes {expected}")
+    try:
+        with safe_open(shard, framework="pt"):  # checks dtypes, shapes and places
+            return tensors
+    except (SafetensorError, OSError) as error:
+        raise _damaged(shard, f"has a header that cannot be read ({error})") from error
+
+
+def _info(shard: Path, entry: dict[str, Any], data_start: int) -> TensorInfo:
+    begin, end = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    return TensorInfo(shard, shape, str(entry["dtype"]), data_start + begin, end - begin)
+
+
+def _damaged(shard: Path, problem: str) -> MolError:
+    return MolError(
+        f"{shard} {problem}",
+        allowed="a complete safetensors file",
+        hint=f"download {shard.name} again (with git: git lfs pull)",
+    )

@@ -11,24 +11,26 @@ import torch
 from safetensors.torch import save_file
 
 from molcli.errors import MolError
-from molcli.files.tensor_header import read_header
+from molcli.files.tensors import SINGLE, TensorReader
+
+# by the size, or by the safetensors library
+_REFUSED = rf"{SINGLE} (is not a whole|has \d+ bytes, but|has a header that cannot be read)"
 
 
 def entry(shape: Any, offsets: Any, dtype: Any = "F32") -> dict[str, Any]:
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
 
-def write(path: Path, header: str | bytes, data: bytes = b"") -> Path:
+def write(path: Path, header: str | bytes, data: bytes = b"") -> None:
     raw = header if isinstance(header, bytes) else header.encode()
     path.write_bytes(struct.pack("<Q", len(raw)) + raw + data)
-    return path
 
 
 def test_a_header_that_safetensors_wrote(tmp_path: Path) -> None:
-    path = tmp_path / "file"
+    path = tmp_path / SINGLE
     tensors = {"a": torch.ones(2, 3), "b": torch.tensor(1, dtype=torch.int64), "é": torch.ones(0)}
     save_file(tensors, path, {"format": "pt"})
-    found = read_header(path)
+    found = TensorReader(tmp_path).tensors
     assert {name: (info.shape, info.dtype) for name, info in found.items()} == {
         "a": ((2, 3), "F32"),
         "b": ((), "I64"),
@@ -40,20 +42,20 @@ def test_a_header_that_safetensors_wrote(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("length", [2**31, 2**63, 2**64 - 1])
 def test_a_length_beyond_the_file_is_not_read(tmp_path: Path, length: int) -> None:
-    path = tmp_path / "file"
+    path = tmp_path / SINGLE
     path.write_bytes(struct.pack("<Q", length) + b"{}")
     with pytest.raises(MolError, match="not a whole safetensors file"):
-        read_header(path)
+        TensorReader(tmp_path)
 
 
 def test_a_header_of_a_sparse_file_of_gigabytes_is_not_read(tmp_path: Path) -> None:
-    path = tmp_path / "file"
+    path = tmp_path / SINGLE
     with path.open("wb") as file:
         file.write(struct.pack("<Q", 2**33))
         file.truncate(2**34)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(MolError, match="has a header of 8589934592 bytes"):
-        read_header(path)
+    with pytest.raises(MolError, match="is not a whole"):
+        TensorReader(tmp_path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20
 
 
@@ -71,8 +73,9 @@ def test_a_header_of_a_sparse_file_of_gigabytes_is_not_read(tmp_path: Path) -> N
     ],
 )
 def test_no_header(tmp_path: Path, header: str | bytes) -> None:
-    with pytest.raises(MolError, match=r"file (has (a header|__metadata__)|is not)"):
-        read_header(write(tmp_path / "file", header, bytes(4)))
+    write(tmp_path / SINGLE, header, bytes(4))
+    with pytest.raises(MolError, match=_REFUSED):
+        TensorReader(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -100,15 +103,15 @@ def test_no_header(tmp_path: Path, header: str | bytes) -> None:
     ],
 )
 def test_an_entry_that_no_tensor_has(tmp_path: Path, tensor: Any) -> None:
-    path = write(tmp_path / "file", json.dumps({"w": tensor}), bytes(4))
-    with pytest.raises(MolError, match="has a tensor 'w' "):
-        read_header(path)
+    write(tmp_path / SINGLE, json.dumps({"w": tensor}), bytes(4))
+    with pytest.raises(MolError, match=_REFUSED):
+        TensorReader(tmp_path)
 
 
 def test_a_name_that_is_no_text(tmp_path: Path) -> None:
-    path = write(tmp_path / "file", json.dumps({"\ud800": entry([1], [0, 4])}), bytes(4))
-    with pytest.raises(MolError, match="whose name is not UTF-8"):
-        read_header(path)
+    write(tmp_path / SINGLE, json.dumps({"\ud800": entry([1], [0, 4])}), bytes(4))
+    with pytest.raises(MolError, match=_REFUSED):
+        TensorReader(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -119,12 +122,13 @@ def test_tensors_that_overlap_or_leave_bytes(
     tmp_path: Path, offsets: list[list[int]], size: int
 ) -> None:
     header = {str(i): entry([1], place) for i, place in enumerate(offsets)}
-    with pytest.raises(MolError, match="overlap, or bytes that belong to none"):
-        read_header(write(tmp_path / "file", json.dumps(header), bytes(size)))
+    write(tmp_path / SINGLE, json.dumps(header), bytes(size))
+    with pytest.raises(MolError, match=_REFUSED):
+        TensorReader(tmp_path)
 
 
 @pytest.mark.parametrize("size", [3, 5])
 def test_a_file_of_another_size(tmp_path: Path, size: int) -> None:
-    path = write(tmp_path / "file", json.dumps({"w": entry([1], [0, 4])}), bytes(size))
+    write(tmp_path / SINGLE, json.dumps({"w": entry([1], [0, 4])}), bytes(size))
     with pytest.raises(MolError, match="but its header describes"):
-        read_header(path)
+        TensorReader(tmp_path)
