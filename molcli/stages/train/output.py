@@ -16,6 +16,7 @@ from molcli.config.recipe import RECIPE_FILE, save_recipe
 from molcli.config.sections import Recipe
 from molcli.data.tokenizer import open_tokenizer
 from molcli.errors import MolError
+from molcli.files.folders import settle_files
 from molcli.files.generation_config import read_generation, write_generation
 from molcli.files.hidden_folders import (
     clear_hidden,
@@ -160,6 +161,7 @@ def save_model(
 
 def _publish(staging: Path, out: Path) -> None:
     """Move the files into `out`, last config.json, which says that all is there."""
+    settle_files(staging)
     for file in hidden_content(staging):
         if file.name != _CONFIG:
             file.replace(out / file.name)
