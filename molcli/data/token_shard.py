@@ -13,6 +13,7 @@ import numpy as np
 
 from molcli.data.checked import check_once
 from molcli.errors import MolError
+from molcli.files.writable import naming
 
 _PIECE = 2**23  # tokens that are checked at a time
 
@@ -87,7 +88,7 @@ def write_token_shard(folder: Path, number: int, documents: list[np.ndarray]) ->
     tokens = tokens.astype(np.uint16 if tokens.max() < 2**16 else np.int32)
     digest = hashlib.sha256()
     for name, array in (("tokens", tokens), ("documents", sizes)):
-        np.save(folder / file_name(name, number), array)
+        _write_array(folder / file_name(name, number), array)
         digest.update(array.data)
     return {"tokens": len(tokens), "documents": len(sizes), "sha256": digest.hexdigest()}
 
@@ -95,6 +96,14 @@ def write_token_shard(folder: Path, number: int, documents: list[np.ndarray]) ->
 def file_name(name: str, number: int) -> str:
     """Return the name of one of the two files of a shard."""
     return f"{name}-{number:05d}.npy"
+
+
+def _write_array(path: Path, array: np.ndarray) -> None:
+    """Write what `np.save` does, whose error on a full disk does not say so."""
+    with naming(path), path.open("wb") as file:
+        header = np.lib.format.header_data_from_array_1_0(array)
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(array.data)
 
 
 def _checked_entry(number: int, entry: Any) -> tuple[int, int]:

@@ -5,6 +5,8 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from molcli.files.writable import naming
+
 
 def partial_of(path: Path) -> Path:
     """Return the hidden file that becomes this file."""
@@ -28,13 +30,12 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     partial = partial_of(path)
     descriptor = _create(partial)
     try:
-        with open(descriptor, "wb", closefd=False) as file:
+        with naming(path), open(descriptor, "wb", closefd=False) as file:
             file.write(data)
-        os.fsync(descriptor)
+            file.flush()
+            os.fsync(descriptor)
         partial.replace(path)
-    except BaseException as error:
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # for the message: a full disk has no name
+    except BaseException:
         partial.unlink(missing_ok=True)
         raise
     finally:

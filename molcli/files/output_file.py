@@ -9,6 +9,7 @@ from typing import TextIO
 from molcli.errors import MolError
 from molcli.files.folders import remove_leftovers
 from molcli.files.hidden_folders import PARTIAL, hidden_folder
+from molcli.files.writable import naming
 
 
 @contextmanager
@@ -29,15 +30,10 @@ def output_file(path: Path) -> Iterator[TextIO]:
     with hidden_folder(path, PARTIAL) as folder:
         _refuse_existing(path)
         partial = folder / "output"
-        try:
-            with partial.open("w", encoding="utf-8") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            if error.filename is None:
-                error.filename = str(path)  # for the message: a full disk has no name
-            raise
+        with naming(path), partial.open("w", encoding="utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         _refuse_existing(path)
         partial.replace(path)
 

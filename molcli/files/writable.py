@@ -1,6 +1,8 @@
-"""Check before the work that its output can be written."""
+"""Outputs that cannot be written: noticed before the work, and named in errors."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from molcli.errors import MolError
@@ -29,3 +31,14 @@ def check_writable(path: Path) -> None:
             allowed="a folder of your own, on a disk that is not read-only",
             hint=f"give another path, such as ~/{path.name}",
         )
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name the file in an OSError: that of a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise

@@ -189,6 +189,8 @@ class SingleProcessSaver:
         # torch reports a full disk as a RuntimeError of its zip writer.
         except (OSError, RuntimeError, MolError) as error:
             found = error.found if isinstance(error, MolError) else str(error)
+            if isinstance(error, RuntimeError) and "enforce fail" in found:
+                found = "the disk took a part of it only"
             raise _not_writable(path, found) from error
         self._step = state.step
         remove_old(self.folder)

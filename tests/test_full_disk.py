@@ -1,0 +1,89 @@
+"""A disk that is full is the user's to mend: the file is named, and nothing is half-written."""
+
+import json
+import random
+import resource
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.forked import Forked
+
+SETTINGS = {
+    "upcycle.num_blocks": 3,
+    "upcycle.top_k": 1,
+    "upcycle.d_thin": 32,
+    "calibrate.tokens": 512,
+    "calibrate.heldout_tokens": 128,
+    "calibrate.context_length": 32,
+    "train.tokens": 128,
+    "train.context_length": 32,
+    "train.stages": "null",
+    "sample.tokens": 600,
+    "sample.length": 16,
+}
+SETS = [word for key, value in SETTINGS.items() for word in ("--set", f"{key}={value}")]
+LIMIT = 2500  # bytes: above what a command prints here, below its output
+
+
+def limit_files(size: int) -> None:
+    """Let no file of this process grow beyond a size, as on a disk that is full."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+@pytest.fixture
+def world(tiny_parent: Callable[..., Path], tmp_path: Path) -> Path:
+    """A folder with the inputs of the commands."""
+    folder = tmp_path / "world"
+    folder.mkdir()
+    tiny_parent("llama").rename(folder / "parent")
+    draw = random.Random(0)
+    rows = [{"input_ids": [draw.randrange(3, 120) for _ in range(30)]} for _ in range(40)]
+    (folder / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "text.txt").write_text("the quick brown fox\n" * 2000)
+    return folder
+
+
+def run(forked: Forked, folder: Path, words: list[str], **fields: Any) -> tuple[int, str]:
+    places = {"HOME": str(folder), "TMPDIR": str(folder), "XDG_CACHE_HOME": str(folder / "cache")}
+    done = forked.run(words, folder, env=places, **fields)
+    return done.code, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["calibrate", "parent", "out", "--data", "text.jsonl", *SETS], "moments-00000"),
+        (["upcycle", "parent", "out", "--set", "upcycle.method=random", *SETS], "part-00001"),
+        (["train", "mol", "out", "--parent", "parent", "--data", "text.jsonl", *SETS], "step-"),
+        (["data", "tokenize", "text.txt", "out", "-t", "parent"], "tokens-00000.npy"),
+        (["data", "sample", "parent", "out", *SETS], "out"),
+        (["data", "cache-logits", "parent", "out", "--data", "text.jsonl", *SETS], "logits-00000"),
+    ],
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
+)
+def test_a_full_disk_is_refused_with_the_file(
+    forked: Forked, world: Path, words: list[str], named: str
+) -> None:
+    if words[0] == "train":
+        made = ["upcycle", "parent", "mol", "--set", "upcycle.method=random", *SETS]
+        code, printed = run(forked, world, made)
+        assert code == 0, printed
+    before = {path.name for path in world.iterdir()}
+    full = {"setup": f"{__name__}:limit_files", "payload": LIMIT}
+    code, printed = run(forked, world, words, **full)
+    error = printed[printed.index("error: ") :]
+    assert code == 2, printed
+    assert named in error.splitlines()[0]
+    assert "try: " in error
+    # What a training or a cache holds so far is what --resume continues from.
+    resumed = {"out"} if words[0] == "train" or "cache-logits" in words else set()
+    assert {path.name for path in world.iterdir()} - before - {"cache"} <= resumed
+    again = ["--resume"] if (world / "out").exists() else []
+    code, printed = run(forked, world, words + again)
+    assert code == 0, printed
+    assert (world / "out").exists()
