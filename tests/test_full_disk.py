@@ -26,6 +26,7 @@ SETTINGS = {
     "sample.length": 16,
 }
 SETS = [word for key, value in SETTINGS.items() for word in ("--set", f"{key}={value}")]
+TRAIN = ["mol", "out", "--parent", "parent", "--data", "text.jsonl"]
 LIMIT = 2500  # bytes: above what a command prints here, below its output
 
 
@@ -59,7 +60,8 @@ def run(forked: Forked, folder: Path, words: list[str], **fields: Any) -> tuple[
     [
         (["calibrate", "parent", "out", "--data", "text.jsonl", *SETS], "moments-00000"),
         (["upcycle", "parent", "out", "--set", "upcycle.method=random", *SETS], "part-00001"),
-        (["train", "mol", "out", "--parent", "parent", "--data", "text.jsonl", *SETS], "step-"),
+        (["train", *TRAIN, *SETS], "written to out"),
+        (["train", *TRAIN, *SETS, "--set", "train.checkpoint_every=1"], "step-00000001"),
         (["data", "tokenize", "text.txt", "out", "-t", "parent"], "tokens-00000.npy"),
         (["data", "sample", "parent", "out", *SETS], "out"),
         (["data", "cache-logits", "parent", "out", "--data", "text.jsonl", *SETS], "logits-00000"),

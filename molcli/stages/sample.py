@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from itertools import chain, cycle, islice, repeat
 from math import ceil
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -66,7 +66,8 @@ def _write(parent: Parent, config: SampleConfig, file: TextIO, progress: Progres
     parent.check_weights()
     device = default_device()
     # Not from the folder: of a tensor in two shards, transformers would read the wrong one.
-    model: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(parent.config)].from_pretrained(
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(parent.config)]
+    model: PreTrainedModel = kind.from_pretrained(
         None,
         config=parent.config,
         state_dict=parent.state_dict(),
