@@ -34,7 +34,7 @@ from molcli.families.positions import gguf_rope, scaled_rope
 from molcli.families.refused import refuse_type
 from molcli.families.rotary import INVALID_CONFIG
 from molcli.files.finite import check_finite
-from molcli.files.folders import cache_folder, lock_for, output_folder
+from molcli.files.folders import cache_folder, lock_for, output_folder, remove_leftovers
 from molcli.files.json_files import shortened
 from molcli.files.tensors import ShardedWriter
 
@@ -91,6 +91,7 @@ def convert_gguf(path: Path, folder: Path | None = None) -> Path:
     """
     cached, folder = folder is None, folder or _cache_folder(path)
     if cached and folder.is_dir():
+        remove_leftovers(folder)
         return folder
     stderr = console(file=sys.stderr)  # noqa: TID251 - the stream itself, which is redirected below
     status = stderr.status(Text(f"Reading {path.name} (once)"))

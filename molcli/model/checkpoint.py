@@ -14,7 +14,7 @@ from molcli.errors import MolError
 from molcli.families.rotary import INVALID_CONFIG, rotary_embedding
 from molcli.files.finite import cast, check_finite
 from molcli.files.json_files import read_object, shortened
-from molcli.files.tensors import TensorReader
+from molcli.files.tensors import TensorReader, writing_error
 from molcli.model.config_types import check_values
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.mixers import parameter_names
@@ -159,3 +159,18 @@ def check_model_type(folder: Path) -> dict[str, Any]:
             hint=f"molcli upcycle {folder} OUT",
         )
     return content
+
+
+def save_checkpoint(model: MoLForCausalLM, folder: Path) -> None:
+    """Write configuration and weights, as `save_pretrained`, with the permissions of any new file.
+
+    Raises:
+        OSError: If the disk is full, or the folder cannot be written.
+    """
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:
+        raise writing_error(error, folder) from error
+    mode = (folder / "config.json").stat().st_mode & 0o777
+    for shard in folder.glob("*.safetensors"):  # which safetensors makes private to the user
+        shard.chmod(mode)

@@ -12,6 +12,7 @@ from molcli.errors import MolError
 from molcli.estimate.parameters import count_parameters
 from molcli.files.folders import output_folder
 from molcli.files.json_files import shortened
+from molcli.model.checkpoint import save_checkpoint
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.modeling_mol import MoLForCausalLM
 
@@ -59,8 +60,7 @@ def init(recipe: Recipe, out: Path) -> None:
     _check_memory(size)
     torch.manual_seed(recipe.model.seed)
     with output_folder(out, need_bytes=size) as staging:
-        model = MoLForCausalLM(config)
-        model.save_pretrained(staging)
+        save_checkpoint(MoLForCausalLM(config), staging)
         save_recipe(recipe, staging / RECIPE_FILE)
 
 
