@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import chain, cycle, islice, repeat
 from math import ceil
 from pathlib import Path
@@ -52,6 +53,8 @@ def sample(parent: Parent, config: SampleConfig, out: Path, progress: Progress =
     """
     # transformers' own model runs, with sliding windows and all: its positions alone are a limit.
     positions = declared_limit(parent.config.max_position_embeddings, "the parent")
+    if config.length == SampleConfig.length:  # a default has to fit every parent
+        config = replace(config, length=min(config.length, positions.tokens))
     positions.check(config.length, "sample.length")
     with output_file(out, begins=_BEGINS) as file:  # before a model is opened
         _write(parent, config, file, progress)
