@@ -19,6 +19,7 @@ from molcli.data.tokenizer import refuse_tokenizer_errors, tokenize
 from molcli.errors import MolError
 from molcli.families.parent import Parent
 from molcli.families.positions import declared_limit
+from molcli.files.generation_config import generation_config
 from molcli.files.output_file import output_file
 from molcli.model.checkpoint import default_device
 from molcli.model.forward_inputs import CACHE_FIELD
@@ -67,6 +68,7 @@ def _write(parent: Parent, config: SampleConfig, file: TextIO, progress: Progres
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         parent.folder,
         config=parent.config,
+        generation_config=generation_config(parent.generation),
         dtype=fast_dtype(device),
         trust_remote_code=False,
         use_safetensors=True,
