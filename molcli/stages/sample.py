@@ -27,7 +27,6 @@ from molcli.model.parent import end_tokens
 from molcli.model.precision import fast_dtype
 from molcli.progress import Progress, silent
 
-_BEGINS = "{"  # every file that `sample` writes
 _CPU_BATCH, _LARGEST_BATCH = 64, 8192  # documents
 # Without cuDNN's attention, which makes a new plan for every length, hence for every token.
 _BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -57,7 +56,7 @@ def sample(parent: Parent, config: SampleConfig, out: Path, progress: Progress =
     if config.length == SampleConfig.length:  # a default has to fit every parent
         config = replace(config, length=min(config.length, positions.tokens))
     positions.check(config.length, "sample.length")
-    with output_file(out, begins=_BEGINS) as file:  # before a model is opened
+    with output_file(out) as file:  # before a model is opened
         _write(parent, config, file, progress)
 
 

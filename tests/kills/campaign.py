@@ -180,7 +180,7 @@ class Campaign:
         for name, source in command.before.items():
             copy = shutil.copytree if (self.world / source).is_dir() else shutil.copy
             copy(self.world / source, self.stage / WORK / name)
-            if command.done:
+            if command.done and (self.world / source).is_dir():
                 for own in _OWN_INSIDE:
                     _write(self.stage / WORK / name / own)
 

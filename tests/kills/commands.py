@@ -100,12 +100,14 @@ COMMANDS: dict[str, Command] = {
         ["eval", "{world}/mol", *DATA, *PARENT, "--json", "out.json"], **_FIGURES
     ),
     "inspect --json": Command(["inspect", "{world}/mol", *DATA, "--json", "out.json"], **_FIGURES),
-    "plan --json": Command(["plan", "{world}/parent", "--json", "out.json"], **_FIGURES),
+    "plan --json": Command(
+        ["plan", "{world}/parent", "--json", "out.json"], sets=False, **_FIGURES
+    ),
     "bench --json": Command(
         ["bench", "{world}/mol", "--only", "prefill", "--no-compile", "--json", "out.json"],
         sets=False,
         measured=frozenset({"mol", "peer", "ratio"}),
-        **_FIGURES,
+        **(_FIGURES | {"done": "out.json", "whole": ()}),  # it grows with each row
     ),
     "demo": Command(
         ["demo", *PARENT, "--out", "out", "--set", "upcycle.layers=[1]"],
@@ -113,7 +115,7 @@ COMMANDS: dict[str, Command] = {
         whole=("out/upcycled", "out/demo.json", "out/routing.json"),
         replaced=("out/demo-state.json",),
         removed=("out/drawn.jsonl", "out/trained/checkpoints*"),
-        measured=frozenset({"progress.json"}),
+        measured=frozenset({"progress.json", "sum"}),  # over seconds, too
     ),
 }
 

@@ -9,14 +9,6 @@ from tests.kills.campaign import Campaign, Case
 from tests.kills.commands import COMMANDS
 
 CASES = 2  # of each command
-# Known to lose something or to leave scratch; remove a name when it is mended.
-PENDING = {
-    *("calibrate", "calibrate, sampled", "calibrate, GGUF"),
-    *("upcycle", "upcycle, empty folder", "upcycle, with text", "upcycle, sampled"),
-    *("convert", "convert, sampled"),
-    *("train", "train --resume", "train --logits", "train, stages"),
-    *("data cache-logits", "eval --json", "inspect --json", "plan --json", "bench --json"),
-}
 
 
 @pytest.fixture(scope="session")
@@ -26,10 +18,8 @@ def campaign(forked: Forked, tmp_path_factory: pytest.TempPathFactory) -> Campai
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_killed_command_loses_nothing_and_its_next_run_is_as_the_first(
-    campaign: Campaign, name: str, request: pytest.FixtureRequest
+    campaign: Campaign, name: str
 ) -> None:
-    if name in PENDING:
-        request.applymarker(pytest.mark.xfail(strict=False))
     for case in campaign.cases(name, CASES):
         verdict = campaign.run(case)
         assert not verdict.faults, verdict
