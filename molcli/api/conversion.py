@@ -105,7 +105,8 @@ def convert(
 ) -> Conversion:
     """Turn softmax attention of a Mixture of Layers model into Gated DeltaNet.
 
-    It is fitted to `data`, else to the text of a calibration, else to text sampled from the parent.
+    It is fitted to `data`, else to the text of a calibration, else to calibrate.data in the recipe,
+    else to text sampled from the parent.
 
     Args:
         checkpoint: The folder of a Mixture of Layers model.
@@ -297,10 +298,8 @@ def _with_sample(
 ) -> CalibrateConfig:
     """recipe.calibrate, with as much text as it needs sampled from the parent into `scratch`."""
     config, text = recipe.calibrate, scratch / "sample.jsonl"
-    tokens, length = config.tokens + config.heldout_tokens, recipe.sample.length
-    if length == type(recipe.sample).length:  # a default has to fit every parent
-        length = min(length, parent.config.max_position_embeddings)
-    changed = replace(recipe.sample, tokens=tokens, seed=config.seed, length=length)
+    tokens = config.tokens + config.heldout_tokens
+    changed = replace(recipe.sample, tokens=tokens, seed=config.seed)
     drawn = replace(recipe, sample=changed)
     sample(parent, text, recipe=drawn, progress=progress)
     return replace(config, data=str(text))

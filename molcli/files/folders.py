@@ -40,7 +40,7 @@ def output_folder(path: str | Path, *, need_bytes: int = 0) -> Iterator[Path]:
         staging = staging_folder(path)
         staging.mkdir()
         yield staging
-        settle_files(staging)
+        _sync_tree(staging)
         refuse_existing(path)
         staging.replace(path)
         _sync(path.parent)
@@ -109,16 +109,10 @@ def _check_free_space(folder: Path, need_bytes: int) -> None:
         )
 
 
-def settle_files(folder: Path) -> None:
-    """Make all files of a folder as readable as it is, and flush them to disk.
-
-    Libraries make some files private to the user. A power cut after a rename must not leave a
-    folder of empty files.
-    """
+def _sync_tree(folder: Path) -> None:
+    """Flush files to disk before the rename: a power cut must not leave a folder of empty files."""
     for root, _, files in os.walk(folder):
-        mode = Path(root).stat().st_mode & 0o666  # of a new folder: by the user's umask
         for file in files:
-            (Path(root) / file).chmod(mode)
             _sync(Path(root) / file)
         _sync(Path(root))
 

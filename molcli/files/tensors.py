@@ -242,12 +242,16 @@ def save_tensors(
     try:
         save_file(dict(tensors), path, None if metadata is None else dict(metadata))
     except SafetensorError as error:
-        number = _ERRNO.search(str(error))
-        if number is None:
-            raise
-        code = int(number[1])
-        raise OSError(code, os.strerror(code), str(path)) from error
+        raise writing_error(error, path) from error
     path.chmod(mode)  # safetensors makes a new file, private to the user
+
+
+def writing_error(error: SafetensorError, path: Path) -> Exception:
+    """Return the OSError that safetensors reports as its own; the same error if it is none."""
+    number = _ERRNO.search(str(error))
+    if number is None:
+        return error
+    return OSError(int(number[1]), os.strerror(int(number[1])), str(path))
 
 
 def _read_header(shard: Path) -> dict[str, TensorInfo]:

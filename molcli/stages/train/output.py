@@ -16,7 +16,6 @@ from molcli.config.recipe import RECIPE_FILE, save_recipe
 from molcli.config.sections import Recipe
 from molcli.data.tokenizer import open_tokenizer
 from molcli.errors import MolError
-from molcli.files.folders import settle_files
 from molcli.files.generation_config import read_generation, write_generation
 from molcli.files.hidden_folders import (
     clear_hidden,
@@ -30,7 +29,7 @@ from molcli.files.hidden_folders import (
 from molcli.files.tensors import ShardedWriter, TensorReader
 from molcli.files.writable import check_writable
 from molcli.model import MoLForCausalLM
-from molcli.model.checkpoint import open_config
+from molcli.model.checkpoint import open_config, save_checkpoint
 from molcli.stages.train.distributed import first_error, full_tensor, local_shard
 
 _CONFIG = "config.json"
@@ -161,7 +160,6 @@ def save_model(
 
 def _publish(staging: Path, out: Path) -> None:
     """Move the files into `out`, last config.json, which says that all is there."""
-    settle_files(staging)
     for file in hidden_content(staging):
         if file.name != _CONFIG:
             file.replace(out / file.name)
@@ -196,7 +194,7 @@ def _write_unsharded(model: MoLForCausalLM, dtypes: dict[str, torch.dtype], fold
         if name in dtypes:
             tensor.data = tensor.data.to(dtypes[name])
     model.generation_config = GenerationConfig()  # the checkpoint's own is copied
-    model.save_pretrained(folder)
+    save_checkpoint(model, folder)
 
 
 def _write_sharded(
@@ -227,5 +225,5 @@ def _write_small_files(checkpoint: Path, recipe: Recipe, folder: Path) -> None:
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if (checkpoint / RECEIPT).is_file():
-        shutil.copy(checkpoint / RECEIPT, folder)
+        shutil.copyfile(checkpoint / RECEIPT, folder / RECEIPT)
     save_recipe(recipe, folder / RECIPE_FILE)
