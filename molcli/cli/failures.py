@@ -6,6 +6,7 @@ import traceback
 from errno import (
     EACCES,
     EDQUOT,
+    EEXIST,
     EFBIG,
     EISDIR,
     ELOOP,
@@ -31,7 +32,7 @@ _ENVIRONMENT = (
         "another path, or other permissions (ls -ld shows them)",
     ),
     (
-        (ENOENT, ENOTDIR, EISDIR, ELOOP, ENAMETOOLONG),
+        (ENOENT, ENOTDIR, EISDIR, EEXIST, ELOOP, ENAMETOOLONG),
         "paths that exist, and outputs in a folder",
         "check the path",
     ),
@@ -89,6 +90,8 @@ def _lines(error: BaseException) -> tuple[int, list[tuple[str, str, str]]]:
         ]
     if isinstance(error, RuntimeError) and _PEER_GONE.search(f"{type(error).__name__} {error}"):
         return 1, [("bold red", "error: ", "another process of this run ended without a message")]
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):
+        error = OSError(ELOOP, str(error))  # of Path.resolve, before Python 3.13
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
         where = f": {error.filename}" if error.filename else ""
         found = ("bold red", "error: ", f"{error.strerror}{where}")

@@ -9,7 +9,7 @@ from typing import TextIO
 from molcli.errors import MolError
 from molcli.files.folders import remove_leftovers
 from molcli.files.hidden_folders import PARTIAL, hidden_folder
-from molcli.files.writable import naming
+from molcli.files.writable import check_writable, naming
 
 
 @contextmanager
@@ -42,3 +42,4 @@ def _refuse_existing(path: Path) -> None:
     if path.exists() or path.is_symlink():
         remove_leftovers(path)
         raise MolError(f"{path} exists", hint="another path, or remove it first")
+    check_writable(path)

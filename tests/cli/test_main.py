@@ -179,6 +179,8 @@ def test_the_users_error_is_told_in_three_lines(
         (MemoryError(), 1, "error: out of memory"),
         (PermissionError(13, "Permission denied", "/x/y"), 2, "error: Permission denied: /x/y"),
         (OSError(28, "No space left on device", "/x/y"), 2, "try: free some space"),
+        (FileExistsError(17, "File exists", "/x/y"), 2, "error: File exists: /x/y"),
+        (RuntimeError("Symlink loop from '/x'"), 2, "error: Symlink loop from '/x'"),
         (OSError(24, "Too many open files"), 1, "error: Too many open files"),
         (OSError("a message of some library"), 1, "bug: OSError"),
     ],

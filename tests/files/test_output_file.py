@@ -133,3 +133,9 @@ def test_a_disk_that_is_full_is_reported_with_the_file(tmp_path: Path) -> None:
 def _write_much(path: Path) -> None:
     with output_file(path) as file:
         file.write("{" * 100_000)
+
+
+def test_a_path_below_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(MolError, match="file is a file"), output_file(tmp_path / "file" / "out"):
+        pass
