@@ -268,7 +268,7 @@ def _read_header(shard: Path) -> dict[str, TensorInfo]:
         whole = 8 + length <= size and length <= _MAX_HEADER_BYTES
         raw = file.read(length) if whole else b""
     try:
-        header: dict[str, Any] = json.loads(raw)
+        header: dict[str, Any] = json.loads(raw, object_pairs_hook=_unique)
         header.pop("__metadata__", None)
         tensors = {name: _info(shard, entry, 8 + length) for name, entry in header.items()}
         expected = 8 + length + sum(info.num_bytes for info in tensors.values())
@@ -281,6 +281,14 @@ def _read_header(shard: Path) -> dict[str, TensorInfo]:
             return tensors
     except (SafetensorError, OSError) as error:
         raise _damaged(shard, f"has a header that cannot be read ({error})") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; safetensors itself would take the last of two tensors with one name."""
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        raise ValueError("a name is there twice")
+    return content
 
 
 def _info(shard: Path, entry: dict[str, Any], data_start: int) -> TensorInfo:

@@ -67,6 +67,7 @@ def test_a_header_of_a_sparse_file_of_gigabytes_is_not_read(tmp_path: Path) -> N
         "[]",
         "null",
         "{" + f'"w": {json.dumps(entry([1], [0, 4]))}, ' * 2 + '"x": {}}',
+        "{" + ", ".join([f'"w": {json.dumps(entry([1], [0, 4]))}'] * 2) + "}",
         "{}".encode("utf-16"),
         '{"__metadata__": {"a": 1}}',
         '{"__metadata__": "a"}',
