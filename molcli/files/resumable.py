@@ -134,5 +134,5 @@ def _sum_of(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.contiguous().flatten().view(uint8).numpy())
+        digest.update(tensor.contiguous().flatten().view(uint8).numpy().data)
     return digest.hexdigest()

@@ -5,11 +5,12 @@ texts; by layer, second moments (d_model, d_model) float64.
 """
 
 import hashlib
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -17,7 +18,7 @@ from torch import Tensor, float64
 from transformers import PreTrainedTokenizerBase
 
 from molcli.config.bounds import check_fields
-from molcli.config.sections import CalibrateConfig
+from molcli.config.sections import CalibrateConfig, Recipe, SampleConfig
 from molcli.data.checked import SUM, sum_of
 from molcli.data.mixture import load_rows
 from molcli.data.packing import TokenRows
@@ -27,6 +28,7 @@ from molcli.files.checksums import file_sha256
 from molcli.files.finite import is_finite
 from molcli.files.json_files import read_object, shortened
 
+T = TypeVar("T")
 INDEX, TOKENS = "calibration.json", "tokens.safetensors"
 _FIELDS: dict[str, type | tuple[type, ...]] = {
     "parent": str,
@@ -58,14 +60,18 @@ class Calibration:
             both = _read_moments(self.folder, layer)
             return (both["attention"] + both["mlp"]) / 2
 
-    def in_force(self, config: CalibrateConfig) -> CalibrateConfig:
-        """Return `config` with the text's values as they were when this calibration was made.
+    def in_force(self, recipe: Recipe) -> Recipe:
+        """Return the recipe with the values that this calibration's text was made with.
 
-        The seed stays: what uses a calibration draws from its own.
+        calibrate.seed stays: what uses a calibration draws from its own seed.
         """
-        saved = self.about["config"]
-        names = [field.name for field in fields(config) if field.name != "seed"]
-        return replace(config, **{name: saved[name] for name in names if name in saved})
+        calibrate = self.about["config"] | {"seed": recipe.calibrate.seed}
+        sampled = self.about.get("sampled")
+        return replace(
+            recipe,
+            calibrate=_section(CalibrateConfig, calibrate),
+            sample=recipe.sample if sampled is None else _section(SampleConfig, sampled),
+        )
 
 
 def moments_file(folder: Path, layer: int) -> Path:
@@ -183,10 +189,16 @@ def _read_index(folder: Path) -> dict[str, Any]:
     own = about.pop(SUM, None)
     if own is not None and own != sum_of(about):
         raise ValueError(f"the content of {INDEX} does not have its sha256: it was changed")
-    known = {field.name for field in fields(CalibrateConfig)}
-    saved = CalibrateConfig(**{k: v for k, v in about["config"].items() if k in known})
-    check_fields("calibrate", saved, CalibrateConfig)
+    check_fields("calibrate", _section(CalibrateConfig, about["config"]), CalibrateConfig)
+    if about.get("sampled") is not None:
+        check_fields("sample", _section(SampleConfig, about["sampled"]), SampleConfig)
     return about
+
+
+def _section(kind: type[T], values: dict[str, Any]) -> T:
+    """Return a section of a recipe; keys of other versions are left out."""
+    known = inspect.signature(kind).parameters
+    return kind(**{name: value for name, value in values.items() if name in known})
 
 
 def _read_moments(folder: Path, layer: int) -> dict[str, Tensor]:

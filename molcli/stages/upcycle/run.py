@@ -59,7 +59,8 @@ def upcycle(
         parent: a dense model.
         calibration: a folder that calibrate wrote. None is allowed where `needs_text` is False;
             the receipt then has no figures of held-out text.
-        recipe: `upcycle` and `calibrate` are used.
+        recipe: `upcycle` and `calibrate.seed` are used. What is saved has the other values of
+            `calibrate` from the calibration.
         out: the folder to write.
         progress: called after each layer.
 
@@ -101,7 +102,8 @@ def upcycle(
         config.save_pretrained(staging)
         parent.copy_tokenizer(staging)
         parent.copy_generation(staging)
-        save_recipe(recipe, staging / RECIPE_FILE)
+        in_force = recipe if text is None else text.in_force(recipe)
+        save_recipe(in_force, staging / RECIPE_FILE)
         samples = None
         if text is not None and recipe.upcycle.receipt == "full":
             with step(progress, "continuing"):
