@@ -70,12 +70,21 @@ def open_residuals(
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """Return the mean over tokens of |found - wanted|^2 / |wanted|^2. Both: (n, d_model)."""
+    """Return the mean over tokens of `relative_errors`. Both: (n, d_model)."""
     errors = [
-        (a - b).square().sum(-1) / b.square().sum(-1)
+        relative_errors(a, b)
         for a, b in zip(found.split(CHUNK_ROWS), wanted.split(CHUNK_ROWS), strict=True)
     ]
     return torch.cat(errors).mean().item()
+
+
+def relative_errors(found: Tensor, wanted: Tensor) -> Tensor:
+    """Return |found - wanted|^2 / |wanted|^2 of each token. Both: (n, d_model).
+
+    Where `wanted` is zero, as with a zero embedding, it is 0 if `found` is zero too, else 1.
+    """
+    error, energy = (found - wanted).square().sum(-1), wanted.square().sum(-1)
+    return torch.where(energy > 0, error / energy, (error > 0).to(error))
 
 
 @dataclass(frozen=True)

@@ -129,6 +129,12 @@ def _save_moments(
                 allowed="a parent that computes numbers on this text",
                 hint="download its weights again",
             )
+        if not all(bool(moment.any()) for moment in moments.values()):
+            raise MolError(
+                f"the parent's activations at layer {i} are all zero",
+                allowed="a parent and a text with an embedding that is not zero",
+                hint="other text, or download the parent's weights again",
+            )
         save_file(moments, files[i])
         written[files[i].name] = file_sha256(files[i])
         unfinished.save_if_due(i + 1, {"x": x}, written)
