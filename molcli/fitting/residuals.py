@@ -13,6 +13,7 @@ from torch import Tensor
 from molcli.data.packing import TokenRows
 from molcli.families.parent import Parent
 from molcli.fitting.chunks import Chunks, chunk_text
+from molcli.maths.figures import check_figures
 from molcli.maths.losses import Head, token_losses
 from molcli.maths.moments import CHUNK_ROWS
 from molcli.model.configuration_mol import MoLConfig
@@ -103,6 +104,9 @@ class OutputHead:
             residuals: the parent's, and the text.
             student: (n, d_model), a residual to compare with the parent's.
 
+        Raises:
+            MolError: one is not finite.
+
         Returns:
             `tokens`, those that are predicted; in nats per such token, `parent_ce` and `ce`,
             cross-entropy of parent and student, and `kl`, KL(parent || student).
@@ -114,12 +118,17 @@ class OutputHead:
         )
         found = token_losses(ours, labels.to(self.head.device), parents)
         tokens = int(found.count)
-        return {
-            "tokens": tokens,
-            "parent_ce": found.parent_cross_entropy.item() / tokens,
-            "ce": found.cross_entropy.item() / tokens,
-            "kl": found.kl.item() / tokens,
-        }
+        parent_ce, ce, kl = (
+            x.item() / tokens for x in (found.parent_cross_entropy, found.cross_entropy, found.kl)
+        )
+        check_figures(
+            {
+                "the parent's cross-entropy on held-out text": parent_ce,
+                "the converted model's cross-entropy on held-out text": ce,
+                "the KL divergence from the parent to the converted model": kl,
+            }
+        )
+        return {"tokens": tokens, "parent_ce": parent_ce, "ce": ce, "kl": kl}
 
 
 def open_output_head(parent: Parent, device: torch.device) -> OutputHead:

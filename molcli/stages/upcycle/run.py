@@ -5,7 +5,6 @@ shards, config, tokenizer, recipe and receipt. The parent is read, and the shard
 layer at a time.
 """
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from molcli.estimate.parameters import count_parameters
 from molcli.families.parent import Parent
 from molcli.files.finite import cast
 from molcli.files.folders import output_folder
+from molcli.files.json_files import write_object
 from molcli.files.tensors import ShardedWriter
 from molcli.fitting.baselines import BaselineInputs, baseline_layer
 from molcli.fitting.calibration import Calibration, open_calibration
@@ -110,7 +110,7 @@ def upcycle(
                 samples = continuations(staging, parent, text.heldout)
         seconds = time.monotonic() - start
         receipt = make_receipt(parent, config, recipe, text, measured, samples, seconds)
-        (staging / "receipt.json").write_text(json.dumps(receipt, indent=2) + "\n")
+        write_object(staging / "receipt.json", receipt)
         (staging / "receipt.html").write_text(receipt_page(receipt), encoding="utf-8")
 
 
