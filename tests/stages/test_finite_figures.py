@@ -22,6 +22,7 @@ def overflow(folder: Path, name: str) -> Path:
     path = folder / "model.safetensors"
     tensors = load_file(path)
     tensors[name][:] = 3e38
+    tensors[name.replace("down", "up")][:] = 1e30
     save_file(tensors, path, metadata={"format": "pt"})
     return folder
 
