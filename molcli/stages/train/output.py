@@ -29,7 +29,7 @@ from molcli.files.hidden_folders import (
 from molcli.files.tensors import ShardedWriter, TensorReader
 from molcli.files.writable import check_writable
 from molcli.model import MoLForCausalLM
-from molcli.model.checkpoint import open_config
+from molcli.model.checkpoint import open_config, save_checkpoint
 from molcli.stages.train.distributed import first_error, full_tensor, local_shard
 
 _CONFIG = "config.json"
@@ -194,7 +194,7 @@ def _write_unsharded(model: MoLForCausalLM, dtypes: dict[str, torch.dtype], fold
         if name in dtypes:
             tensor.data = tensor.data.to(dtypes[name])
     model.generation_config = GenerationConfig()  # the checkpoint's own is copied
-    model.save_pretrained(folder)
+    save_checkpoint(model, folder)
 
 
 def _write_sharded(
@@ -225,5 +225,5 @@ def _write_small_files(checkpoint: Path, recipe: Recipe, folder: Path) -> None:
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if (checkpoint / RECEIPT).is_file():
-        shutil.copy(checkpoint / RECEIPT, folder)
+        shutil.copyfile(checkpoint / RECEIPT, folder / RECEIPT)
     save_recipe(recipe, folder / RECIPE_FILE)
