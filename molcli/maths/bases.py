@@ -57,7 +57,7 @@ def reading_basis(gram: Tensor, root: Tensor, inverse_root: Tensor, rank: int) -
     """
     energy, directions = torch.linalg.eigh(root @ gram @ root)
     kept = directions[:, -rank:].flip(1)
-    retained = (energy[-rank:].sum() / energy.sum()).item()
+    retained = _share(energy, rank)
     orthonormal = torch.linalg.qr(inverse_root @ kept).Q
     half = root @ orthonormal
     variances, axes = torch.linalg.eigh(half.mT @ half)
@@ -76,7 +76,7 @@ def leading_directions(gram: Tensor, rank: int) -> tuple[Tensor, float]:
         that they hold, 0 to 1.
     """
     energy, directions = torch.linalg.eigh(gram)
-    retained = (energy[-rank:].sum() / energy.sum()).item()
+    retained = _share(energy, rank)
     return directions[:, -rank:].flip(1), min(1.0, retained)
 
 
@@ -111,3 +111,9 @@ def trace_normalised_sum(attention: Tensor, neurons: Tensor) -> Tensor:
         (d, d), the sum of W^T W over both, each of trace 1.
     """
     return unit_trace(attention.mT @ attention) + unit_trace(neurons.mT @ neurons)
+
+
+def _share(energy: Tensor, rank: int) -> float:
+    """Return the share of the last `rank` entries, (d,) ascending; 1 where there is no energy."""
+    total = energy.sum()
+    return (energy[-rank:].sum() / total).item() if total > 0 else 1.0

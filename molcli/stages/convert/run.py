@@ -1,6 +1,5 @@
 """Convert a checkpoint, layer after layer, and report it in convert.json."""
 
-import json
 import shutil
 import time
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from molcli.estimate.parameters import count_parameters
 from molcli.files.finite import cast
 from molcli.files.folders import output_folder
 from molcli.files.generation_config import read_generation, write_generation
+from molcli.files.json_files import write_object
 from molcli.files.tensors import ShardedWriter
 from molcli.fitting.residuals import Residuals, open_residuals, relative_error
 from molcli.model.checkpoint import default_device, stored_dtype
@@ -98,7 +98,7 @@ def convert(
         report = _report(source, after, recipe, rows, heldout)
         report["data"] = None if text is None else text.data
         report["seconds"] = round(time.monotonic() - start, 1)
-        (staging / "convert.json").write_text(json.dumps(report, indent=2) + "\n")
+        write_object(staging / "convert.json", report)
 
 
 def _write_tensors(

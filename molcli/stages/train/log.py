@@ -50,7 +50,8 @@ class TrainLog:
         skipped: steps skipped so far.
         not_finite: where the first non-finite value of the window's last skipped step is, or which
             mean over the window is not finite, or null.
-        passes: over each source of the stage's data, since the stage began.
+        passes: over each source of the stage's data, since the stage began; null for a source of
+            which the run reads a part of unknown size.
     All numbers are finite: where one would not be, it is null, and not_finite names it.
 
     Attributes:
@@ -120,7 +121,7 @@ class TrainLog:
         norm: Tensor,
         learning_rate: float,
         metrics: tuple[str, ...],
-        passes: dict[str, float],
+        passes: dict[str, float | None],
     ) -> None:
         """End a window and write its line on the main rank. Collective.
 
@@ -130,7 +131,7 @@ class TrainLog:
             norm: 0-d, of the gradients of the last step.
             learning_rate: of inherited weights.
             metrics: which of loss, ce, kl and balance are not null.
-            passes: over each source of the data.
+            passes: over each source of the data, None where that is unknown.
         """
         sums = self.accelerator.reduce(self._sums, "sum")
         routing = _routing(self.loads.layers, self.loads.pop_window(self.accelerator))
@@ -258,7 +259,7 @@ def _note(line: dict[str, Any], recovery: str) -> str:
     words += [
         f"{count:.1f} passes over {Path(source).name}"
         for source, count in line["passes"].items()
-        if count > 1
+        if count is not None and count > 1
     ]
     return ", ".join(words)
 

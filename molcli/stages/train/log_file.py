@@ -104,7 +104,7 @@ def _is_routing(value: Any) -> bool:
 
 
 def _is_passes(value: Any) -> bool:
-    return isinstance(value, dict) and all(map(_is_number, value.values()))
+    return isinstance(value, dict) and all(map(_or_null(_is_number), value.values()))
 
 
 _FIELDS: dict[str, Callable[[Any], bool]] = {
