@@ -7,8 +7,11 @@ build of LAPACK.
 import torch
 from torch import Tensor
 
+from molcli.errors import MolError
+
 # Larger systems of a batch are solved one after another, so that memory holds one factor at a time.
 MOST_BATCHED = 256
+_SMALLEST_PENALTY, _LARGEST_PENALTY = 1e-14, 1e3  # of those that are tried where one is too small
 
 
 def ridge(gram: Tensor, cross: Tensor, penalty: float) -> Tensor:
@@ -88,10 +91,27 @@ def least_squares_left(left: Tensor, product: Tensor) -> Tensor:
 
 
 def _factor(gram: Tensor, penalty: float) -> Tensor:
-    """Cholesky factor of gram + penalty * mean diagonal * identity."""
-    lifted = gram.clone()
-    lifted.diagonal(dim1=-2, dim2=-1).add_(penalty * _mean_energy(gram)[..., 0])
-    return torch.linalg.cholesky(lifted)
+    """Compute the Cholesky factor of gram + penalty * mean diagonal * identity.
+
+    Where rounding leaves this indefinite, as channels do that are zero or repeat each other, the
+    penalty is raised tenfold until there is a factor: a stronger ridge.
+
+    Raises:
+        MolError: If the Gram matrix is not finite.
+    """
+    while True:
+        lifted = gram.clone()
+        lifted.diagonal(dim1=-2, dim2=-1).add_(penalty * _mean_energy(gram)[..., 0])
+        factor, failed = torch.linalg.cholesky_ex(lifted)
+        if not bool(failed.any()):
+            return factor
+        if penalty > _LARGEST_PENALTY or not bool(lifted.isfinite().all()):
+            raise MolError(
+                "activations or weights overflow while a layer is fitted",
+                allowed="a model whose activations have finite squares in float64",
+                hint="look for very large weights, and download the weights again",
+            )
+        penalty = max(10 * penalty, _SMALLEST_PENALTY)
 
 
 def _mean_energy(gram: Tensor) -> Tensor:
