@@ -1,0 +1,61 @@
+"""The kinds of input: what there is of each, which commands read it, and how it is changed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tests.fuzz.mutations.file_bytes import BYTES, FILE_KINDS
+from tests.fuzz.mutations.json_values import JSON_ORDER, JSON_SPACE, JSON_VALUE
+from tests.fuzz.mutations.mutation import Mutation
+from tests.fuzz.world import PARENTS, SMALL
+
+_DATA = ["--data", "{world}/corpus.jsonl"]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of input.
+
+    Attributes:
+        inputs: names in the world.
+        commands: words; {world} is the folder of inputs, {input} the changed copy of one, and
+            "out", "out.jsonl" and "out.json" are what they write.
+        mutations: a choice of changes with their weights.
+        place: the name of the copy, if not "input" with the suffixes of the original.
+    """
+
+    inputs: Sequence[str]
+    commands: Sequence[list[str]]
+    mutations: dict[Mutation, int]
+    place: str | None = None
+
+
+def words(command: list[str], world: str, name: str) -> list[str]:
+    """The words of a command as they are typed."""
+    takes_settings = command[:2] != ["data", "tokenize"] and command[0] != "plan"
+    return [
+        *(word.format(world=world, input=name) for word in command),
+        *(SMALL if takes_settings else ()),
+    ]
+
+
+KINDS: dict[str, Kind] = {
+    "parent": Kind(
+        inputs=["parent", *PARENTS],
+        commands=[
+            ["plan", "{input}", "--json", "out.json"],
+            ["calibrate", "{input}", "out", *_DATA],
+            ["upcycle", "{input}", "out", *_DATA],
+            ["eval", "{world}/mol", "--parent", "{input}", *_DATA, "--json", "out.json"],
+            ["data", "sample", "{input}", "out.jsonl"],
+            ["data", "cache-logits", "{input}", "out", *_DATA, "-k", "5"],
+            ["data", "tokenize", "{world}/corpus.txt", "out", "-t", "{input}"],
+        ],
+        mutations={
+            JSON_VALUE: 12,
+            JSON_ORDER: 1,
+            JSON_SPACE: 1,
+            **dict.fromkeys(BYTES, 1),
+            **dict.fromkeys(FILE_KINDS, 1),
+        },
+    ),
+}
