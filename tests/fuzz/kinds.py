@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tests.fuzz.mutations.file_bytes import BYTES, FILE_KINDS
+from tests.fuzz.mutations.gguf_fields import GGUF
 from tests.fuzz.mutations.json_values import JSON_ORDER, JSON_SPACE, JSON_VALUE
 from tests.fuzz.mutations.mutation import Mutation
+from tests.fuzz.mutations.weights import HEADERS, INDEX_ENTRY, RESHARD, STALE_COPY, TENSORS
 from tests.fuzz.world import PARENTS, SMALL
 
 _DATA = ["--data", "{world}/corpus.jsonl"]
@@ -38,24 +40,46 @@ def words(command: list[str], world: str, name: str) -> list[str]:
     ]
 
 
+_PARENT = ["--parent", "{world}/parent"]
+_OF_A_PARENT = [
+    ["plan", "{input}", "--json", "out.json"],
+    ["calibrate", "{input}", "out", *_DATA],
+    ["upcycle", "{input}", "out", *_DATA],
+    ["eval", "{world}/mol", "--parent", "{input}", *_DATA, "--json", "out.json"],
+    ["data", "sample", "{input}", "out.jsonl"],
+    ["data", "cache-logits", "{input}", "out", *_DATA, "-k", "5"],
+    ["data", "tokenize", "{world}/corpus.txt", "out", "-t", "{input}"],
+]
+_OF_A_MODEL_FOLDER = {
+    JSON_VALUE: 16,
+    JSON_ORDER: 1,
+    JSON_SPACE: 1,
+    RESHARD: 2,
+    STALE_COPY: 2,
+    INDEX_ENTRY: 3,
+    **dict.fromkeys(HEADERS, 2),
+    **dict.fromkeys(TENSORS, 2),
+    **dict.fromkeys(BYTES, 1),
+    **dict.fromkeys(FILE_KINDS, 1),
+}
+
 KINDS: dict[str, Kind] = {
-    "parent": Kind(
-        inputs=["parent", *PARENTS],
-        commands=[
-            ["plan", "{input}", "--json", "out.json"],
-            ["calibrate", "{input}", "out", *_DATA],
-            ["upcycle", "{input}", "out", *_DATA],
-            ["eval", "{world}/mol", "--parent", "{input}", *_DATA, "--json", "out.json"],
-            ["data", "sample", "{input}", "out.jsonl"],
-            ["data", "cache-logits", "{input}", "out", *_DATA, "-k", "5"],
+    "parent": Kind(["parent", *PARENTS], _OF_A_PARENT, _OF_A_MODEL_FOLDER),
+    "GGUF": Kind(
+        ["parent.gguf"],
+        _OF_A_PARENT,
+        {**dict.fromkeys(GGUF, 3), **dict.fromkeys(BYTES, 1), **dict.fromkeys(FILE_KINDS, 1)},
+    ),
+    "checkpoint": Kind(
+        ["mol"],
+        [
+            ["eval", "{input}", *_PARENT, *_DATA, "--json", "out.json"],
+            ["inspect", "{input}", *_DATA, "--json", "out.json"],
+            ["convert", "{input}", "out", "--gated-deltanet", "all", *_DATA],
+            ["train", "{input}", "out", *_PARENT, *_DATA],
+            ["train", "{input}", "out", *_PARENT, *_DATA, "--dry-run"],
             ["data", "tokenize", "{world}/corpus.txt", "out", "-t", "{input}"],
         ],
-        mutations={
-            JSON_VALUE: 12,
-            JSON_ORDER: 1,
-            JSON_SPACE: 1,
-            **dict.fromkeys(BYTES, 1),
-            **dict.fromkeys(FILE_KINDS, 1),
-        },
+        _OF_A_MODEL_FOLDER,
     ),
 }
