@@ -14,7 +14,8 @@ from tests.fuzz.mutations.json_values import JSON_ORDER, JSON_SPACE, JSON_VALUE
 from tests.fuzz.mutations.mutation import Mutation
 from tests.fuzz.mutations.rows import BLANK_LINES, ENCODING, ROWS
 from tests.fuzz.mutations.weights import HEADERS, INDEX_ENTRY, RESHARD, STALE_COPY, TENSORS
-from tests.fuzz.world import PARENTS, SMALLfrom tests.fuzz.mutations.yaml_text import YAML, YAML_FORMAT
+from tests.fuzz.mutations.yaml_text import YAML, YAML_FORMAT
+from tests.fuzz.world import PARENTS, SMALL
 
 _DATA = ["--data", "{world}/corpus.jsonl"]
 
@@ -117,8 +118,15 @@ KINDS: dict[str, Kind] = {
         },
     ),
     "data": Kind(
-        ["corpus.jsonl", "corpus.txt", "text.jsonl", "text.json", "text.jsonl.gz",
-         "text.jsonl.zst", "text.parquet"],
+        [
+            "corpus.jsonl",
+            "corpus.txt",
+            "text.jsonl",
+            "text.json",
+            "text.jsonl.gz",
+            "text.jsonl.zst",
+            "text.parquet",
+        ],
         [
             ["data", "tokenize", "{input}", "out", "-t", "{world}/parent"],
             ["calibrate", "{world}/parent", "out", "--data", "{input}"],
@@ -155,8 +163,16 @@ KINDS: dict[str, Kind] = {
         ["calibrated"],
         [
             ["upcycle", "{world}/parent", "out", "--calibration", "{input}"],
-            ["convert", "{world}/mol", "out", "--gated-deltanet", "all", *_PARENT,
-             "--calibration", "{input}"],
+            [
+                "convert",
+                "{world}/mol",
+                "out",
+                "--gated-deltanet",
+                "all",
+                *_PARENT,
+                "--calibration",
+                "{input}",
+            ],
             ["plan", "{world}/parent", "--calibration", "{input}", "--json", "out.json"],
         ],
         _WITH_SUMS | dict.fromkeys(TENSORS, 2) | dict.fromkeys(HEADERS, 2),
