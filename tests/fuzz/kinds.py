@@ -17,6 +17,7 @@ from tests.fuzz.mutations.weights import HEADERS, INDEX_ENTRY, RESHARD, STALE_CO
 from tests.fuzz.mutations.yaml_text import YAML, YAML_FORMAT
 from tests.fuzz.world import PARENTS, SMALL
 
+_SHORT_PROMPTS = ["--set", "sample.prompt_length=16"]
 _DATA = ["--data", "{world}/corpus.jsonl"]
 
 
@@ -52,7 +53,7 @@ def words(command: list[str], world: str, name: str) -> list[str]:
 
 _PARENT = ["--parent", "{world}/parent"]
 _OF_A_PARENT = [
-    ["plan", "{input}", "--json", "out.json"],
+    ["plan", "{input}", "--active", "90%", "--json", "out.json"],
     ["calibrate", "{input}", "out", *_DATA],
     ["upcycle", "{input}", "out", *_DATA],
     ["eval", "{world}/mol", "--parent", "{input}", *_DATA, "--json", "out.json"],
@@ -83,7 +84,7 @@ KINDS: dict[str, Kind] = {
     "parent": Kind(["parent", *PARENTS], _OF_A_PARENT, _OF_A_MODEL_FOLDER),
     "GGUF": Kind(
         ["parent.gguf"],
-        _OF_A_PARENT,
+        [command for command in _OF_A_PARENT if "tokenize" not in command],
         {**dict.fromkeys(GGUF, 3), **dict.fromkeys(BYTES, 1), **dict.fromkeys(FILE_KINDS, 1)},
     ),
     "checkpoint": Kind(
@@ -132,7 +133,15 @@ KINDS: dict[str, Kind] = {
             ["calibrate", "{world}/parent", "out", "--data", "{input}"],
             ["eval", "{world}/mol", "--data", "{input}", "--json", "out.json"],
             ["train", "{world}/mol", "out", "--data", "{input}"],
-            ["data", "sample", "{world}/parent", "out.jsonl", "--prompts", "{input}"],
+            [
+                "data",
+                "sample",
+                "{world}/parent",
+                "out.jsonl",
+                "--prompts",
+                "{input}",
+                *_SHORT_PROMPTS,
+            ],
         ],
         {
             **dict.fromkeys(ROWS, 6),
