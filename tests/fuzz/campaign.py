@@ -77,10 +77,13 @@ class Campaign:
         before = read_tree(self.stage)
         self.note.unlink(missing_ok=True)
         outcome = self._run(case.kind, source, number)
-        after, broken = read_tree(self.stage), not_finite(self.stage / "work")
+        after = read_tree(self.stage)
+        broken = not_finite(self.stage, before, after)
         lines = self.note.read_text(encoding="utf-8").splitlines()
         seen = [tuple(json.loads(line)) for line in lines]
-        faults = judge(outcome, before, after, seen, mutation.effect, reference, broken)
+        faults = judge(
+            outcome, before, after, seen, mutation.effect, reference, broken, kind.ignored
+        )
         if _stamps(self.world) != self.inputs:
             raise RuntimeError(f"{case}: {change}: the other inputs changed")
         command = " ".join(kind.commands[number])

@@ -58,6 +58,7 @@ def judge(
     effect: Effect,
     reference: Tree | None,
     broken: Sequence[str],
+    ignored: Sequence[str] = (),
 ) -> list[str]:
     """Faults of a run, in words that begin with one of `FAULTS`.
 
@@ -69,6 +70,7 @@ def judge(
         effect: what may come of the mutation.
         reference: what the run of the unchanged input wrote, where it is needed.
         broken: files of the output that hold numbers that are not finite.
+        ignored: patterns of files of the output that the change may lie in.
     """
     faults = _endings(outcome)
     faults += [f"{kind} {what}" for kind, what in dict.fromkeys(seen)]
@@ -79,13 +81,14 @@ def judge(
     faults += [f"non-finite {path}" for path in broken]
     written = outputs(after)
     if outcome.code == 0:
-        if effect is not Effect.ANY and written != reference:
-            assert reference is not None
-            names = [
-                path
-                for path in sorted({**written, **reference})
-                if written.get(path) != reference.get(path)
-            ]
+        names = [
+            path
+            for path in sorted({**written, **(reference or {})})
+            if reference is not None
+            and written.get(path) != reference.get(path)
+            and not any(PurePosixPath(path).match(pattern) for pattern in ignored)
+        ]
+        if effect is not Effect.ANY and names:
             faults.append(f"wrong {', '.join(names[:4])} not as without the change")
     elif outcome.code == 2:
         if effect is Effect.HARMLESS:
@@ -113,26 +116,26 @@ def last_lines(outcome: Outcome) -> str:
     return " | ".join(line.strip()[:200] for line in lines[-6:])
 
 
-def not_finite(folder: Path) -> list[str]:
-    """Files of the output, JSON and safetensors, that hold a NaN or an infinity, or are damaged."""
-    found = []
-    for name in OUT:
-        top = folder / name
-        for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
-            if path.is_file() and not path.is_symlink() and not _is_finite(path):
-                found.append(path.relative_to(folder).as_posix())
-    return found
+def not_finite(folder: Path, before: Tree, after: Tree) -> list[str]:
+    """What was written, of JSON and safetensors, and holds a NaN or an infinity, or is damaged."""
+    return [
+        path
+        for path, content in outputs(after).items()
+        if content != before.get(path)
+        and (folder / path).is_file()
+        and not (folder / path).is_symlink()
+        and not _is_finite(folder / path)
+    ]
 
 
 def _is_finite(path: Path) -> bool:
     if path.suffix in (".json", ".jsonl"):
-        lines = path.read_text(encoding="utf-8").split("\n") if path.suffix == ".jsonl" else [""]
-        texts = [line for line in lines if line] or [path.read_text(encoding="utf-8")]
         try:
-            for text in texts:
-                json.loads(text, parse_constant=_refuse)
+            text = path.read_text(encoding="utf-8")
+            for line in text.splitlines() if path.suffix == ".jsonl" else [text]:
+                json.loads(line, parse_constant=_refuse)
         except ValueError:
-            return not any(texts)  # an empty file of lines is one
+            return False
     elif path.suffix == ".safetensors":
         from safetensors.torch import load_file
 

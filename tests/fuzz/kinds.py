@@ -30,12 +30,14 @@ class Kind:
         commands: words; {world} is the folder of inputs, {input} the changed copy of one, and
             "out", "out.jsonl" and "out.json" are what they write.
         mutations: a choice of changes with their weights.
+        ignored: patterns of outputs that are not compared with those of the unchanged input.
         place: the name of the copy, if not "input" with the suffixes of the original.
     """
 
     inputs: Sequence[str]
     commands: Sequence[list[str]]
     mutations: dict[Mutation, int]
+    ignored: Sequence[str] = ()
     place: str | None = None
 
 
@@ -189,7 +191,9 @@ KINDS: dict[str, Kind] = {
     "training": Kind(
         ["stopped"],
         [["train", "{world}/mol", "{input}", *_PARENT, *_DATA, "--resume"]],
-        _WITH_SUMS,
+        {change: weight for change, weight in _WITH_SUMS.items() if change is not JSON_SPACE},
+        # What is not read: an older checkpoint, what is only shown.
+        ignored=["out/checkpoints/*", "out/checkpoints/*/*", "out/log.jsonl", "out/train.html"],
         place="out",
     ),
 }
