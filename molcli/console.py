@@ -67,9 +67,8 @@ def guard_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    if logging.getLogRecordFactory() is not _printable_record:
-        logging.setLogRecordFactory(_printable_record)
-        warnings.formatwarning = _printable_warning
+    logging.setLogRecordFactory(_PrintableRecord)
+    warnings.formatwarning = _printable_warning
 
 
 @cache
@@ -111,16 +110,12 @@ def _escape(character: str) -> str:
     return codecs.encode(character, "unicode_escape").decode("ascii")
 
 
-_make_record, _format_warning = logging.getLogRecordFactory(), warnings.formatwarning
+_format_warning = warnings.formatwarning
 
 
-def _printable_record(*arguments: Any, **options: Any) -> logging.LogRecord:
-    record = _make_record(*arguments, **options)
-    if isinstance(record.msg, str):
-        record.msg = printable(record.msg)
-    if isinstance(record.args, tuple):
-        record.args = tuple(printable(a) if isinstance(a, str) else a for a in record.args)
-    return record
+class _PrintableRecord(logging.LogRecord):
+    def getMessage(self) -> str:
+        return printable(super().getMessage())
 
 
 def _printable_warning(*arguments: Any, **options: Any) -> str:

@@ -87,6 +87,7 @@ def test_log_records_and_warnings_of_libraries_are_printable() -> None:
     done = run(
         "import logging, warnings\n"
         "logging.getLogger('a').warning('key %s \x1b[1m', '\\x1b[31m')\n"
+        "logging.getLogger('a').warning('%s', ValueError('\\x1b[32m'))\n"
         "warnings.warn('name \\x9b')"
     )
     assert rb"key \x1b[31m \x1b[1m" in done.stderr

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from molcli.api.arguments import Settings, Text, as_data, open_dense, resolve_recipe
@@ -72,6 +69,7 @@ def upcycle(
     found = resolve_recipe("upcycle", recipe, settings, values, preset=preset)
     found = with_data(found, as_data(data))
     from molcli.files.folders import refuse_existing
+    from molcli.files.hidden_folders import SCRATCH, hidden_folder
 
     refuse_existing(out)
     dense = open_dense(parent, show_note=progress)
@@ -81,7 +79,7 @@ def upcycle(
     # A recipe that does not fit the parent is refused here, before the long calibration.
     needed = needs_text(mol_config(dense, found.upcycle), found.upcycle)
     folder = None if calibration is None else Path(calibration)
-    with _scratch_beside(out) as scratch:
+    with hidden_folder(out, SCRATCH) as scratch:  # /tmp is often small
         # Text is not sampled for blocks that are not fitted to it. Their receipt then has no
         # held-out figures.
         if folder is None and (found.calibrate.data is not None or needed):
@@ -107,7 +105,8 @@ def convert(
 ) -> Conversion:
     """Turn softmax attention of a Mixture of Layers model into Gated DeltaNet.
 
-    It is fitted to `data`, else to the text of a calibration, else to text sampled from the parent.
+    It is fitted to `data`, else to the text of a calibration, else to calibrate.data in the recipe,
+    else to text sampled from the parent.
 
     Args:
         checkpoint: The folder of a Mixture of Layers model.
@@ -140,6 +139,7 @@ def convert(
     found = resolve_recipe("convert", recipe, settings, values, checkpoint=checkpoint)
     found = with_data(found, as_data(data))
     from molcli.files.folders import refuse_existing
+    from molcli.files.hidden_folders import SCRATCH, hidden_folder
 
     refuse_existing(out)
     dense = None if parent is None else open_dense(parent, show_note=progress)
@@ -150,7 +150,7 @@ def convert(
     # A choice that does not fit the model is refused here, before text is read or sampled.
     plan = select_layers(source.config, found.convert.gated_deltanet)
     folder = None if calibration is None or data is not None else Path(calibration)
-    with _scratch_beside(out) as scratch:
+    with hidden_folder(out, SCRATCH) as scratch:  # /tmp is often small
         text = None
         if plan.layers != set():
             text = _packed_text(source, found, dense, folder, scratch, progress=progress)
@@ -192,6 +192,7 @@ def calibrate(
     out = Path(out)
     found = with_data(resolve_recipe("calibrate", recipe, settings, values), as_data(data))
     from molcli.files.folders import refuse_existing
+    from molcli.files.hidden_folders import SCRATCH, hidden_folder
 
     refuse_existing(out)
     dense = open_dense(parent, show_note=progress)
@@ -200,7 +201,7 @@ def calibrate(
     config = found.calibrate
     # Refused here too: sampling takes longer than reading text.
     dense.check_context(config.context_length, "calibrate.context_length")
-    with _scratch_beside(out) as scratch:
+    with hidden_folder(out, SCRATCH) as scratch:  # /tmp is often small
         if config.data is None:
             config = _with_sample(dense, found, scratch, progress=progress)
         with bar("calibrating", shown=progress) as report:
@@ -297,21 +298,11 @@ def _with_sample(
 ) -> CalibrateConfig:
     """recipe.calibrate, with as much text as it needs sampled from the parent into `scratch`."""
     config, text = recipe.calibrate, scratch / "sample.jsonl"
-    tokens, length = config.tokens + config.heldout_tokens, recipe.sample.length
-    if length == type(recipe.sample).length:  # a default has to fit every parent
-        length = min(length, parent.config.max_position_embeddings)
-    changed = replace(recipe.sample, tokens=tokens, seed=config.seed, length=length)
+    tokens = config.tokens + config.heldout_tokens
+    changed = replace(recipe.sample, tokens=tokens, seed=config.seed)
     drawn = replace(recipe, sample=changed)
     sample(parent, text, recipe=drawn, progress=progress)
     return replace(config, data=str(text))
-
-
-@contextmanager
-def _scratch_beside(out: Path) -> Iterator[Path]:
-    """A hidden temporary folder on the disk of the output: /tmp is often small or in memory."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".molcli-", dir=out.parent) as folder:
-        yield Path(folder)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def run_bench(
     from molcli.config.recipe import load_model_recipe
     from molcli.model.checkpoint import default_device
     from molcli.stages.bench import SECTIONS, bench, open_benchmark_pair
-    from molcli.stages.init import untrained_config
+    from molcli.stages.init import check_memory, untrained_config
 
     sections = SECTIONS if only is None else [name for name in only.split(",") if name]
     unknown = [name for name in sections if name not in SECTIONS]
@@ -108,6 +108,8 @@ def run_bench(
     hint = "molcli bench --recipe paper-80m-1+3of15"
     settings = None if recipe is None else load_model_recipe(recipe, overrides or (), hint)
     config = None if settings is None else untrained_config(settings.model)
+    if config is not None:
+        check_memory(config)
     dense = None if parent is None else open_dense(parent).config
     pair = open_benchmark_pair(config, checkpoint, dense, default_device())
     with bar("timing") as progress:

@@ -39,8 +39,8 @@ def convert(
 ) -> None:
     """Turn softmax attention of a Mixture of Layers model into Gated DeltaNet.
 
-    It is fitted to --data, else to the text of --calibration, else to text sampled from --parent.
-    Without --recipe, the recipe saved in CKPT is used.
+    It is fitted to --data, else to the text of --calibration, else to calibrate.data in the recipe,
+    else to text sampled from --parent. Without --recipe, the recipe saved in CKPT is used.
     """
     api.convert(
         checkpoint,

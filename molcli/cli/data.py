@@ -119,10 +119,9 @@ def cache_logits(
         raise MolError(
             "there is no text to predict", allowed="--data SOURCE, or train.data in the recipe"
         )
-    from molcli.files.folders import refuse_existing
+    from molcli.data.logits import check_cache_folder
 
-    if not resume:
-        refuse_existing(out)
+    check_cache_folder(out, resume=resume)
     dense = open_dense(parent)
     from molcli.stages.cache_logits import cache_logits as run
 

@@ -62,7 +62,7 @@ def demo(
     """
     settings = recipe_for(recipe or ON_CPU, overrides)
     check_folder(out, restart=restart)
-    from molcli.files.folders import locked
+    from molcli.files.hidden_folders import locked
     from molcli.model.checkpoint import default_device
 
     if recipe is None and default_device().type == "cuda":
@@ -92,6 +92,7 @@ def demo(
 def _run_stages(dense: "DenseParent", settings: "Recipe", state: DemoState) -> None:
     """Run all unfinished stages, each from its own output, then print the table."""
     from molcli.cli.demo_report import continuations, report, show
+    from molcli.files.folders import remove_leftovers
     from molcli.stages.evaluate import Evaluation
 
     out = state.folder
@@ -103,6 +104,7 @@ def _run_stages(dense: "DenseParent", settings: "Recipe", state: DemoState) -> N
         drawn = out / "drawn.jsonl"
         if not drawn.exists():
             api.sample(dense, drawn, recipe=settings, tokens=seen + unseen)
+        remove_leftovers(drawn)
         _split(drawn, heldout, unseen, text)
 
     state.run(
@@ -113,6 +115,7 @@ def _run_stages(dense: "DenseParent", settings: "Recipe", state: DemoState) -> N
     def upcycle() -> None:
         if not upcycled.exists():  # it appears whole
             api.upcycle(dense, upcycled, recipe=settings)
+        remove_leftovers(upcycled)
 
     def evaluate(checkpoint: Path) -> dict[str, Any]:
         return _heldout_figures(checkpoint, dense, heldout, settings).to_json()

@@ -3,12 +3,39 @@
 import os
 import re
 import traceback
+from errno import (
+    EACCES,
+    EDQUOT,
+    EFBIG,
+    EISDIR,
+    ELOOP,
+    ENAMETOOLONG,
+    ENOENT,
+    ENOSPC,
+    ENOTDIR,
+    EPERM,
+    EROFS,
+)
 
 from molcli.cli.distributed import first_to_print
 from molcli.console import console, printable
 from molcli.errors import Interrupted, MolError
 
 DEBUG = "MOLCLI_DEBUG"
+# Errors of the operating system that the user can mend: what is allowed, and what to do.
+_ENVIRONMENT = (
+    ((ENOSPC, EDQUOT, EFBIG), "room for all of the output", "free some space, or another disk"),
+    (
+        (EACCES, EPERM, EROFS),
+        "paths that this user may read, and outputs where it is allowed to write",
+        "another path, or other permissions (ls -ld shows them)",
+    ),
+    (
+        (ENOENT, ENOTDIR, EISDIR, ELOOP, ENAMETOOLONG),
+        "paths that exist, and outputs in a folder",
+        "check the path",
+    ),
+)
 # What torch raises on a CPU has no class of its own.
 _NO_MEMORY = re.compile("can't allocate memory|not enough memory")
 # Errors of gloo and NCCL in a process when another one was killed.
@@ -21,8 +48,8 @@ def explain(error: BaseException) -> int:
     `MOLCLI_DEBUG=1` in the environment adds the traceback.
 
     Returns:
-        The exit status. 2: the user can correct it (MolError). 128 + signal: interrupted, 130 by
-        Ctrl-C. 1: the machine ran out of something, or a bug.
+        The exit status. 2: the user can correct it (MolError, a full disk, a path). 128 + signal:
+        interrupted, 130 by Ctrl-C. 1: the machine ran out of memory, or a bug.
     """
     from rich.text import Text
 
@@ -64,7 +91,11 @@ def _lines(error: BaseException) -> tuple[int, list[tuple[str, str, str]]]:
         return 1, [("bold red", "error: ", "another process of this run ended without a message")]
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
         where = f": {error.filename}" if error.filename else ""
-        return 1, [("bold red", "error: ", f"{error.strerror}{where}")]
+        found = ("bold red", "error: ", f"{error.strerror}{where}")
+        for numbers, allowed, hint in _ENVIRONMENT:
+            if error.errno in numbers:
+                return 2, [found, ("bold", "allowed: ", allowed), ("bold green", "try: ", hint)]
+        return 1, [found]
     return 1, [
         ("bold red", "bug: ", f"{type(error).__name__}: {error}"),
         (

@@ -1,7 +1,9 @@
 """The `molcli` command: its subcommands, and the one place that handles errors."""
 
 import os
+import signal
 import sys
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -21,9 +23,10 @@ from molcli.cli.train import train
 from molcli.cli.upcycle import upcycle
 from molcli.cli.usage import Commands
 from molcli.console import guard_streams, note, say
-from molcli.ranks import is_main
+from molcli.ranks import is_main, ranks
 
 _HELP = ["-h", "--help"]
+_TERMINATED = 128 + signal.SIGTERM
 _CHECKED = "MOLCLI_VERSIONS_CHECKED"  # in the environment: also for the processes of --gpus N
 
 app = typer.Typer(
@@ -67,6 +70,12 @@ def _warn_of_untested_versions() -> None:
         note(found, label="warning")
 
 
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """Leave all contexts, which remove what is unfinished. Again it has no effect."""
+    signal.signal(number, signal.SIG_IGN)
+    sys.exit(_TERMINATED)
+
+
 app.command("demo")(demo)
 app.command("upcycle")(upcycle)
 app.command("plan")(plan)
@@ -87,11 +96,14 @@ def main() -> None:
     SIGTERM).
     """
     guard_streams()
+    # A process of torchrun gets the signal when another one has failed, which has a status to show.
+    if ranks() == 1 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         app()
     except SystemExit as stop:
-        # typer turns an interrupt into this status and prints nothing.
-        if stop.code == 130 and not isinstance(stop, ChildExit):
+        # typer turns an interrupt into the first status and prints nothing.
+        if stop.code in (130, _TERMINATED) and not isinstance(stop, ChildExit):
             explain(KeyboardInterrupt())
         raise
     except (Exception, KeyboardInterrupt) as error:

@@ -3,17 +3,19 @@
 import re
 from typing import Literal, NewType
 
+from molcli.config.shown import shown
 from molcli.errors import MolError
 
 Every = NewType("Every", str)
 """`every:N`: the last of N neighbouring layers."""
 LayerChoice = Literal["all", "none", "auto"] | Every | list[int]
+_NUMBER = "[0-9]{1,9}"  # Python refuses to read one of over 4,300 digits
 SYNTAX = "all, none, auto, every:N, or layers such as 0,3,7"
 
 
 def is_every(text: str) -> bool:
     """Whether the text is every:N with N of 1 or more."""
-    return re.fullmatch(r"every:0*[1-9][0-9]*", text) is not None
+    return re.fullmatch(rf"every:(?!0+$){_NUMBER}", text) is not None
 
 
 def parse_choice(text: str) -> LayerChoice:
@@ -23,9 +25,9 @@ def parse_choice(text: str) -> LayerChoice:
         return words[text]
     if is_every(text):
         return Every(text)
-    if re.fullmatch(r"[0-9]+(,[0-9]+)*", text):
+    if re.fullmatch(rf"{_NUMBER}(,{_NUMBER})*", text):
         return [int(number) for number in text.split(",")]
-    raise MolError(f"the choice of layers is {text!r}", allowed=SYNTAX)
+    raise MolError(f"the choice of layers is {shown(text)}", allowed=SYNTAX)
 
 
 def chosen_layers(choice: LayerChoice, eligible: list[int]) -> set[int]:

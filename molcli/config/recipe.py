@@ -1,5 +1,6 @@
 """Find a recipe, read it from YAML and overrides, and write the resolved one."""
 
+import stat
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import asdict, fields
@@ -115,7 +116,11 @@ def find_recipe(name: str) -> Path:
         MolError: There is no such recipe; the message names the nearest bundled one and all others.
     """
     path = Path(name)
-    if path.is_file():
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):  # also of a name that no file can have
+        mode = 0
+    if stat.S_ISREG(mode):
         return path
     bundled = bundled_recipes()
     stem = path.name.removesuffix(".yaml")
@@ -123,7 +128,11 @@ def find_recipe(name: str) -> Path:
     if path.parent in (Path(), Path("recipes")) and stem in bundled:
         return bundled[stem]
     guess = nearest(stem, list(bundled))
-    found = f"recipe `{name}` is a folder" if path.is_dir() else f"there is no recipe `{name}`"
+    word = f"recipe `{cut(name, 200)}`"
+    if stat.S_ISDIR(mode):
+        found = f"{word} is a folder"
+    else:
+        found = f"{word} is a device or a pipe, and is not read" if mode else f"there is no {word}"
     raise MolError(
         found,
         allowed=f"a .yaml file, or one of: {', '.join(bundled)}",
@@ -142,7 +151,8 @@ def _keys(section: str) -> list[str]:
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(yaml_text.MAX_CHARACTERS + 1)  # `parse` refuses a longer one
     except UnicodeDecodeError as error:
         raise MolError(f"recipe {path} is not text", allowed="a YAML file in UTF-8") from error
     content = yaml_text.parse(text, f"recipe {path}")
@@ -189,7 +199,7 @@ def _parse_override(override: Override) -> tuple[str, str, Any]:
     _check_section(section)
     _check_key(section, key.split(".")[0])
     if isinstance(override, str):
-        return section, key, yaml_text.parse(text, f"the value of `--set {name}`")
+        return section, key, yaml_text.parse(text, f"the value of `--set {cut(name)}`")
     return section, key, deepcopy(override[1])  # `_put` may change it
 
 

@@ -15,6 +15,6 @@ def shown(value: object) -> str:
         return f"a huge {'number' if isinstance(value, int) else 'value'}"
 
 
-def cut(text: str) -> str:
-    """Return the text, or its start where it is long."""
-    return text if len(text) <= _LENGTH else f"{text[:_LENGTH]}…"
+def cut(text: str, length: int = _LENGTH) -> str:
+    """Return the text, or its start where it is longer than `length` characters."""
+    return text if len(text) <= length else f"{text[:length]}…"

@@ -42,13 +42,15 @@ def parse(text: str, origin: str) -> Any:
     """
     if len(text) > MAX_CHARACTERS:
         raise MolError(
-            f"{origin} has {len(text):,} characters",
-            allowed=f"a recipe of at most {MAX_CHARACTERS:,}",
+            f"{origin} has more than {MAX_CHARACTERS:,} characters",
+            allowed="a recipe that is written by hand, or by molcli",
         )
     try:
         _check_size(text, origin)
         # A subclass of SafeLoader: it builds plain values only.
-        return yaml.load(text, Loader=_Loader)
+        loader = _Loader(text)
+        loader.name = origin
+        return loader.get_single_data()
     except (yaml.YAMLError, ValueError) as error:
         place = getattr(error, "problem_mark", None)
         line = f", line {place.line + 1}" if place is not None else ""
@@ -107,12 +109,12 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
-            line = key.start_mark.line + 1
+            place = f"in {self.name}, line {key.start_mark.line + 1},"
             if not isinstance(key, yaml.ScalarNode):
-                raise MolError(f"a key is not a word (line {line})", allowed="`key: value` lines")
+                raise MolError(f"{place} a key is not a word", allowed="`key: value` lines")
             if key.value in seen:
                 raise MolError(
-                    f"key `{cut(key.value)}` comes twice (line {line})", allowed="each key once"
+                    f"{place} the key `{cut(key.value)}` comes twice", allowed="each key once"
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep)

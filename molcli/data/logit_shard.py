@@ -6,9 +6,8 @@ index, the shard's number and the tensors.
 """
 
 import hashlib
-import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from molcli.data.checked import SUM, check_once, sum_of
 from molcli.errors import MolError
+from molcli.files.atomic import write_atomically
 
 _DTYPES = {
     "input_ids": "I32",
@@ -31,7 +31,8 @@ _DTYPES = {
 _PIECE = 2**22  # entries that are checked at a time
 _ABOVE_ZERO = 1e-3  # what rounding may add to the logarithm of a probability
 _SHARD = re.compile(r"logits-(\d{5,})\.safetensors", re.ASCII)
-_PARTIAL = re.compile(r"\.logits(-\d{5,}\.safetensors|\.json)\.partial")
+# Of `write_atomically`, and of earlier versions.
+_PARTIAL = re.compile(r"\.logits(-\d{5,}\.safetensors|\.json)\.(molcli-)?partial")
 
 
 class LogitShard:
@@ -132,28 +133,11 @@ def write_logit_shard(
             )
         digest.update(tensors[name].contiguous().numpy().data)
     # Not save_file: its errors are no OSErrors, and its files are private.
-    content = save(tensors, {SUM: digest.hexdigest()})
-    write_whole(folder / shard_name(number), lambda path: path.write_bytes(content))
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file completely or not at all; a kill may leave a file that `is_partial`."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.unlink(missing_ok=True)  # of a link of this name, the target would be written
-    try:
-        write(partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException as error:
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # for the message: a full disk has no name
-        partial.unlink(missing_ok=True)
-        raise
+    write_atomically(folder / shard_name(number), save(tensors, {SUM: digest.hexdigest()}))
 
 
 def is_partial(name: str) -> bool:
-    """Whether a file is one that `write_whole` did not finish."""
+    """Whether a file is a shard or an index that was not finished."""
     return _PARTIAL.fullmatch(name) is not None
 
 

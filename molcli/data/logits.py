@@ -24,13 +24,13 @@ from molcli.data.logit_shard import (
     shard_name,
     shard_number,
     write_logit_shard,
-    write_whole,
 )
 from molcli.data.mixture import Corpus
 from molcli.data.packing import TokenRows
 from molcli.data.tokenizer import tokenizer_fingerprint
 from molcli.errors import MolError
-from molcli.files.folders import locked, refuse_existing
+from molcli.files.folders import refuse_existing
+from molcli.files.hidden_folders import locked
 from molcli.files.json_files import shortened
 
 INDEX = "logits.json"
@@ -54,6 +54,30 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
 _COUNTS = ("vocab_size", "top_k", "context_length", "rows", "rows_per_shard")
 
 
+def check_cache_folder(out: Path, *, resume: bool) -> None:
+    """Check that a cache can be begun in a folder, or with `resume` continued.
+
+    Files that are half-written are not in the way.
+
+    Raises:
+        MolError: If not.
+    """
+    names = [path.name for path in out.iterdir()] if out.is_dir() else []
+    whole = [name for name in names if not is_partial(name)]
+    if resume:
+        # Where the first file was half-written, there is a cache to resume, without any row.
+        if INDEX not in whole and (whole or not names):
+            raise _nothing_to_resume(out)
+    elif INDEX in whole:
+        raise MolError(
+            f"{out} holds cached logits",
+            allowed="a path that does not exist yet, or an empty folder",
+            hint="the same command with --resume writes what is missing; or give another path",
+        )
+    elif whole or not out.is_dir():
+        refuse_existing(out)
+
+
 @contextmanager
 def cache_folder(out: Path, *, resume: bool) -> Iterator[None]:
     """Hold the folder of a cache, so that no other process writes it.
@@ -68,14 +92,12 @@ def cache_folder(out: Path, *, resume: bool) -> Iterator[None]:
     Raises:
         MolError: If `out` is not empty, there is nothing to resume, or another process writes it.
     """
-    if resume and not out.is_dir():
-        raise _nothing_to_resume(out)
-    if not resume and not out.is_dir():
-        refuse_existing(out)
+    if not out.is_dir():  # else under the lock: another process may be writing it
+        check_cache_folder(out, resume=resume)
     is_new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     with locked(out, out):
-        _check_content(out, resume=resume)
+        check_cache_folder(out, resume=resume)
         _remove_partial(out)
         has_index = (out / INDEX).exists()
         try:
@@ -109,7 +131,7 @@ def write_logits(
     if (out / INDEX).exists():
         _check_same_cache(out, metadata)
     else:
-        write_whole(out / INDEX, lambda path: write_index(path, metadata))
+        write_index(out / INDEX, metadata)
     for number in range(_num_shards(metadata)):
         if (out / shard_name(number)).exists():
             continue
@@ -243,24 +265,6 @@ def _check_same_cache(out: Path, metadata: dict[str, Any]) -> None:
             allowed="the parent, data and recipe that the cache was started with",
             hint="another output folder",
         )
-
-
-def _check_content(out: Path, *, resume: bool) -> None:
-    """Check that a folder can be begun or continued, but for files that are half-written."""
-    names = [path.name for path in out.iterdir()]
-    whole = [name for name in names if not is_partial(name)]
-    if resume:
-        # Where the first file was half-written, there is a cache to resume, without any row.
-        if INDEX not in whole and (whole or not names):
-            raise _nothing_to_resume(out)
-    elif INDEX in whole:
-        raise MolError(
-            f"{out} holds cached logits",
-            allowed="a path that does not exist yet, or an empty folder",
-            hint="the same command with --resume writes what is missing; or give another path",
-        )
-    elif whole:
-        refuse_existing(out)
 
 
 def _remove_partial(out: Path) -> None:

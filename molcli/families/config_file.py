@@ -15,15 +15,19 @@ from molcli.families.rotary import INVALID_CONFIG
 from molcli.files.json_files import read_object, shortened
 
 _ADAPTER = "adapter_config.json"  # transformers then reads the weights of its base model
-# Keys that say nothing about what a family's model computes, but change how transformers runs it,
-# or make it read other files.
-_IGNORED = {
-    *("architectures", "auto_map", "configuration_files", "text_config", "_name_or_path"),
+# Keys that say nothing about what a model computes, but change how transformers runs it. With an
+# attn_implementation such as org/name, it would download code and run it.
+CHANGES_THE_RUN = {
     *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
-    *("experts_implementation", "_experts_implementation"),
-    *("base_model_tp_plan", "base_model_pp_plan", "base_model_ep_plan", "use_cache"),
+    *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
+    *("base_model_tp_plan", "base_model_pp_plan", "base_model_ep_plan"),
     *("output_hidden_states", "output_attentions", "return_dict", "use_return_dict"),
     *("problem_type", "id2label", "label2id", "num_labels", "chunk_size_feed_forward"),
+}
+# Those, and keys of a parent that make transformers read other files.
+_IGNORED = CHANGES_THE_RUN | {
+    *("architectures", "auto_map", "configuration_files", "text_config", "_name_or_path"),
+    "use_cache",
 }
 
 

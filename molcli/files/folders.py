@@ -8,14 +8,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from molcli.errors import MolError
+from molcli.files.hidden_folders import (
+    PARTIAL,
+    SCRATCH,
+    hidden_folder,
+    hidden_path,
+    remove_leftover,
+)
 from molcli.files.writable import check_writable
 
 
 @contextmanager
 def output_folder(path: str | Path, *, need_bytes: int = 0) -> Iterator[Path]:
-    """Yield a hidden temporary folder beside `path`, and rename it to `path` on success.
+    """Yield a temporary folder in a hidden one beside `path`, and rename it to `path` on success.
 
-    After an exception the temporary folder is removed. A killed process leaves it behind; the next
+    After an exception the hidden folder is removed. A killed process leaves it behind; the next
     call for the same path removes it.
 
     Args:
@@ -23,46 +30,50 @@ def output_folder(path: str | Path, *, need_bytes: int = 0) -> Iterator[Path]:
         need_bytes: Required free space.
 
     Raises:
-        MolError: If `path` is a file or a folder with content, another process is writing it, or
-            the disk has less free space than `need_bytes`.
+        MolError: If `path` is a file or a folder with content, another process is writing it, the
+            hidden folder's name is in use, or the disk has less free space than `need_bytes`.
     """
     path = Path(path).expanduser().resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = staging_folder(path)
-    staging.mkdir(exist_ok=True)
-    with locked(staging, path):
-        try:
-            refuse_existing(path)
-            _remove_content(staging)
-            _check_free_space(path.parent, need_bytes)
-            yield staging
-            _sync_tree(staging)
-            staging.replace(path)
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
+    with hidden_folder(path, PARTIAL):
+        refuse_existing(path)
+        _check_free_space(path.parent, need_bytes)
+        staging = staging_folder(path)
+        staging.mkdir()
+        yield staging
+        _sync_tree(staging)
+        refuse_existing(path)
+        staging.replace(path)
         _sync(path.parent)
 
 
 def staging_folder(path: Path) -> Path:
     """Return the temporary folder of `output_folder`, for other processes that write into it."""
-    path = path.expanduser().resolve()
-    return path.with_name(f".{path.name}.partial")
+    # In the hidden folder, and not that folder itself, whose mark is not part of the output.
+    return hidden_path(path, PARTIAL) / "output"
 
 
 def refuse_existing(path: Path) -> None:
     """Check that an output path is free.
 
+    If it is not, what a run left beside it is removed: it was killed after its last step.
+
     Raises:
         MolError: If `path` is a file or a folder with content, or its folder cannot be written.
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        remove_leftovers(path)
         raise MolError(
             f"{path} exists and is not empty",
             allowed="a path that does not exist yet, or an empty folder",
             hint=f"give another path, or remove {path} first",
         )
     check_writable(path)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what a run left beside its complete output when it was killed after its last step."""
+    for kind in (PARTIAL, SCRATCH):
+        remove_leftover(hidden_path(path, kind))
 
 
 def cache_folder() -> Path:
@@ -78,46 +89,13 @@ def lock_for(folder: Path) -> Iterator[None]:
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     # The kernel releases the lock when its process ends for any reason; the file may stay.
-    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
+    name = folder.with_name(f".{folder.name}.lock")
+    lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-@contextmanager
-def locked(folder: Path, path: Path) -> Iterator[None]:
-    """Holds the folder's lock, which the kernel drops when its process dies in whatever way.
-
-    folder: exists. path: what is written, for the message. Raises MolError if another process holds
-    the lock.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        if not _try_lock(descriptor, folder):
-            raise MolError(
-                f"another run is writing {path}",
-                allowed="one run per output path",
-                hint="wait for it, or give another path",
-            )
-        yield
     finally:
-        os.close(descriptor)
-
-
-def _try_lock(descriptor: int, folder: Path) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # The other run may have renamed the folder since this one opened it.
-        return os.path.samestat(os.fstat(descriptor), folder.stat())
-    except (BlockingIOError, FileNotFoundError):
-        return False
-
-
-def _remove_content(folder: Path) -> None:
-    for entry in folder.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
+        os.close(lock)
 
 
 def _check_free_space(folder: Path, need_bytes: int) -> None:

@@ -1,16 +1,22 @@
 """State of long work on disk, from which the next run on the same output path continues."""
 
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from molcli.errors import MolError
+from molcli.files.hidden_folders import (
+    UNFINISHED,
+    clear_hidden,
+    hidden_path,
+    make_hidden,
+    remove_leftover,
+)
+from molcli.files.tensors import save_tensors
 
 MIN_SAVE_INTERVAL = 60.0  # seconds
 MIN_WORK_PER_SAVE = 20  # seconds of work per second of saving: saving takes at most 5% of the time
@@ -32,8 +38,7 @@ class ResumableWork:
     """
 
     def __init__(self, out: Path, identity: str) -> None:
-        out = out.expanduser().resolve()
-        self.folder = out.with_name(f".{out.name}.unfinished")
+        self.folder = hidden_path(out, UNFINISHED)
         self.identity = identity
         self._next_save = time.monotonic() + MIN_SAVE_INTERVAL
 
@@ -56,7 +61,11 @@ class ResumableWork:
         Returns:
             (number of finished steps, tensors); None, with the folder emptied, if there is no
             usable state of this identity.
+
+        Raises:
+            MolError: If the folder's name is in use.
         """
+        make_hidden(self.folder)
         try:
             with safe_open(self.folder / _STATE, "pt") as file:
                 metadata = file.metadata() or {}
@@ -65,8 +74,7 @@ class ResumableWork:
                     return int(metadata["done"]), {name: file.get_tensor(name) for name in names}
         except (OSError, SafetensorError, KeyError, ValueError):
             pass
-        self.remove()
-        self.folder.mkdir()
+        clear_hidden(self.folder)
         return None
 
     def save_if_due(self, done: int, tensors: dict[str, Tensor]) -> None:
@@ -85,13 +93,13 @@ class ResumableWork:
         on_host = {name: tensor.to("cpu").contiguous() for name, tensor in tensors.items()}
         new = self.folder / f"{_STATE}.new"
         try:
-            save_file(on_host, new, {"identity": self.identity, "done": str(done)})
+            save_tensors(on_host, new, {"identity": self.identity, "done": str(done)})
             new.replace(self.folder / _STATE)
-        except (OSError, SafetensorError):
+        except OSError:
             new.unlink(missing_ok=True)
         end = time.monotonic()
         self._next_save = end + max(MIN_SAVE_INTERVAL, MIN_WORK_PER_SAVE * (end - start))
 
     def remove(self) -> None:
         """Remove the folder, for example when the work is finished."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove_leftover(self.folder)

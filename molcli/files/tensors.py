@@ -2,33 +2,40 @@
 
 import hashlib
 import json
+import os
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from molcli.errors import MolError
+from molcli.files.json_files import read_object, shortened, write_object
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _SAMPLE_BYTES = 4096  # of each tensor, for the fingerprint
+_MAX_HEADER_BYTES = 100_000_000  # of a shard, as in safetensors
+_ERRNO = re.compile(r"\(os error (\d+)\)")  # in the message of a SafetensorError
 
 
 class TensorReader:
     """Lazy reader of a folder with `model.safetensors`, or with shards and their index.
 
-    Opening reads the headers only.
+    Opening reads the headers only. A tensor that is in several shards is read from the one that the
+    index names.
 
     Attributes:
         shards: Files, sorted.
         tensors: Name -> header.
 
     Raises:
-        MolError: If there are no safetensors, a shard is missing or truncated, or the index and the
-            shards disagree.
+        MolError: If there are no safetensors, a shard is missing, truncated or outside of the
+            folder, or the index and the shards disagree.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -37,21 +44,37 @@ class TensorReader:
         self.shards = sorted({folder / shard for shard in index.values()} or {folder / SINGLE})
         self.tensors: dict[str, TensorInfo] = {}
         for shard in self.shards:
-            self.tensors |= _read_header(shard)
+            for name, info in _read_header(shard).items():
+                named = index.get(name)
+                if named is None and name in self.tensors:
+                    raise self._disagree(f"{name} is in several shards, and not in {INDEX}")
+                if named is None or shard.name == named:
+                    self.tensors[name] = info
         for name, file in index.items():
-            if name not in self.tensors or self.tensors[name].shard != folder / file:
-                raise MolError(
-                    f"{INDEX} places {name} in {file}, which does not hold it",
-                    allowed="an index that matches its shards",
-                    hint=f"download {folder} again",
-                )
+            if name not in self.tensors:
+                raise self._disagree(f"{INDEX} places {name} in {file}, which does not hold it")
+
+    def _disagree(self, problem: str) -> MolError:
+        return MolError(
+            problem,
+            allowed="an index that matches its shards",
+            hint=f"download {self.folder} again",
+        )
 
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
-        """Read a tensor, or some of its rows, in its stored dtype, to the CPU."""
-        with safe_open(self.tensors[name].shard, framework="pt") as shard:
-            tensor: torch.Tensor
-            tensor = shard.get_tensor(name) if rows is None else shard.get_slice(name)[rows]
-            return tensor
+        """Read a tensor, or some of its rows, in its stored dtype, to the CPU.
+
+        Raises:
+            MolError: If the file cannot be read.
+        """
+        path = self.tensors[name].shard
+        try:
+            with safe_open(path, framework="pt") as shard:
+                tensor: torch.Tensor
+                tensor = shard.get_tensor(name) if rows is None else shard.get_slice(name)[rows]
+                return tensor
+        except (SafetensorError, OSError) as error:
+            raise _damaged(path, f"cannot be read ({error})") from error
 
     def fingerprint(self) -> str:
         """Return the sha256 of every tensor's name, dtype, shape and first 4096 bytes.
@@ -84,17 +107,27 @@ class TensorReader:
                 hint="AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder) "
                 "writes safetensors",
             )
-        try:
-            weight_map = json.loads(path.read_text())["weight_map"]
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise ValueError("weight_map is empty")
-        except (ValueError, KeyError, TypeError) as error:
+        index = read_object(
+            path,
+            {"weight_map": dict},
+            allowed="JSON with a weight_map from tensor names to shards",
+            hint=f"download {path} again",
+        )
+        if not index["weight_map"]:
             raise MolError(
-                f"{path} cannot be read ({error})",
-                allowed="JSON with a weight_map from tensor names to shards",
+                f"{path} cannot be read (weight_map is empty)",
+                allowed="a weight_map from tensor names to shards",
                 hint=f"download {path} again",
-            ) from error
-        return {str(name): str(file) for name, file in weight_map.items()}
+            )
+        for name, file in index["weight_map"].items():
+            # A file of this folder, which may be a link, as in the cache of the Hub.
+            if not isinstance(file, str) or Path(file).name != file or file in ("", ".."):
+                raise MolError(
+                    f"{path} places {shortened(name)} in {shortened(file)}",
+                    allowed="the name of a file beside the index",
+                    hint=f"download {path} again",
+                )
+        return dict(index["weight_map"])
 
 
 class ShardedWriter:
@@ -142,8 +175,11 @@ class ShardedWriter:
             file = f"model-{number:05d}-of-{count:05d}.safetensors"
             self._part(number).rename(self.folder / file)
             weight_map |= dict.fromkeys(names, file)
-        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-        (self.folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        index = {
+            "metadata": {"total_size": self.total_bytes},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+        write_object(self.folder / INDEX, index)
 
     def _part(self, number: int) -> Path:
         """A shard's name until the number of shards is known."""
@@ -154,9 +190,7 @@ class ShardedWriter:
             return  # without any tensor, one empty file is written
         self._shards.append(list(self._pending))
         part = self._part(len(self._shards))
-        save_file(self._pending, part, metadata={"format": "pt"})
-        # safetensors makes files private to the user; give them the permissions of the folder.
-        part.chmod(self.folder.stat().st_mode & 0o666)
+        save_tensors(self._pending, part, {"format": "pt"})
         self._pending, self._pending_bytes = {}, 0
 
 
@@ -175,6 +209,36 @@ class TensorInfo:
     num_bytes: int
 
 
+def save_tensors(
+    tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file, with the permissions of any new file.
+
+    Args:
+        tensors: Name -> contiguous tensor on the CPU.
+        path: Of the file.
+        metadata: Of its header.
+
+    Raises:
+        OSError: If the disk is full, or the folder cannot be written.
+    """
+    path.touch()
+    mode = path.stat().st_mode & 0o777
+    try:
+        save_file(dict(tensors), path, None if metadata is None else dict(metadata))
+    except SafetensorError as error:
+        raise writing_error(error, path) from error
+    path.chmod(mode)  # safetensors makes a new file, private to the user
+
+
+def writing_error(error: SafetensorError, path: Path) -> Exception:
+    """Return the OSError that safetensors reports as its own; the same error if it is none."""
+    number = _ERRNO.search(str(error))
+    if number is None:
+        return error
+    return OSError(int(number[1]), os.strerror(int(number[1])), str(path))
+
+
 def _read_header(shard: Path) -> dict[str, TensorInfo]:
     """Read a shard's header and check it against the file's size."""
     if not shard.is_file():
@@ -186,17 +250,22 @@ def _read_header(shard: Path) -> dict[str, TensorInfo]:
     size = shard.stat().st_size
     with shard.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        raw = file.read(length) if 8 + length <= size else b""
+        whole = 8 + length <= size and length <= _MAX_HEADER_BYTES
+        raw = file.read(length) if whole else b""
     try:
         header: dict[str, Any] = json.loads(raw)
         header.pop("__metadata__", None)
         tensors = {name: _info(shard, entry, 8 + length) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        expected = 8 + length + sum(info.num_bytes for info in tensors.values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(shard, f"is not a whole safetensors file ({size} bytes)") from error
-    expected = 8 + length + sum(info.num_bytes for info in tensors.values())
     if size != expected:
         raise _damaged(shard, f"has {size} bytes, but its header describes {expected}")
-    return tensors
+    try:
+        with safe_open(shard, framework="pt"):  # checks dtypes, shapes and places
+            return tensors
+    except (SafetensorError, OSError) as error:
+        raise _damaged(shard, f"has a header that cannot be read ({error})") from error
 
 
 def _info(shard: Path, entry: dict[str, Any], data_start: int) -> TensorInfo:

@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from molcli.errors import MolError
+from molcli.families.config_file import CHANGES_THE_RUN
 from molcli.families.rotary import INVALID_CONFIG, rotary_embedding
 from molcli.files.finite import cast, check_finite
+from molcli.files.generation_config import generation_config, read_generation
 from molcli.files.json_files import read_object, shortened
-from molcli.files.tensors import TensorReader
+from molcli.files.tensors import TensorReader, writing_error
 from molcli.model.config_types import check_values
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.mixers import parameter_names
@@ -72,7 +73,9 @@ def open_config(folder: Path) -> MoLConfig:
     path = folder / "config.json"
     check_values(content, path)
     try:
-        config = MoLConfig.from_pretrained(folder)
+        config = MoLConfig.from_dict(
+            {key: value for key, value in content.items() if key not in CHANGES_THE_RUN}
+        )
         rotary_embedding(config)
     except INVALID_CONFIG as error:
         reason = shortened(" ".join(f"{type(error).__name__}: {error}".split()), 200)
@@ -104,7 +107,7 @@ def open_checkpoint(folder: Path, device: torch.device) -> MoLForCausalLM:
             allowed="a complete folder that molcli wrote",
         )
     if (folder / GENERATION_CONFIG_NAME).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        model.generation_config = generation_config(read_generation(folder, config))
     return model
 
 
@@ -159,3 +162,18 @@ def check_model_type(folder: Path) -> dict[str, Any]:
             hint=f"molcli upcycle {folder} OUT",
         )
     return content
+
+
+def save_checkpoint(model: MoLForCausalLM, folder: Path) -> None:
+    """Write configuration and weights, as `save_pretrained`, with the permissions of any new file.
+
+    Raises:
+        OSError: If the disk is full, or the folder cannot be written.
+    """
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:
+        raise writing_error(error, folder) from error
+    mode = (folder / "config.json").stat().st_mode & 0o777
+    for shard in folder.glob("*.safetensors"):  # which safetensors makes private to the user
+        shard.chmod(mode)

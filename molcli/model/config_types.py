@@ -24,7 +24,8 @@ def check_values(content: Mapping[str, Any], source: Path) -> None:
             model has.
     """
     content = {RENAMED.get(key, key): value for key, value in content.items()}
-    check_numbers(content, source)
+    # A baseline without any layer, embedding and head alone, is a model too.
+    check_numbers(content, source, fewest_layers=0)
     hints = get_type_hints(MoLConfig.__init__) | {"layer_kinds": list[str]}
     if content.get("qk_norm_full_width") is True and content.get("qk_norm") is not True:
         raise MolError(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # imported when a bar is drawn: help and errors in arguments 
 def bar(title: str, *, shown: bool = True) -> Iterator[Report]:
     """Draw a bar while a stage works, in the main process of a run, and one for each phase.
 
-    The bars stay on the screen with their times, unless an error comes before any work is done.
+    The bars stay on the screen with their times, but for those of work that did not begin.
     Where stderr is no terminal, only the finished bars are printed.
 
     Args:
@@ -36,9 +36,8 @@ def bar(title: str, *, shown: bool = True) -> Iterator[Report]:
         bars = _Bars(progress, title)
         try:
             yield bars
-        except BaseException:
+        finally:
             bars.hide_unused()
-            raise
 
 
 class _Bars:

@@ -11,9 +11,9 @@ from typing import NewType
 
 from molcli.console import printable
 
-# And parts of surrogate pairs, which UTF-8 cannot hold. Characters that change the direction of
-# text stay: the page keeps their effect within a cell.
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+# And parts of surrogate pairs, which UTF-8 cannot hold, and what reverses the text that follows.
+# Other marks of direction stay: languages that are written from right to left need them.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202d\u202e\ud800-\udfff]")
 
 Markup = NewType("Markup", str)
 """HTML that is safe to embed."""

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 
 from molcli.config.sections import CalibrateConfig
 from molcli.data.packing import TokenRows
@@ -18,6 +17,7 @@ from molcli.errors import MolError
 from molcli.families.parent import Parent
 from molcli.files.folders import output_folder
 from molcli.files.resumable import ResumableWork
+from molcli.files.tensors import save_tensors
 from molcli.fitting.calibration import moments_file, split_text, text_hash
 from molcli.fitting.chunks import chunk_text
 from molcli.maths.moments import second_moment, unit_rms
@@ -58,7 +58,7 @@ def calibrate(
             for name, rows in (("fit", fit), ("heldout", heldout))
             for field in ("input_ids", "document_ids", "lengths")
         }
-        save_file(tokens, staging / "tokens.safetensors")
+        save_tensors(tokens, staging / "tokens.safetensors")
         about = {
             "parent": of_parent,
             "data": of_text,
@@ -69,7 +69,7 @@ def calibrate(
         (staging / "calibration.json").write_text(json.dumps(about, indent=2) + "\n")
         for layer in range(parent.config.num_hidden_layers):
             moments_file(unfinished.folder, layer).rename(moments_file(staging, layer))
-    unfinished.remove()
+        unfinished.remove()  # before the output appears: no later run would remove it
 
 
 def _save_moments(
@@ -112,6 +112,6 @@ def _save_moments(
                 allowed="a parent that computes numbers on this text",
                 hint="download its weights again",
             )
-        save_file(moments, moments_file(unfinished.folder, i))
+        save_tensors(moments, moments_file(unfinished.folder, i))
         unfinished.save_if_due(i + 1, {"x": x})
         progress(i + 1, count)

@@ -12,6 +12,7 @@ from molcli.errors import MolError
 from molcli.estimate.parameters import count_parameters
 from molcli.files.folders import output_folder
 from molcli.files.json_files import shortened
+from molcli.model.checkpoint import save_checkpoint
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.modeling_mol import MoLForCausalLM
 
@@ -55,17 +56,17 @@ def init(recipe: Recipe, out: Path) -> None:
         MolError: `out` exists, the disk or the memory is too small, or the activation is unknown.
     """
     config = untrained_config(recipe.model)
-    size = 4 * count_parameters(config).total
-    _check_memory(size)
+    size = _weight_bytes(config)
+    check_memory(config)
     torch.manual_seed(recipe.model.seed)
     with output_folder(out, need_bytes=size) as staging:
-        model = MoLForCausalLM(config)
-        model.save_pretrained(staging)
+        save_checkpoint(MoLForCausalLM(config), staging)
         save_recipe(recipe, staging / RECIPE_FILE)
 
 
-def _check_memory(size: int) -> None:
-    """Raise MolError if the machine has less memory than the weights need."""
+def check_memory(config: MoLConfig) -> None:
+    """Raise MolError if the machine has less memory than the weights need in float32."""
+    size = _weight_bytes(config)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if size > memory:
         raise MolError(
@@ -73,3 +74,7 @@ def _check_memory(size: int) -> None:
             allowed="a model that fits into memory",
             hint="smaller numbers in the section `model`, such as model.num_hidden_layers=4",
         )
+
+
+def _weight_bytes(config: MoLConfig) -> int:
+    return 4 * count_parameters(config).total

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import chain, cycle, islice, repeat
 from math import ceil
 from pathlib import Path
@@ -18,6 +19,7 @@ from molcli.data.tokenizer import refuse_tokenizer_errors, tokenize
 from molcli.errors import MolError
 from molcli.families.parent import Parent
 from molcli.families.positions import declared_limit
+from molcli.files.generation_config import generation_config
 from molcli.files.output_file import output_file
 from molcli.model.checkpoint import default_device
 from molcli.model.forward_inputs import CACHE_FIELD
@@ -25,7 +27,6 @@ from molcli.model.parent import end_tokens
 from molcli.model.precision import fast_dtype
 from molcli.progress import Progress, silent
 
-_BEGINS = "{"  # every file that `sample` writes
 _CPU_BATCH, _LARGEST_BATCH = 64, 8192  # documents
 # Without cuDNN's attention, which makes a new plan for every length, hence for every token.
 _BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -52,8 +53,10 @@ def sample(parent: Parent, config: SampleConfig, out: Path, progress: Progress =
     """
     # transformers' own model runs, with sliding windows and all: its positions alone are a limit.
     positions = declared_limit(parent.config.max_position_embeddings, "the parent")
+    if config.length == SampleConfig.length:  # a default has to fit every parent
+        config = replace(config, length=min(config.length, positions.tokens))
     positions.check(config.length, "sample.length")
-    with output_file(out, begins=_BEGINS) as file:  # before a model is opened
+    with output_file(out) as file:  # before a model is opened
         _write(parent, config, file, progress)
 
 
@@ -64,6 +67,7 @@ def _write(parent: Parent, config: SampleConfig, file: TextIO, progress: Progres
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         parent.folder,
         config=parent.config,
+        generation_config=generation_config(parent.generation),
         dtype=fast_dtype(device),
         trust_remote_code=False,
         use_safetensors=True,

@@ -100,7 +100,7 @@ def test_folders_and_files_with_such_names_work_and_are_shown_as_text(
     up = run(forked, evil, "upcycle", parent, out, "--data", data, *SMALL)
     assert up.code == 0 and rf"{SHOWN}\r/out" in up.stdout.replace("\n", "")
     page = (out / "receipt.html").read_text(encoding="utf-8")
-    assert not set(page) & set("\x1b\x9b\r")
+    assert not set(page) & set("\x1b\x9b\u202e\r")
     evaluated = run(forked, evil, "eval", out, "--parent", parent, "--data", data, *READ)
     assert evaluated.code == 0
     routing = run(forked, evil, "inspect", out, "--data", data, *READ)

@@ -1,5 +1,6 @@
 """Recipes that are large, deep, or full of aliases; and numbers that no run could use."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -118,3 +119,40 @@ def test_a_recipe_may_mix_thousands_of_sources(tmp_path: Path) -> None:
     path.write_text(f"train: {{data: {{{sources}}}}}")
     data = load_recipe(path).train.data
     assert isinstance(data, dict) and len(data) == 4500
+
+
+@pytest.mark.parametrize(
+    "name, found",
+    [
+        ("/dev/zero", "is a device or a pipe"),
+        ("pipe", "is a device or a pipe"),
+        ("folder", "is a folder"),
+        ("loop", "there is no recipe"),
+        ("x" * 5000, "there is no recipe"),
+        ("demo\0", "there is no recipe"),
+        ("recipes/../demo", "there is no recipe"),
+    ],
+    ids=lambda text: text[:12].encode("unicode_escape").decode(),
+)
+def test_only_a_regular_file_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, found: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")  # to open it would wait for ever
+    Path("folder").mkdir()
+    Path("loop").symlink_to("loop")
+    assert found in refusal(Path(name)).found
+
+
+def test_a_file_of_terabytes_is_not_read_into_memory(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    with path.open("wb") as file:
+        file.truncate(2**40)
+    assert "characters" in refusal(path).found
+
+
+def test_a_repeated_key_is_named_with_its_file_or_option(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("train:\n  tokens: 5\n  tokens: 6\n")
+    assert f"{path}, line 3" in refusal(path).found
+    assert "--set train.data" in refusal(None, "train.data={a.txt: 1, a.txt: 2}").found

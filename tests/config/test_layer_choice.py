@@ -27,7 +27,13 @@ def test_the_command_line_and_the_recipe_agree(text: str, choice: object) -> Non
     assert recipe.convert.gated_deltanet == choice
 
 
-@pytest.mark.parametrize("text", ["", "every", "every:0", "every:-1", "every:2x", "0,", "-1", "al"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "every", "every:0", "every:-1", "every:2x", "0,", "-1", "al"),
+        *(f"every:{'9' * 5000}", "9" * 5000, "0" * 5000),
+    ],
+)
 def test_anything_else_is_refused(text: str) -> None:
     with pytest.raises(MolError) as error:
         parse_choice(text)

@@ -235,7 +235,7 @@ def test_one_shared_block_is_a_recipe() -> None:
         ("upcycle: 3", "section `upcycle` is 3"),
         ("- upcycle", "holds no sections"),
         ("upcycle: {d_thin: 1", "is not YAML, line 1"),
-        ("upcycle:\n  d_thin: 64\n  d_thin: 128", "key `d_thin` comes twice (line 3)"),
+        ("upcycle:\n  d_thin: 64\n  d_thin: 128", "r.yaml, line 3, the key `d_thin` comes twice"),
         ("upcycle: {[a]: 1}", "a key is not a word"),
         ("1: {a: 2}", "no section `1`"),
         ("upcycle: {when: 2020-01-01}", "`upcycle` has no key `when`"),

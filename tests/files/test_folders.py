@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from molcli.errors import MolError
-from molcli.files.folders import output_folder
+from molcli.files.folders import lock_for, output_folder, refuse_existing
+from molcli.files.hidden_folders import PARTIAL, SCRATCH, hidden_path, make_hidden
 
 # A run that reports when it has written half of its output, and then waits for its input to end.
 CHILD = """
@@ -53,7 +54,7 @@ def test_success_renames(tmp_path: Path, existing: bool) -> None:
         (staging / "sub").mkdir()
         (staging / "sub" / "x").write_text("x")
         assert not out.exists() or not any(out.iterdir())
-        assert staging.name.startswith(".")
+        assert out.parent.joinpath(".out.partial") in staging.parents
     assert (out / "sub" / "x").read_text() == "x"
     assert [entry.name for entry in out.parent.iterdir()] == ["out"]
 
@@ -125,3 +126,79 @@ def test_symlink_to_an_empty_folder(tmp_path: Path) -> None:
         (staging / "x").write_text("x")
     assert (tmp_path / "real" / "x").exists()
     assert (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.parametrize("kind", ["link", "folder", "file"])
+def test_what_is_not_ours_at_the_hidden_name_is_refused_and_unchanged(
+    tmp_path: Path, kind: str
+) -> None:
+    mine, hidden = tmp_path / "mine", tmp_path / ".out.partial"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("mine")
+    if kind == "link":
+        hidden.symlink_to(mine)
+    elif kind == "folder":
+        mine.rename(hidden)
+    else:
+        hidden.write_text("mine")
+    before = sorted((str(path), path.is_symlink()) for path in tmp_path.rglob("*"))
+    with (
+        pytest.raises(MolError, match=r"\.out\.partial is in the way") as refused,
+        output_folder(tmp_path / "out"),
+    ):
+        pytest.fail("entered")
+    assert f"move {hidden}" in refused.value.hint
+    assert sorted((str(path), path.is_symlink()) for path in tmp_path.rglob("*")) == before
+
+
+def test_a_mark_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / ".molcli").symlink_to(tmp_path / "mine")
+    with pytest.raises((OSError, MolError)), output_folder(tmp_path / "out"):
+        pytest.fail("entered")
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_a_run_that_is_refused_removes_what_was_killed_after_its_last_step(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    for kind in (PARTIAL, SCRATCH):
+        make_hidden(hidden_path(out, kind))
+    with pytest.raises(MolError, match="exists and is not empty"):
+        refuse_existing(out)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+    hidden_path(out, SCRATCH).mkdir()
+    (hidden_path(out, SCRATCH) / "thesis.txt").write_text("mine")
+    with pytest.raises(MolError, match="exists and is not empty"):
+        refuse_existing(out)
+    assert (hidden_path(out, SCRATCH) / "thesis.txt").read_text() == "mine"
+
+
+def test_a_signal_in_the_removal_of_the_hidden_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, left = shutil.rmtree, [KeyboardInterrupt, None]
+
+    def interrupted(path: Path, **options: bool) -> None:
+        if (error := left.pop(0) if left else None) is not None:
+            raise error
+        real(path, **options)
+
+    def fail() -> None:
+        with output_folder(tmp_path / "out"):
+            monkeypatch.setattr(shutil, "rmtree", interrupted)
+            raise ValueError
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_lock_file_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / ".model.lock").symlink_to(tmp_path / "mine")
+    with pytest.raises(OSError, match="symbolic links"), lock_for(tmp_path / "model"):
+        pytest.fail("entered")
+    assert (tmp_path / "mine").read_text() == "mine"

@@ -40,11 +40,44 @@ def test_the_file_wins_and_the_config_fills_in_tokens(
     assert read_generation(tmp_path, CONFIG) == expected
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"eos_token_id": "</s>"},
+        {"eos_token_id": [2, 3.5]},
+        {"eos_token_id": [2, True]},
+        {"eos_token_id": 128},
+        {"bos_token_id": [1]},
+        {"pad_token_id": -2},
+        {"max_new_tokens": -5},
+        {"compile_config": 5},
+        {"validate": 5},
+    ],
+)
+def test_values_that_no_generation_uses_are_refused_with_the_parent(
+    tiny_parent: Callable[..., Path], content: dict[str, Any]
+) -> None:
+    folder = tiny_parent("llama")
+    (folder / "generation_config.json").write_text(json.dumps(content))
+    with pytest.raises(MolError, match=r"generation_config\.json"):
+        open_parent(folder)
+
+
+def test_what_a_model_does_not_use_is_read_without_a_warning(
+    tiny_parent: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tiny_parent("llama")
+    content = {"temperature": 0.7, "pad_token_id": -1, "cache_implementation": "x", "mine": 3}
+    (folder / "generation_config.json").write_text(json.dumps(content))
+    assert open_parent(folder).generation["temperature"] == 0.7
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("text", ["{", "3", "[1, 2]", '"text"'])
 def test_a_file_that_is_no_json_object_is_refused_with_the_parent(
     tiny_parent: Callable[..., Path], text: str
 ) -> None:
     folder = tiny_parent("llama")
     (folder / "generation_config.json").write_text(text)
-    with pytest.raises(MolError, match="not a JSON object"):
+    with pytest.raises(MolError, match="JSON object"):
         open_parent(folder)

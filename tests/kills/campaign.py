@@ -156,6 +156,49 @@ class Campaign:
             raise RuntimeError(f"{case}: the inputs changed")
         return verdict
 
+    def run_in(self, name: str, setup: str, payload: object) -> tuple[Outcome, list[str]]:
+        """Run a command unkilled in another setting, such as a full disk.
+
+        Args:
+            name: Of the command.
+            setup: "module:function", called in the child before the command.
+            payload: Its argument.
+
+        Returns:
+            How it ended, and the faults that it left. What it wrote is in `stage`.
+        """
+        command, judge = COMMANDS[name], self.reference(name).judge
+        self._prepare(command)
+        places = {"HOME": "home", "XDG_CACHE_HOME": "cache", "TMPDIR": "tmp"}
+        done = self.forked.run(
+            command.words(str(self.world)),
+            self.stage / WORK,
+            env={name: str(self.stage / place) for name, place in places.items()},
+            setup=setup,
+            payload=payload,
+        )
+        verdict, now = (
+            Verdict(Case(name, 0, signal.SIGKILL, None, 0, None, None)),
+            self._tree(command),
+        )
+        self._look(verdict, now)
+        scratch = judge.scratch(now, stopped=True)
+        return done, [*verdict.faults, *(f"scratch {path}" for path in scratch)]
+
+    def written(self, name: str) -> list[Path]:
+        """Return the files and folders that the last run of a command made."""
+        before = self.reference(name).judge.before
+        return [self.stage / path for path in self._tree(COMMANDS[name]) if path not in before]
+
+    def rerun(self, name: str) -> list[str]:
+        """Run a command again as it was run last, and return its faults."""
+        command, judge = COMMANDS[name], self.reference(name).judge
+        done = self._rerun(command)
+        now = self._tree(command)
+        faults = [f"unequal {path}" for path in judge.unequal(now)]
+        faults += [f"scratch {path}" for path in judge.scratch(now)]
+        return [*faults, *([f"status {done.code}: {_end(done)}"] if done.code else [])]
+
     def _look(self, verdict: Verdict, now: Tree) -> None:
         judge = self.reference(verdict.case.name).judge
         verdict.faults += [f"half {path}" for path in judge.half_written(now)]

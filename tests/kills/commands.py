@@ -115,7 +115,7 @@ COMMANDS: dict[str, Command] = {
         whole=("out/upcycled", "out/demo.json", "out/routing.json"),
         replaced=("out/demo-state.json",),
         removed=("out/drawn.jsonl", "out/trained/checkpoints*"),
-        measured=frozenset({"progress.json"}),
+        measured=frozenset({"progress.json", "sum"}),  # over seconds, too
     ),
 }
 

@@ -141,11 +141,8 @@ def _opened(descriptor: int) -> Path:
     return Path(f"/proc/self/fd/{descriptor}").readlink()
 
 
-def arm(payload: dict[str, Any]) -> None:
-    """Set the moment; see `Moments`. Tiny work saves its state at once, and fills several files."""
-    import safetensors.torch
-    import torch
-
+def make_small() -> None:
+    """Let tiny work save its state at once, and fill several files."""
     from molcli.data.token_folder import write_token_folder
     from molcli.files import resumable
     from molcli.stages.cache_logits import cache_logits
@@ -155,6 +152,14 @@ def arm(payload: dict[str, Any]) -> None:
     upcycle.SHARD_BYTES, upcycle.SHARDS = 2**16, 2**20
     write_token_folder.__kwdefaults__["shard_tokens"] = 300
     cache_logits.__wrapped__.__kwdefaults__["shard_bytes"] = 2**13
+
+
+def arm(payload: dict[str, Any]) -> None:
+    """Set the moment; see `Moments`."""
+    import safetensors.torch
+    import torch
+
+    make_small()
     moments = Moments(**payload)
     safetensors.torch.serialize_file = moments.writer(safetensors.torch.serialize_file, 1)
     torch.save = moments.writer(torch.save, 1)

@@ -81,3 +81,24 @@ def test_weights_that_are_whole_numbers(checkpoint: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(molcli.MolError, match=r"model\.norm\.weight in .* stored as torch\.int32"):
         molcli.open_model(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"attn_implementation": "someone/kernel"},
+        {"_attn_implementation": "someone/kernel"},
+        {"experts_implementation": "someone/kernel"},
+        {"return_dict": False, "output_hidden_states": True},
+    ],
+)
+def test_a_configuration_does_not_choose_the_code_that_runs(
+    checkpoint: Path, values: dict[str, object]
+) -> None:
+    ids = torch.tensor([[3, 4, 5]])
+    expected = molcli.open_model(checkpoint)(ids).logits
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    model = molcli.open_model(checkpoint)
+    assert model(ids).logits.equal(expected)
+    assert "someone/kernel" not in str(vars(model.config))

@@ -29,6 +29,14 @@ def test_an_error_before_any_work_stands_alone(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err.strip() == ""
 
 
+def test_a_command_without_work_of_that_kind_leaves_no_bar(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with bar("converting"):
+        pass
+    assert capsys.readouterr().err.strip() == ""
+
+
 def test_a_bar_that_is_not_shown_and_another_processes_bar_print_nothing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

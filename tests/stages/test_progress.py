@@ -131,7 +131,7 @@ def test_train_with_two_stages_and_sources_that_are_too_short(
         data={str(short): 1.0, text: 1.0}, context_length=16, batch_size=4, stages=stages
     )
     train(tiny_mol(), tmp_path / "out", None, replace(Recipe(), train=config), progress=told)
-    told.check("reading", "")
+    told.check("reading", "", "writing")
     assert told.last() == 640
 
 

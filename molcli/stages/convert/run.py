@@ -92,7 +92,7 @@ def convert(
         write_generation(read_generation(source.folder, config), staging)
         save_recipe(recipe, staging / RECIPE_FILE)
         if (source.folder / UPCYCLE_RECEIPT).is_file():
-            shutil.copy(source.folder / UPCYCLE_RECEIPT, staging)
+            shutil.copyfile(source.folder / UPCYCLE_RECEIPT, staging / UPCYCLE_RECEIPT)
         for row in rows:
             row["kl_alone"] = None if costs is None else costs.get(row["layer"])
         report = _report(source, after, recipe, rows, heldout)

@@ -87,6 +87,8 @@ def measure_recall(models: Models, config: EvaluateConfig, progress: Progress) -
     total = count * len(config.recall_distances)
     for i, distance in enumerate(config.recall_distances):
         progress(i * count, total, f"{distance} tokens of filler")
+        if distance >= models.positions:  # drawing its prompts could take more memory than there is
+            continue
         prompts = draw_prompts(models.tokenizer, count, config.recall_pairs, distance, config.seed)
         if prompts.ids.shape[1] > models.positions:
             continue

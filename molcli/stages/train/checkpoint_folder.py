@@ -15,6 +15,7 @@ from typing import Any
 
 from molcli.errors import MolError
 from molcli.files.checksums import file_sha256
+from molcli.files.hidden_folders import remove_leftover
 from molcli.files.json_files import read_object, shortened, write_object
 from molcli.stages.train.state import TrainState
 
@@ -115,8 +116,10 @@ def remove_old(folder: Path) -> None:
 def remove_unfinished(folder: Path) -> None:
     """Remove what a killed run left while it wrote a checkpoint. No run writes in `folder` now."""
     for path in folder.iterdir() if folder.is_dir() else ():
-        if _UNFINISHED.fullmatch(path.name) and path.is_dir() and _is_ours(path):
-            shutil.rmtree(path)
+        if _UNFINISHED.fullmatch(path.name):
+            if path.is_dir() and _is_ours(path):  # of an earlier version, which left no mark
+                shutil.rmtree(path)
+            remove_leftover(path)
 
 
 def damaged(folder: Path, found: object) -> MolError:

@@ -17,7 +17,7 @@ from molcli.model.checkpoint import open_checkpoint, open_config
 from molcli.model.compiled import compile_layers
 from molcli.model.parent import open_teacher
 from molcli.model.precision import matmul_dtype
-from molcli.progress import Progress, silent
+from molcli.progress import Progress, silent, step
 from molcli.stages.train.balance import check_top_k, set_top_k
 from molcli.stages.train.batches import (
     check_contexts,
@@ -218,7 +218,7 @@ def _train(
     log.write_page()  # a kill may have come between the last step and the page
     refuse_nonfinite(state, saver.folder, accelerator)
     set_top_k(model, model.config.num_blocks_per_tok)
-    with StopSignals():  # a complete model is worth the wait
+    with StopSignals(), step(progress, "writing"):  # a complete model is worth the wait
         save_model(model, checkpoint, recipe, out, accelerator)
     accelerator.wait_for_everyone()
     return TrainResult(state.step, state.skipped, state.tokens, state.seconds, state.loss)

@@ -16,17 +16,24 @@ from molcli.config.recipe import RECIPE_FILE, save_recipe
 from molcli.config.sections import Recipe
 from molcli.data.tokenizer import open_tokenizer
 from molcli.errors import MolError
-from molcli.files.folders import locked
 from molcli.files.generation_config import read_generation, write_generation
+from molcli.files.hidden_folders import (
+    clear_hidden,
+    hidden_content,
+    locked,
+    make_hidden,
+    refuse_foreign,
+    remove_hidden,
+    remove_leftover,
+)
 from molcli.files.tensors import ShardedWriter, TensorReader
 from molcli.files.writable import check_writable
 from molcli.model import MoLForCausalLM
-from molcli.model.checkpoint import open_config
+from molcli.model.checkpoint import open_config, save_checkpoint
 from molcli.stages.train.distributed import first_error, full_tensor, local_shard
 
 _CONFIG = "config.json"
 _STAGING = ".final"  # in the output folder, until the trained model is complete
-_MARK = ".molcli"  # in a staging folder that training made
 RECEIPT = "receipt.json"  # written by `upcycle` beside a converted model
 _DTYPES = {
     "F64": torch.float64,
@@ -42,7 +49,9 @@ def check_output(out: Path, *, resume: bool) -> None:
     Raises:
         MolError: if not.
     """
+    staging = out / _STAGING
     if (out / _CONFIG).is_file():
+        remove_leftover(staging)  # of a run that was killed after its last step
         raise MolError(f"{out} holds a finished model", hint="another output folder")
     if resume and not out.is_dir():
         raise MolError(f"there is no run to resume in {out}", hint="the command without --resume")
@@ -53,13 +62,7 @@ def check_output(out: Path, *, resume: bool) -> None:
             allowed="a path that does not exist yet, or --resume to continue the run in it",
         )
     check_writable(out)
-    staging = out / _STAGING
-    if os.path.lexists(staging) and not _is_ours(staging):
-        raise MolError(
-            f"{staging} is in the way: training did not make it",
-            allowed=f"no {_STAGING} in the folder of a run",
-            hint=f"move {staging} elsewhere",
-        )
+    refuse_foreign(staging)
 
 
 @contextmanager
@@ -129,7 +132,8 @@ def save_model(
     staging, found = out / _STAGING, ""
     try:
         if accelerator.is_main_process:
-            _make_staging(staging)
+            make_hidden(staging)
+            clear_hidden(staging)
         if accelerator.num_processes == 1:
             _write_unsharded(model, dtypes, staging)
         else:
@@ -140,13 +144,11 @@ def save_model(
         found = str(error)
     except BaseException:
         if accelerator.is_main_process:
-            with suppress(OSError):
-                _remove_staging(staging)
+            remove_leftover(staging)
         raise
     if found := first_error(found, accelerator):
         if accelerator.is_main_process:
-            with suppress(OSError):
-                _remove_staging(staging)
+            remove_leftover(staging)
         raise MolError(
             f"the trained model could not be written to {out}: {found}",
             allowed="room for all of the model",
@@ -158,39 +160,11 @@ def save_model(
 
 def _publish(staging: Path, out: Path) -> None:
     """Move the files into `out`, last config.json, which says that all is there."""
-    config = out / f".{_CONFIG}.partial"
-    for file in staging.iterdir():
-        if file.name not in (_MARK, _CONFIG):
+    for file in hidden_content(staging):
+        if file.name != _CONFIG:
             file.replace(out / file.name)
-    (staging / _CONFIG).replace(config)
-    _remove_staging(staging)
-    config.replace(out / _CONFIG)
-
-
-def _make_staging(staging: Path) -> None:
-    """Make the folder anew; `check_output` has refused one that is not ours."""
-    if _is_ours(staging):
-        _remove_staging(staging)
-    staging.mkdir()
-    (staging / _MARK).touch()
-
-
-def _remove_staging(staging: Path) -> None:
-    """Remove the folder; its mark goes last, so that a kill leaves it recognisable."""
-    for entry in staging.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        elif entry.name != _MARK:
-            entry.unlink()
-    (staging / _MARK).unlink(missing_ok=True)
-    staging.rmdir()
-
-
-def _is_ours(staging: Path) -> bool:
-    """Whether training made the folder, in a run that was killed while it wrote the model."""
-    if staging.is_symlink() or not staging.is_dir():
-        return False
-    return (staging / _MARK).is_file() or not any(staging.iterdir())
+    (staging / _CONFIG).replace(out / _CONFIG)
+    remove_hidden(staging)
 
 
 def _refuse_overflow(
@@ -220,7 +194,7 @@ def _write_unsharded(model: MoLForCausalLM, dtypes: dict[str, torch.dtype], fold
         if name in dtypes:
             tensor.data = tensor.data.to(dtypes[name])
     model.generation_config = GenerationConfig()  # the checkpoint's own is copied
-    model.save_pretrained(folder)
+    save_checkpoint(model, folder)
 
 
 def _write_sharded(
@@ -251,5 +225,5 @@ def _write_small_files(checkpoint: Path, recipe: Recipe, folder: Path) -> None:
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if (checkpoint / RECEIPT).is_file():
-        shutil.copy(checkpoint / RECEIPT, folder)
+        shutil.copyfile(checkpoint / RECEIPT, folder / RECEIPT)
     save_recipe(recipe, folder / RECIPE_FILE)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from molcli.config.sections import Recipe
+from molcli.files.hidden_folders import make_hidden
 from molcli.stages.train import train
 from molcli.stages.train.checkpoint_folder import write_sums
 from tests.stages.train.stopped_run import NORM, SETTINGS, Attack, Run
@@ -194,6 +195,8 @@ def test_what_a_killed_run_left_is_removed(run: Run) -> None:
         (folder / name).mkdir()
         (folder / name / "state.pt").write_bytes(b"half")
     (folder / ".step-00000005.partial" / "notes.txt").write_text("mine")
+    make_hidden(folder / ".step-00000007.partial")
+    (folder / ".step-00000007.partial" / "output").mkdir()
     run.resume()
     left = sorted(path.name for path in folder.glob(".*"))
     assert left == [".step-00000005.partial", ".step-3.partial"]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from molcli.config.sections import Recipe, TrainConfig
 from molcli.errors import MolError
-from molcli.files.folders import locked
+from molcli.files.hidden_folders import locked
 from molcli.model import MoLForCausalLM
 from molcli.stages.train import train
 
