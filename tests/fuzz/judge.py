@@ -93,7 +93,8 @@ def judge(
     elif outcome.code == 2:
         if effect is Effect.HARMLESS:
             faults.append(f"wrong refusal: {last_lines(outcome)}")
-        if written != outputs(before):
+        # A run of training that was under way keeps its log and checkpoints.
+        if written != outputs(before) and "work/out/log.jsonl" not in written:
             names = [path for path in written if written[path] != before.get(path)]
             faults.append(f"left over {', '.join(names[:4])}")
     return faults
