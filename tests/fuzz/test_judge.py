@@ -89,8 +89,8 @@ def test_numbers_that_are_not_finite_are_seen(tmp_path: Path) -> None:
     (out / "good.jsonl").write_text('{"loss": 1}\n{"loss": null}\n')
     (out / "inf.jsonl").write_text('{"loss": 1}\n{"loss": -Infinity}\n')
     (out / "half.json").write_text('{"loss": ')
-    bad = {f"work/out/{name}" for name in
-           ("inf.safetensors", "nan.safetensors", "nan.json", "inf.jsonl", "half.json")}  # fmt: skip
+    names = ["inf.safetensors", "nan.safetensors", "nan.json", "inf.jsonl", "half.json"]
+    bad = {f"work/out/{name}" for name in names}
     after = read_tree(tmp_path)
     assert set(not_finite(tmp_path, {}, after)) == bad
     assert not_finite(tmp_path, after, after) == []  # they were there before

@@ -30,11 +30,11 @@ class Watch:
         elif event == "open":
             if isinstance(arguments[0], str | bytes | os.PathLike) and arguments[2] & _WRITES:
                 self._look(arguments[0])
-        elif event in _CHANGES:
-            # What is relative to an open folder was opened here before.
-            if not any(isinstance(argument, int) and argument > 2 for argument in arguments[1:]):
+        elif event in _CHANGES and arguments[-1] in (-1, None):
+            # The last argument is an open folder, or -1; what is relative to it was opened here.
+            if event != "os.symlink":
                 self._look(arguments[0])
-            if event in ("os.rename", "os.link"):
+            if event in ("os.rename", "os.link", "os.symlink"):
                 self._look(arguments[1])
 
     def _look(self, path: Any) -> None:

@@ -72,7 +72,7 @@ def _folder(path: Path, draw: Random) -> str:
 
 def _symlink(path: Path, draw: Random) -> str:
     file = pick_file(path, draw)
-    target = draw.choice(["nowhere", file.name, "/dev/null", "."])
+    target = draw.choice(["nowhere", file.name, "/dev/null", "/dev/zero", "."])
     file.unlink()
     file.symlink_to(target)
     return f"{shown(file, path)}: a link to {target}"
