@@ -135,7 +135,7 @@ def _is_finite(path: Path) -> bool:
             text = path.read_text(encoding="utf-8")
             for line in text.splitlines() if path.suffix == ".jsonl" else [text]:
                 json.loads(line, parse_constant=_refuse)
-        except ValueError:
+        except (ValueError, RecursionError):
             return False
     elif path.suffix == ".safetensors":
         from safetensors.torch import load_file
