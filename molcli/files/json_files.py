@@ -29,8 +29,8 @@ def read_object(
         hint: For the message: the command that writes or fetches the file.
 
     Raises:
-        MolError: If the file is missing, larger than `MAX_BYTES`, not a JSON object in UTF-8,
-            nested too deeply, has a number that is not finite, or lacks a field.
+        MolError: If the file is missing, no regular file, larger than `MAX_BYTES`, not a JSON
+            object in UTF-8, nested too deeply, has a number that is not finite, or lacks a field.
     """
 
     def refuse(problem: str) -> MolError:
@@ -38,6 +38,8 @@ def read_object(
 
     try:
         size = path.stat().st_size
+        if not path.is_file():  # a device may have no end
+            raise refuse("is not a regular file")
         if size > MAX_BYTES:
             raise refuse(f"has {size} bytes, which is too large for such a file")
         content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)

@@ -99,8 +99,8 @@ class TrainLog:
                 self.write_page()
 
     def write_page(self) -> None:
-        """Write train.html on the main rank; not where log.jsonl cannot be read any more."""
-        if self.accelerator.is_main_process:
+        """Write train.html on the main rank; not where log.jsonl is missing or cannot be read."""
+        if self.accelerator.is_main_process and (self.out / LOG).exists():
             with suppress(OSError, MolError):  # a full disk raises elsewhere, before or after this
                 page = training_page(read_log(self.out / LOG), self.config)
                 (self.out / PAGE).write_text(page, encoding="utf-8")
