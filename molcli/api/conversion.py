@@ -154,7 +154,15 @@ def convert(
     with hidden_folder(out, SCRATCH) as scratch:  # /tmp is often small
         text = None
         if plan.layers != set():
-            text, found = _packed_text(source, found, dense, folder, scratch, progress=progress)
+            try:
+                text, found = _packed_text(source, found, dense, folder, scratch, progress=progress)
+            except MolError as error:
+                if data is None and folder is None and str(found.calibrate.data) in error.found:
+                    error.hint = (  # of a recipe, often of the one that was saved long ago
+                        "--data FILE or --calibration DIR; --set calibrate.data=null samples text "
+                        "from --parent"
+                    )
+                raise
         with bar("converting", shown=progress) as report:
             run(source, text, found, out, progress=report)
     return Conversion(out, _read_json(out / "convert.json"))

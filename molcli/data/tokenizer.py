@@ -85,6 +85,12 @@ def find_tokenizer(name: str) -> PreTrainedTokenizerBase:
         if found is None:
             raise MolError(f"{name} has no tokenizer", allowed="a folder with a tokenizer.json")
         return found
+    if folder.is_file():
+        raise MolError(
+            f"{name} is a file" + (" of weights" if folder.suffix == ".gguf" else ""),
+            allowed="a folder with a tokenizer.json, or the Hub id of a model",
+            hint="the folder of a model, such as one that molcli upcycle wrote",
+        )
     return _load(
         name,
         f"{name} is not a folder, and no tokenizer of this name could be loaded from the Hub",

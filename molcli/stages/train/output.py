@@ -1,7 +1,6 @@
 """The output folder of a run: checked before it, and filled with the trained model after it."""
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain
@@ -26,6 +25,8 @@ from molcli.files.hidden_folders import (
     remove_hidden,
     remove_leftover,
 )
+from molcli.files.json_files import write_object
+from molcli.files.receipts import RECEIPT, read_receipt
 from molcli.files.tensors import ShardedWriter, TensorReader
 from molcli.files.writable import check_writable
 from molcli.model import MoLForCausalLM
@@ -34,7 +35,6 @@ from molcli.stages.train.distributed import first_error, full_tensor, local_shar
 
 _CONFIG = "config.json"
 _STAGING = ".final"  # in the output folder, until the trained model is complete
-RECEIPT = "receipt.json"  # written by `upcycle` beside a converted model
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -224,6 +224,6 @@ def _write_small_files(checkpoint: Path, recipe: Recipe, folder: Path) -> None:
     tokenizer = open_tokenizer(checkpoint)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    if (checkpoint / RECEIPT).is_file():
-        shutil.copyfile(checkpoint / RECEIPT, folder / RECEIPT)
+    if (receipt := read_receipt(checkpoint)) is not None:
+        write_object(folder / RECEIPT, receipt)
     save_recipe(recipe, folder / RECIPE_FILE)
