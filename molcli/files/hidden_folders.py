@@ -70,7 +70,8 @@ def make_hidden(folder: Path) -> None:
         refuse_foreign(folder)
         # Another process may remove its folder of this name at any moment: then make it again.
         with suppress(FileNotFoundError):
-            flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW
+            # Not for writing: the mark is always empty, at whatever moment a run is killed.
+            flags = os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW
             os.close(os.open(folder / _MARK, flags, 0o666))
             return
 
