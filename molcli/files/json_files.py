@@ -42,7 +42,9 @@ def read_object(
             raise refuse("is not a regular file")
         if size > MAX_BYTES:
             raise refuse(f"has {size} bytes, which is too large for such a file")
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        content = json.loads(
+            path.read_text(encoding="utf-8"), parse_constant=_refuse_constant, parse_float=_finite
+        )
     except FileNotFoundError as error:
         raise refuse("is missing") from error
     except (ValueError, RecursionError) as error:
@@ -81,6 +83,12 @@ def shortened(value: Any, length: int = 60) -> str:
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not a number")
+
+
+def _finite(text: str) -> float:
+    """Read a number; Python takes 1e400 for infinity."""
+    value = float(text)
+    return value if math.isfinite(value) else _refuse_constant(shortened(text))
 
 
 def _has_type(value: Any, types: tuple[type, ...]) -> bool:

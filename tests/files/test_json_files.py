@@ -20,3 +20,10 @@ def test_a_link_to_a_file_is_read(tmp_path: Path) -> None:
     (tmp_path / "link.json").symlink_to("file.json")
     found = read_object(tmp_path / "link.json", {"a": int}, allowed="a JSON object", hint="")
     assert found == {"a": 1}
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e400", "-1e999"])
+def test_numbers_that_are_not_finite_are_refused(tmp_path: Path, number: str) -> None:
+    (tmp_path / "a.json").write_text(f'{{"a": [{number}]}}')
+    with pytest.raises(MolError, match=f"{number} is not a number"):
+        read_object(tmp_path / "a.json", allowed="a JSON object", hint="write it again")
