@@ -7,7 +7,7 @@ build of LAPACK.
 import torch
 from torch import Tensor
 
-from molcli.errors import MolError
+from molcli.maths.decompositions import eigh, overflow, svd
 
 # Larger systems of a batch are solved one after another, so that memory holds one factor at a time.
 MOST_BATCHED = 256
@@ -50,7 +50,7 @@ def reduced_rank(gram: Tensor, cross: Tensor, rank: int, penalty: float) -> tupl
     fitted = full @ gram @ full.mT
     # In one batch: a GPU's solver processes columns one after another, so a batch costs little more
     # time than one matrix.
-    directions = torch.linalg.eigh(fitted).eigenvectors[..., -rank:].flip(-1)
+    directions = eigh(fitted).vectors[..., -rank:].flip(-1)
     return directions, directions.mT @ full
 
 
@@ -70,7 +70,7 @@ def aligning_rotation(
         R, (..., r, r), orthogonal; and s, (..., 1, 1), clamped to 0.05 to 20.
     """
     target = wanted @ gram @ have.mT
-    left, _, right = torch.linalg.svd(_unit(target) + 0.1 * _unit(prior))
+    left, _, right = svd(_unit(target) + 0.1 * _unit(prior))
     rotation = left @ right
     energy = (have @ gram @ have.mT).diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=1e-30)
     scale = (rotation * target).sum((-2, -1)) / energy
@@ -106,11 +106,7 @@ def _factor(gram: Tensor, penalty: float) -> Tensor:
         if not bool(failed.any()):
             return factor
         if penalty > _LARGEST_PENALTY or not bool(lifted.isfinite().all()):
-            raise MolError(
-                "activations or weights overflow while a layer is fitted",
-                allowed="a model whose activations have finite squares in float64",
-                hint="look for very large weights, and download the weights again",
-            )
+            raise overflow()
         penalty = max(10 * penalty, _SMALLEST_PENALTY)
 
 
