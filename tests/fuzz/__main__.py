@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
 
-from tests.forked import Forked
+from tests.forked import Forked, Outcome
 from tests.fuzz.campaign import Campaign, Case, Verdict
 from tests.fuzz.judge import FAULTS
 from tests.fuzz.kinds import KINDS
@@ -51,6 +51,9 @@ def main() -> int:
         campaign = free.get()
         try:
             return campaign.run(case)
+        except Exception as error:  # one case must not end a campaign of thousands
+            fault = f"bug of the campaign: {type(error).__name__}: {error}"
+            return Verdict(case, "", "", Outcome(1, None, "", "", 0, 0, 0, None), [fault])
         finally:
             free.put(campaign)
 

@@ -68,9 +68,9 @@ def _parquet(path: Path, draw: Random, values: dict[str, Any]) -> str:
     field = draw.choice(sorted(values))
     try:
         table = pyarrow.table({field: [values[field]] * draw.choice([1, 3, 1000])})
+        parquet.write_table(table, path)
     except (pyarrow.ArrowException, OverflowError, UnicodeError) as error:
         raise NotApplicable from error
-    parquet.write_table(table, path)
     return f"{path.name}: {table.num_rows} rows of {field} {values[field]!r:.60}"
 
 
