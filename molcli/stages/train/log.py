@@ -22,11 +22,10 @@ from molcli.model.precision import matmul_dtype
 from molcli.report.machine import device_name
 from molcli.report.training import training_page
 from molcli.stages.train.balance import RouterLoads
-from molcli.stages.train.log_file import LOG, drop_lines_after, read_log
+from molcli.stages.train.log_file import LOG, PAGE, drop_lines_after, read_log
 from molcli.stages.train.state import TrainState
 from molcli.stages.train.trackers import open_trackers, send_to_trackers
 
-PAGE = "train.html"
 # Recoveries, 1 - KL / KL at the start; the next one that is not reached is forecast.
 _GOALS = (0.5, 0.75, 0.9, 0.95, 0.99)
 _LOSSES = ("loss", "ce", "kl", "balance")

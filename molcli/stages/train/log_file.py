@@ -8,7 +8,7 @@ from typing import Any
 
 from molcli.errors import MolError
 
-LOG = "log.jsonl"
+LOG, PAGE = "log.jsonl", "train.html"
 _MAX_LINE = 2**20  # bytes; a line has some numbers for each layer
 
 

@@ -32,6 +32,7 @@ from molcli.files.writable import check_writable
 from molcli.model import MoLForCausalLM
 from molcli.model.checkpoint import open_config, save_checkpoint
 from molcli.stages.train.distributed import first_error, full_tensor, local_shard
+from molcli.stages.train.log_file import LOG, PAGE
 
 _CONFIG = "config.json"
 _STAGING = ".final"  # in the output folder, until the trained model is complete
@@ -63,6 +64,13 @@ def check_output(out: Path, *, resume: bool) -> None:
         )
     check_writable(out)
     refuse_foreign(staging)
+    for path in (out / LOG, out / PAGE):
+        if path.is_symlink() and not path.is_file():  # one to a file of the user is followed
+            raise MolError(
+                f"{path} is a link to {path.readlink()}, which is no file",
+                allowed="a file, or a link to one",
+                hint=f"remove {path}",
+            )
 
 
 @contextmanager
