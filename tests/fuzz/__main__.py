@@ -5,10 +5,7 @@ python -m tests.fuzz --only recipe --case 17 --seed 3     one case again, with i
 """
 
 import argparse
-import os
-import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
 
+from tests.campaign_table import print_origin, print_table
 from tests.forked import Forked, Outcome
 from tests.fuzz.campaign import Campaign, Case, Verdict
 from tests.fuzz.judge import FAULTS
@@ -63,16 +61,10 @@ def main() -> int:
             verdicts.append(verdict)
             if verdict.faults or options.case is not None:
                 _show(verdict)
-    about = processes[0].run(["--version"], "/").stdout
+    _table(verdicts)
+    print_origin(options.seed, time.perf_counter() - start, processes[0])
     for process in processes:
         process.__exit__(None, None, None)
-    _table(verdicts)
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    print(f"seed {options.seed}, commit {commit.stdout.strip()}, {_cpu()}, "
-          f"{time.perf_counter() - start:.0f} s")  # fmt: skip
-    print("; ".join(line.strip() for line in about.splitlines() if line.strip()))
     if options.case is not None:
         print(f"files: {folder / 'job-0'}")
     else:
@@ -91,13 +83,6 @@ def _cases(options: argparse.Namespace) -> Iterator[Case]:
             yield Case(name, number, options.seed)
 
 
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    text = info.read_text(encoding="utf-8") if info.exists() else ""
-    models = [line.partition(": ")[2] for line in text.splitlines() if "model name" in line]
-    return f"{os.cpu_count()} cores of {models[0] if models else platform.machine()}"
-
-
 def _show(verdict: Verdict) -> None:
     case = verdict.case
     print(f"--only {case.kind} --case {case.number} --seed {case.seed}: {verdict.command}")
@@ -107,19 +92,15 @@ def _show(verdict: Verdict) -> None:
 
 
 def _table(verdicts: list[Verdict]) -> None:
-    rows = []
+    rows = {}
     for name in [*dict.fromkeys(verdict.case.kind for verdict in verdicts), "all"]:
         ours = [verdict for verdict in verdicts if name in (verdict.case.kind, "all")]
-        counts = Counter(f"exit {verdict.outcome.code}" for verdict in ours)
-        counts["cases"] = len(ours)
+        rows[name] = Counter(f"exit {verdict.outcome.code}" for verdict in ours)
+        rows[name]["cases"] = len(ours)
         for verdict in ours:
             faults = {head for head in FAULTS for fault in verdict.faults if fault.startswith(head)}
-            counts.update(faults)
-        rows.append([name, *(str(counts[head]) for head in _HEADS)])
-    widths = [max(map(len, column)) for column in zip(["kind", *_HEADS], *rows, strict=True)]
-    for row in (["kind", *_HEADS], *rows):
-        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        print("  ".join([row[0].ljust(widths[0]), *cells]))
+            rows[name].update(faults)
+    print_table("kind", _HEADS, rows)
 
 
 if __name__ == "__main__":
