@@ -85,7 +85,7 @@ def test_text_is_learned(tiny_mol: Make, corpus: Corpus, tmp_path: Path) -> None
 
     saved = replace(settings, train=replace(settings.train, data=data))
     assert load_recipe(out / "recipe.yaml") == saved
-    assert (out / "receipt.json").read_text() == '{"from": "upcycle"}'
+    assert json.loads((out / "receipt.json").read_text()) == {"from": "upcycle"}
     assert not (out / "checkpoints").exists()
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.generate(torch.tensor([[1, 5, 6]]), max_new_tokens=4).shape[1] > 3
