@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from molcli.errors import Interrupted, MolError
 from molcli.files.json_files import shortened
+from molcli.files.paths import expanded
 from molcli.progress import Progress, silent
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -79,7 +80,7 @@ def find_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         MolError: If there is none, or it cannot be read.
     """
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if folder.is_dir():
         found = open_tokenizer(folder)
         if found is None:

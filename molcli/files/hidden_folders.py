@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from molcli.errors import MolError
+from molcli.files.paths import expanded
 
 PARTIAL = "partial"  # what becomes the output
 SCRATCH = "scratch"  # what a command needs on the way, such as sampled text
@@ -28,7 +29,7 @@ def hidden_path(path: Path, kind: str) -> Path:
         path: Of the output.
         kind: `PARTIAL`, `SCRATCH` or `UNFINISHED`.
     """
-    path = path.expanduser().resolve()
+    path = expanded(path).resolve()
     return path.with_name(f".{path.name}.{kind}")
 
 

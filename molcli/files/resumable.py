@@ -19,6 +19,7 @@ from molcli.files.hidden_folders import (
     make_hidden,
     remove_leftover,
 )
+from molcli.files.regular import check_regular
 from molcli.files.tensors import save_tensors
 
 MIN_SAVE_INTERVAL = 60.0  # seconds
@@ -71,6 +72,7 @@ class ResumableWork:
         """
         make_hidden(self.folder)
         try:
+            check_regular(self.folder / _STATE)
             with safe_open(self.folder / _STATE, "pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("identity") == self.identity:

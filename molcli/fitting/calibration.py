@@ -27,6 +27,7 @@ from molcli.families.parent import Parent
 from molcli.files.checksums import file_sha256
 from molcli.files.finite import is_finite
 from molcli.files.json_files import read_object, shortened
+from molcli.files.regular import check_regular
 
 T = TypeVar("T")
 INDEX, TOKENS = "calibration.json", "tokens.safetensors"
@@ -94,6 +95,7 @@ def open_calibration(folder: Path, parent: Parent | None) -> Calibration:
     with _readable(folder):
         about = _read_index(folder)
         _check_sum(folder, TOKENS, about)
+        check_regular(folder / TOKENS)
         tensors = load_file(folder / TOKENS)
         fit, heldout = (
             TokenRows(*(tensors[f"{n}.{f}"] for f in ("input_ids", "document_ids", "lengths")))
@@ -207,6 +209,7 @@ def _read_moments(folder: Path, layer: int) -> dict[str, Tensor]:
     A channel may be empty, but not all: at unit rms, the trace is the width.
     """
     path = moments_file(folder, layer)
+    check_regular(path)
     tensors = load_file(path)
     moments = {name: tensors[name] for name in ("attention", "mlp")}
     for name, moment in moments.items():

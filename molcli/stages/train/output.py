@@ -65,7 +65,13 @@ def check_output(out: Path, *, resume: bool) -> None:
     check_writable(out)
     refuse_foreign(staging)
     for path in (out / LOG, out / PAGE):
-        if path.is_symlink() and not path.is_file():  # one to a file of the user is followed
+        if path.exists() and not path.is_file():
+            raise MolError(
+                f"{path} is not a regular file",
+                allowed="a file, as a run writes it",
+                hint=f"move {path} elsewhere",
+            )
+        if path.is_symlink() and not path.exists():  # one to a file of the user is followed
             raise MolError(
                 f"{path} is a link to {path.readlink()}, which is no file",
                 allowed="a file, or a link to one",
