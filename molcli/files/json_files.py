@@ -40,7 +40,8 @@ def read_object(
         size = path.stat().st_size
         if size > MAX_BYTES:
             raise refuse(f"has {size} bytes, which is too large for such a file")
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
     except FileNotFoundError as error:
         raise refuse("is missing") from error
     except (ValueError, RecursionError) as error:
@@ -79,6 +80,13 @@ def shortened(value: Any, length: int = 60) -> str:
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not a number")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):  # such as 1e999
+        raise ValueError(f"{shortened(digits)} is too large")
+    return number
 
 
 def _has_type(value: Any, types: tuple[type, ...]) -> bool:
