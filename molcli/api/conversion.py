@@ -13,7 +13,7 @@ from molcli.errors import MolError
 from molcli.report.bars import bar
 
 if TYPE_CHECKING:  # these import torch, or take time to import
-    from molcli.config.sections import CalibrateConfig, Data, Preset, Recipe
+    from molcli.config.sections import CalibrateConfig, Data, Preset, Recipe, SampleConfig
     from molcli.families.parent import Parent
     from molcli.stages.convert import ConversionText as PackedText
     from molcli.stages.convert import SourceCheckpoint
@@ -84,6 +84,7 @@ def upcycle(
         # held-out figures.
         if folder is None and (found.calibrate.data is not None or needed):
             folder = scratch / "calibration"
+            found = _as_sampled(dense, found)  # what recipe.yaml records
             calibrate(dense, folder, recipe=found, progress=progress)
         with bar("upcycling", shown=progress) as report:
             run(dense, folder, found, out, progress=report)
@@ -153,7 +154,15 @@ def convert(
     with hidden_folder(out, SCRATCH) as scratch:  # /tmp is often small
         text = None
         if plan.layers != set():
-            text = _packed_text(source, found, dense, folder, scratch, progress=progress)
+            try:
+                text, found = _packed_text(source, found, dense, folder, scratch, progress=progress)
+            except MolError as error:
+                if data is None and folder is None and str(found.calibrate.data) in error.found:
+                    error.hint = (  # of a recipe, often of the one that was saved long ago
+                        "--data FILE or --calibration DIR; --set calibrate.data=null samples text "
+                        "from --parent"
+                    )
+                raise
         with bar("converting", shown=progress) as report:
             run(source, text, found, out, progress=report)
     return Conversion(out, _read_json(out / "convert.json"))
@@ -198,14 +207,15 @@ def calibrate(
     dense = open_dense(parent, show_note=progress)
     from molcli.stages.calibrate import calibrate as run
 
-    config = found.calibrate
+    config, sampled = found.calibrate, None
     # Refused here too: sampling takes longer than reading text.
     dense.check_context(config.context_length, "calibrate.context_length")
     with hidden_folder(out, SCRATCH) as scratch:  # /tmp is often small
         if config.data is None:
+            sampled = _needed_sample(dense, found)
             config = _with_sample(dense, found, scratch, progress=progress)
         with bar("calibrating", shown=progress) as report:
-            run(dense, config, out, progress=report)
+            run(dense, config, out, progress=report, sampled=sampled)
     return out
 
 
@@ -262,8 +272,12 @@ def _packed_text(
     scratch: Path,
     *,
     progress: bool,
-) -> PackedText:
-    """The text of the calibration, else recipe.calibrate.data, else a sample of the parent's."""
+) -> tuple[PackedText, Recipe]:
+    """The text of the calibration, else recipe.calibrate.data, else a sample of the parent's.
+
+    Returns:
+        The text, and the recipe with the values that were in force for it.
+    """
     from molcli.data.tokenizer import open_tokenizer
     from molcli.fitting.calibration import open_calibration, split_text, text_hash
     from molcli.stages.convert import ConversionText as PackedText
@@ -275,6 +289,7 @@ def _packed_text(
     if calibration is not None:
         found = open_calibration(calibration, parent)
         fit, heldout = found.fit, found.heldout
+        recipe = found.in_force(recipe)
     else:
         if config.data is None:
             if parent is None:
@@ -282,6 +297,7 @@ def _packed_text(
                     "there is no text to fit Gated DeltaNet to",
                     allowed="--data FILE, --calibration DIR, or a --parent to sample text from",
                 )
+            recipe = _as_sampled(parent, recipe)
             config = _with_sample(parent, recipe, scratch, progress=progress)
         fit, heldout = split_text(config, open_tokenizer(source.folder), size)
     largest = max(int(rows.input_ids.max()) for rows in (fit, heldout))
@@ -290,19 +306,32 @@ def _packed_text(
             f"the text has token {largest}, the model a vocabulary of {size}",
             allowed="text of the model's own vocabulary",
         )
-    return PackedText(fit, heldout, text_hash(fit, heldout))
+    return PackedText(fit, heldout, text_hash(fit, heldout)), recipe
 
 
 def _with_sample(
     parent: Parent, recipe: Recipe, scratch: Path, *, progress: bool
 ) -> CalibrateConfig:
     """recipe.calibrate, with as much text as it needs sampled from the parent into `scratch`."""
-    config, text = recipe.calibrate, scratch / "sample.jsonl"
+    text = scratch / "sample.jsonl"
+    sample(parent, text, recipe=_as_sampled(parent, recipe), progress=progress)
+    return replace(recipe.calibrate, data=str(text))
+
+
+def _as_sampled(parent: Parent, recipe: Recipe) -> Recipe:
+    """The recipe with the section `sample` that is in force where calibrate.data is null."""
+    if recipe.calibrate.data is not None:
+        return recipe
+    return replace(recipe, sample=_needed_sample(parent, recipe))
+
+
+def _needed_sample(parent: Parent, recipe: Recipe) -> SampleConfig:
+    """recipe.sample, for as many tokens as a calibration needs, and with its seed."""
+    config, length = recipe.calibrate, recipe.sample.length
+    if length == type(recipe.sample).length:  # a default has to fit every parent
+        length = min(length, parent.config.max_position_embeddings)
     tokens = config.tokens + config.heldout_tokens
-    changed = replace(recipe.sample, tokens=tokens, seed=config.seed)
-    drawn = replace(recipe, sample=changed)
-    sample(parent, text, recipe=drawn, progress=progress)
-    return replace(config, data=str(text))
+    return replace(recipe.sample, tokens=tokens, seed=config.seed, length=length)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -71,8 +71,7 @@ def _warn_of_untested_versions() -> None:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    """Leave all contexts, which remove what is unfinished. Again it has no effect."""
-    signal.signal(number, signal.SIG_IGN)
+    """Leave all contexts, which remove what is unfinished."""
     sys.exit(_TERMINATED)
 
 

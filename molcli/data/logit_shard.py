@@ -19,6 +19,7 @@ from torch import Tensor
 from molcli.data.checked import SUM, check_once, sum_of
 from molcli.errors import MolError
 from molcli.files.atomic import write_atomically
+from molcli.files.regular import check_regular
 
 _DTYPES = {
     "input_ids": "I32",
@@ -71,11 +72,20 @@ class LogitShard:
             MolError: If the shard is not what was written.
         """
         try:
-            check_once([self._path], f"{self._seal} {self._sum}", self._check)
+            self.check()
             part: Tensor = self._file.get_slice(field)[row : row + 1]
             return part
         except (OSError, SafetensorError) as error:
             raise self._refusal(f"cannot be read ({error})") from error
+
+    def check(self) -> None:
+        """Check all of the shard, unless this process did.
+
+        Raises:
+            MolError: If it is not what was written.
+            OSError, SafetensorError: If it cannot be read.
+        """
+        check_once([self._path], f"{self._seal} {self._sum}", self._check)
 
     def _check(self) -> None:
         digest = hashlib.sha256(self._seal.encode())
@@ -153,6 +163,7 @@ def shard_number(name: str) -> int | None:
 
 
 def _open(path: Path) -> Any:  # not typed by safetensors
+    check_regular(path)
     return safe_open(path, framework="pt")
 
 

@@ -126,10 +126,12 @@ def write_logits(
             last - 1.
 
     Raises:
-        MolError: If the folder holds another cache, or a prediction is not finite.
+        MolError: If the folder holds another cache or a damaged shard, or a prediction is not
+            finite.
     """
     if (out / INDEX).exists():
-        _check_same_cache(out, metadata)
+        has_sums = _check_same_cache(out, metadata)
+        _check_present(out, metadata, has_sums=has_sums)
     else:
         write_index(out / INDEX, metadata)
     for number in range(_num_shards(metadata)):
@@ -257,14 +259,32 @@ class CachedRows:
         return f"{self.cache.metadata['data']} {self.first} {self.size}"
 
 
-def _check_same_cache(out: Path, metadata: dict[str, Any]) -> None:
-    found, _ = _read_index(out)
+def _check_same_cache(out: Path, metadata: dict[str, Any]) -> bool:
+    """Return whether its shards have sums."""
+    found, has_sums = _read_index(out)
     if changed := [name for name in metadata if found[name] != metadata[name]]:
         raise MolError(
             f"{out} belongs to another cache: other {', '.join(changed)}",
             allowed="the parent, data and recipe that the cache was started with",
             hint="another output folder",
         )
+    return has_sums
+
+
+def _check_present(out: Path, metadata: dict[str, Any], *, has_sums: bool) -> None:
+    """Check the shards that a stopped call wrote, before the others are made."""
+    for number in range(_num_shards(metadata)):
+        name = shard_name(number)
+        if not (out / name).exists():
+            continue
+        try:
+            LogitShard(out, number, metadata, has_sum=has_sums).check()
+        except (OSError, ValueError, SafetensorError) as error:
+            raise MolError(
+                f"{out / name} is damaged: {shortened(error, 300)}",
+                allowed="shards as `molcli data cache-logits` wrote them",
+                hint=f"remove {out / name}, then the same command: it writes it again",
+            ) from error
 
 
 def _remove_partial(out: Path) -> None:

@@ -6,7 +6,7 @@ A corpus gives rows, batches, and the order in which a run trains on them.
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 
@@ -57,11 +57,12 @@ def load_rows(
         counts = MixtureSchedule(list(weights.values())).counts(-(-limit // length))
         limits = [max(count, 1) * length for count in counts]
     sources: dict[str, RowSource] = {}
+    shares: dict[str, float | None] = {}
     texts = [limit for source, limit in zip(weights, limits, strict=True) if not _is_folder(source)]
     reading = _Reading(phase(progress, "reading"), texts)
     for source, source_limit in zip(weights, limits, strict=True):
         if _is_folder(source):
-            sources[source] = load_folder_rows(
+            rows = load_folder_rows(
                 Path(source),
                 tokenizer,
                 vocab_size=vocab_size,
@@ -70,16 +71,37 @@ def load_rows(
                 seed=seed,
                 pad_last=pad_last,
             )
+            sources[source] = rows
+            shares[source] = rows.share
         else:
+            # One token more shows whether anything lies beyond the limit.
             ids = tokenize(
                 read_documents(source, vocab_size=vocab_size),
                 tokenizer,
                 vocab_size=vocab_size,
-                limit=source_limit,
-                progress=reading.source(),
+                limit=None if source_limit is None else source_limit + 1,
+                progress=_at_most(source_limit, reading.source()),
             )
-            sources[source] = pack(list(ids), length, seed=seed, pad_last=pad_last)
-    return Corpus(sources, weights)
+            documents = list(ids)
+            shares[source] = 1.0
+            if source_limit is not None and sum(map(len, documents)) > source_limit:
+                shares[source] = None  # the rest is not read: its size is unknown
+                documents[-1] = documents[-1][:-1]
+                if not len(documents[-1]):
+                    documents.pop()
+            sources[source] = pack(documents, length, seed=seed, pad_last=pad_last)
+    return Corpus(sources, weights, shares)
+
+
+def _at_most(limit: int | None, progress: Progress) -> Progress:
+    """Return a callback that reports no more than `limit` tokens."""
+    if limit is None:
+        return progress
+
+    def report(done: int, total: int | None, note: str = "") -> None:
+        progress(min(done, limit), None if total is None else min(total, limit), note)
+
+    return report
 
 
 class _Reading:
@@ -152,10 +174,13 @@ class Corpus:
 
     sources: Name -> rows.
     weights: Name -> weight in tokens, in any unit.
+    shares: Name -> share of the source's tokens that the rows hold; None where that is unknown,
+        because a limit ended the reading. Names that are missing have all of them.
     """
 
     sources: dict[str, RowSource]
     weights: dict[str, float]
+    shares: dict[str, float | None] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return sum(map(len, self.sources.values()))
@@ -169,13 +194,17 @@ class Corpus:
         """Return the endless order of rows in which the sources have their weights."""
         return MixedOrder(self._sizes(), self._schedule(), seed)
 
-    def epochs(self, num_entries: int) -> dict[str, float]:
-        """Return the epochs over each source within the first `num_entries` entries of `order`."""
+    def epochs(self, num_entries: int) -> dict[str, float | None]:
+        """Return the epochs over each source within the first `num_entries` entries of `order`.
+
+        None where the rows are an unknown share of their source.
+        """
         counts = self._schedule().counts(num_entries)
-        return {
-            name: round(count / len(rows), 3)
-            for (name, rows), count in zip(self.sources.items(), counts, strict=True)
-        }
+        found: dict[str, float | None] = {}
+        for (name, rows), count in zip(self.sources.items(), counts, strict=True):
+            share = self.shares.get(name, 1.0)
+            found[name] = None if share is None else round(share * count / len(rows), 3)
+        return found
 
     def without_repeats(self) -> TokenRows:
         """Load rows mixed by weight until the first source is exhausted; no row repeats."""

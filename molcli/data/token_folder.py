@@ -217,6 +217,11 @@ class FolderRows:
             lengths[i] = at
         return TokenRows(torch.from_numpy(ids), torch.from_numpy(documents), lengths)
 
+    @property
+    def share(self) -> float:
+        """Share of the folder's tokens that a limit leaves."""
+        return float(self.ends[-1] / self.metadata["tokens"])
+
     def fingerprint(self) -> str:
         """Return the sha256 of the shards' sums and of all arguments that decide the rows."""
         sums = [shard["sha256"] for shard in self.metadata["shards"]]

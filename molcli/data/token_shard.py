@@ -13,6 +13,7 @@ import numpy as np
 
 from molcli.data.checked import check_once
 from molcli.errors import MolError
+from molcli.files.regular import check_regular
 from molcli.files.writable import naming
 
 _PIECE = 2**23  # tokens that are checked at a time
@@ -121,6 +122,7 @@ def _open_array(path: Path, kinds: tuple[type[np.generic], ...]) -> np.ndarray:
 
     mmap refuses a header that claims more than the file holds.
     """
+    check_regular(path)
     try:
         array = np.lib.format.open_memmap(path, mode="r")
     except OSError:

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from molcli.errors import Interrupted, MolError
 from molcli.files.json_files import shortened
+from molcli.files.paths import expanded
 from molcli.progress import Progress, silent
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -79,12 +80,18 @@ def find_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         MolError: If there is none, or it cannot be read.
     """
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if folder.is_dir():
         found = open_tokenizer(folder)
         if found is None:
             raise MolError(f"{name} has no tokenizer", allowed="a folder with a tokenizer.json")
         return found
+    if folder.is_file():
+        raise MolError(
+            f"{name} is a file" + (" of weights" if folder.suffix == ".gguf" else ""),
+            allowed="a folder with a tokenizer.json, or the Hub id of a model",
+            hint="the folder of a model, such as one that molcli upcycle wrote",
+        )
     return _load(
         name,
         f"{name} is not a folder, and no tokenizer of this name could be loaded from the Hub",

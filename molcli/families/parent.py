@@ -20,6 +20,7 @@ from molcli.families.gguf import convert_gguf, read_gguf_config
 from molcli.families.rotary import check_rotary
 from molcli.files.finite import FLOATS, check_all_finite
 from molcli.files.generation_config import TOKENS, read_generation, write_generation
+from molcli.files.paths import expanded
 from molcli.files.tensors import TensorReader
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -146,7 +147,7 @@ def outline(spec: str | Path) -> dict[str, Any]:
     not notice an output head that is stored although the configuration ties it. Raises MolError as
     `open_parent` does, as far as a configuration shows the reason.
     """
-    path = Path(spec).expanduser()
+    path = expanded(spec)
     if path.is_file() and path.suffix == ".gguf":
         config = read_gguf_config(path)
         family = FAMILIES[config.model_type]
@@ -183,7 +184,7 @@ def open_parent(spec: str | Path) -> Parent:
 
 def _locate(spec: str, *, weights: bool = True) -> Path:
     """The folder of the parent. weights: whether to download those of a Hub id."""
-    path = Path(spec).expanduser()
+    path = expanded(spec)
     if path.is_dir():
         return path
     if path.is_file() and path.suffix == ".gguf":

@@ -15,6 +15,7 @@ from molcli.files.hidden_folders import (
     hidden_path,
     remove_leftover,
 )
+from molcli.files.paths import expanded
 from molcli.files.writable import check_writable
 
 
@@ -33,7 +34,7 @@ def output_folder(path: str | Path, *, need_bytes: int = 0) -> Iterator[Path]:
         MolError: If `path` is a file or a folder with content, another process is writing it, the
             hidden folder's name is in use, or the disk has less free space than `need_bytes`.
     """
-    path = Path(path).expanduser().resolve()
+    path = expanded(path).resolve()
     with hidden_folder(path, PARTIAL):
         refuse_existing(path)
         _check_free_space(path.parent, need_bytes)

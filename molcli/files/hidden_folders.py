@@ -8,11 +8,13 @@ that has such a name is touched, and no link is followed.
 import fcntl
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from molcli.errors import MolError
+from molcli.files.paths import expanded
 
 PARTIAL = "partial"  # what becomes the output
 SCRATCH = "scratch"  # what a command needs on the way, such as sampled text
@@ -27,7 +29,7 @@ def hidden_path(path: Path, kind: str) -> Path:
         path: Of the output.
         kind: `PARTIAL`, `SCRATCH` or `UNFINISHED`.
     """
-    path = path.expanduser().resolve()
+    path = expanded(path).resolve()
     return path.with_name(f".{path.name}.{kind}")
 
 
@@ -63,11 +65,16 @@ def make_hidden(folder: Path) -> None:
     Raises:
         MolError: If something that molcli did not make has the name.
     """
-    with suppress(FileExistsError):
-        folder.mkdir()
-    refuse_foreign(folder)
-    # A second link of another file is opened, but not changed.
-    os.close(os.open(folder / _MARK, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666))
+    while True:
+        with suppress(FileExistsError):
+            folder.mkdir()
+        refuse_foreign(folder)
+        # Another process may remove its folder of this name at any moment: then make it again.
+        with suppress(FileNotFoundError):
+            # Not for writing: the mark is always empty, at whatever moment a run is killed.
+            flags = os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW
+            os.close(os.open(folder / _MARK, flags, 0o666))
+            return
 
 
 def refuse_foreign(folder: Path) -> None:
@@ -76,7 +83,7 @@ def refuse_foreign(folder: Path) -> None:
     Raises:
         MolError: If not.
     """
-    if os.path.lexists(folder) and not is_ours(folder):
+    if not is_ours(folder) and os.path.lexists(folder) and not is_ours(folder):
         raise MolError(
             f"{folder} is in the way: molcli did not make it",
             allowed="an output path beside which this name is free",
@@ -86,9 +93,18 @@ def refuse_foreign(folder: Path) -> None:
 
 def is_ours(folder: Path) -> bool:
     """Whether molcli made a folder: it has the mark, or is empty, as after a kill at once."""
-    if folder.is_symlink() or not folder.is_dir():
-        return False
-    return (folder / _MARK).is_file() or not any(folder.iterdir())
+    try:
+        while stat.S_ISDIR(folder.lstat().st_mode):
+            names = [entry.name for entry in folder.iterdir()]
+            if _MARK not in names:
+                return not names
+            with suppress(FileNotFoundError):  # another process removes its folder: look again
+                mark = (folder / _MARK).lstat()
+                # An empty file, and no other name of a file of the user.
+                return stat.S_ISREG(mark.st_mode) and mark.st_size == 0 and mark.st_nlink == 1
+    except FileNotFoundError:
+        pass
+    return False
 
 
 def hidden_content(folder: Path) -> list[Path]:
@@ -149,14 +165,18 @@ def locked(folder: Path, path: Path) -> Iterator[None]:
     Raises:
         MolError: If another process holds the lock.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
+    busy = MolError(
+        f"another run is writing {path}",
+        allowed="one run per output path",
+        hint="wait for it, or give another path",
+    )
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError as error:  # that run has just ended, and removed it
+        raise busy from error
     try:
         if not _try_lock(descriptor, folder):
-            raise MolError(
-                f"another run is writing {path}",
-                allowed="one run per output path",
-                hint="wait for it, or give another path",
-            )
+            raise busy
         yield
     finally:
         os.close(descriptor)

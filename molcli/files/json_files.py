@@ -29,8 +29,8 @@ def read_object(
         hint: For the message: the command that writes or fetches the file.
 
     Raises:
-        MolError: If the file is missing, larger than `MAX_BYTES`, not a JSON object in UTF-8,
-            nested too deeply, has a number that is not finite, or lacks a field.
+        MolError: If the file is missing, no regular file, larger than `MAX_BYTES`, not a JSON
+            object in UTF-8, nested too deeply, has a number that is not finite, or lacks a field.
     """
 
     def refuse(problem: str) -> MolError:
@@ -38,10 +38,13 @@ def read_object(
 
     try:
         size = path.stat().st_size
+        if not path.is_file():  # a device may have no end
+            raise refuse("is not a regular file")
         if size > MAX_BYTES:
             raise refuse(f"has {size} bytes, which is too large for such a file")
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+        content = json.loads(
+            path.read_text(encoding="utf-8"), parse_constant=_refuse_constant, parse_float=_finite
+        )
     except FileNotFoundError as error:
         raise refuse("is missing") from error
     except (ValueError, RecursionError) as error:
@@ -82,11 +85,10 @@ def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not a number")
 
 
-def _finite(digits: str) -> float:
-    number = float(digits)
-    if not math.isfinite(number):  # such as 1e999
-        raise ValueError(f"{shortened(digits)} is too large")
-    return number
+def _finite(text: str) -> float:
+    """Read a number; Python takes 1e400 for infinity."""
+    value = float(text)
+    return value if math.isfinite(value) else _refuse_constant(shortened(text))
 
 
 def _has_type(value: Any, types: tuple[type, ...]) -> bool:

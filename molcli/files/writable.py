@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from molcli.errors import MolError
+from molcli.files.paths import expanded
 
 
 def check_writable(path: Path) -> None:
@@ -16,7 +17,7 @@ def check_writable(path: Path) -> None:
     Raises:
         MolError: A part of the way is a file, or the last folder that exists cannot be written.
     """
-    folder = path.expanduser().resolve().parent
+    folder = expanded(path).resolve().parent
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     if not folder.is_dir():

@@ -5,30 +5,46 @@ texts; by layer, second moments (d_model, d_model) float64.
 """
 
 import hashlib
-import json
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, float64
 from transformers import PreTrainedTokenizerBase
 
-from molcli.config.sections import CalibrateConfig
+from molcli.config.bounds import check_fields
+from molcli.config.sections import CalibrateConfig, Recipe, SampleConfig
+from molcli.data.checked import SUM, sum_of
 from molcli.data.mixture import load_rows
 from molcli.data.packing import TokenRows
 from molcli.errors import MolError
 from molcli.families.parent import Parent
+from molcli.files.checksums import file_sha256
+from molcli.files.finite import is_finite
+from molcli.files.json_files import read_object, shortened
+from molcli.files.regular import check_regular
+
+T = TypeVar("T")
+INDEX, TOKENS = "calibration.json", "tokens.safetensors"
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "parent": str,
+    "data": str,
+    "tokens": int,
+    "heldout_tokens": int,
+    "config": dict,
+}
 
 
 @dataclass(frozen=True)
 class Calibration:
     """A folder that `molcli calibrate` wrote.
 
-    fit, heldout: packed rows. about: the contents of calibration.json.
+    fit, heldout: packed rows. about: the contents of calibration.json but for its sums.
     """
 
     folder: Path
@@ -42,8 +58,21 @@ class Calibration:
         The mean of those before attention and before the FFN.
         """
         with _readable(self.folder):
-            both = load_file(moments_file(self.folder, layer))
+            both = _read_moments(self.folder, layer)
             return (both["attention"] + both["mlp"]) / 2
+
+    def in_force(self, recipe: Recipe) -> Recipe:
+        """Return the recipe with the values that this calibration's text was made with.
+
+        calibrate.seed stays: what uses a calibration draws from its own seed.
+        """
+        calibrate = self.about["config"] | {"seed": recipe.calibrate.seed}
+        sampled = self.about.get("sampled")
+        return replace(
+            recipe,
+            calibrate=_section(CalibrateConfig, calibrate),
+            sample=recipe.sample if sampled is None else _section(SampleConfig, sampled),
+        )
 
 
 def moments_file(folder: Path, layer: int) -> Path:
@@ -53,7 +82,9 @@ def moments_file(folder: Path, layer: int) -> Path:
 
 
 def open_calibration(folder: Path, parent: Parent | None) -> Calibration:
-    """Open a calibration, and check that it is complete.
+    """Open a calibration, and check that it is complete and as it was written.
+
+    Calibrations of earlier versions have no sums, and are checked for all else.
 
     parent: whose calibration it must be; None allows any.
 
@@ -62,12 +93,16 @@ def open_calibration(folder: Path, parent: Parent | None) -> Calibration:
         rows have no token to predict.
     """
     with _readable(folder):
-        about = json.loads((folder / "calibration.json").read_text())
-        tensors = load_file(folder / "tokens.safetensors")
+        about = _read_index(folder)
+        _check_sum(folder, TOKENS, about)
+        check_regular(folder / TOKENS)
+        tensors = load_file(folder / TOKENS)
         fit, heldout = (
             TokenRows(*(tensors[f"{n}.{f}"] for f in ("input_ids", "document_ids", "lengths")))
             for n in ("fit", "heldout")
         )
+        if text_hash(fit, heldout) != about["data"]:
+            raise ValueError(f"{TOKENS} holds other tokens than {INDEX} says")
         of_parent = about["parent"]
     if parent is not None and of_parent != parent.fingerprint():
         raise MolError(
@@ -83,18 +118,23 @@ def open_calibration(folder: Path, parent: Parent | None) -> Calibration:
                 "calibrate.context_length",
                 found=f"the calibration {folder} has rows of {length} tokens",
             )
-    # Check the headers of all layers first: else a late layer's would fail after hours of work.
+    # Check the files of all layers first: else a late layer's would fail after hours of work.
     with _readable(folder):
         for layer in range(0 if parent is None else parent.config.num_hidden_layers):
-            with safe_open(moments_file(folder, layer), "pt") as file:
-                for name in ("attention", "mlp"):
-                    file.get_slice(name)
+            assert parent is not None
+            path = moments_file(folder, layer)
+            _check_sum(folder, path.name, about)
+            moments, width = _read_moments(folder, layer), parent.config.hidden_size
+            for name, moment in moments.items():
+                if (moment.dtype, moment.shape) != (float64, (width, width)):
+                    raise ValueError(f"{name} in {path.name} is not {width} x {width} float64")
     if not heldout.num_targets:
         raise MolError(
             f"in the held-out text of the calibration {folder}, no token follows another one",
             allowed="a calibration on documents of 2 tokens or more",
             hint="molcli calibrate PARENT NEW_FOLDER --data OTHER.txt",
         )
+    about.pop("files", None)  # checked; of no use to a receipt
     return Calibration(folder, fit, heldout, about)
 
 
@@ -146,14 +186,61 @@ def text_hash(fit: TokenRows, heldout: TokenRows) -> str:
     return hashlib.sha256((fit.fingerprint() + heldout.fingerprint()).encode()).hexdigest()
 
 
+def _read_index(folder: Path) -> dict[str, Any]:
+    about = read_object(folder / INDEX, _FIELDS, allowed="", hint="")
+    own = about.pop(SUM, None)
+    if own is not None and own != sum_of(about):
+        raise ValueError(f"the content of {INDEX} does not have its sha256: it was changed")
+    check_fields("calibrate", _section(CalibrateConfig, about["config"]), CalibrateConfig)
+    if about.get("sampled") is not None:
+        check_fields("sample", _section(SampleConfig, about["sampled"]), SampleConfig)
+    return about
+
+
+def _section(kind: type[T], values: dict[str, Any]) -> T:
+    """Return a section of a recipe; keys of other versions are left out."""
+    known = inspect.signature(kind).parameters
+    return kind(**{name: value for name, value in values.items() if name in known})
+
+
+def _read_moments(folder: Path, layer: int) -> dict[str, Tensor]:
+    """Read the moments of a layer, and refuse those that no text gives.
+
+    A channel may be empty, but not all: at unit rms, the trace is the width.
+    """
+    path = moments_file(folder, layer)
+    check_regular(path)
+    tensors = load_file(path)
+    moments = {name: tensors[name] for name in ("attention", "mlp")}
+    for name, moment in moments.items():
+        if moment.ndim != 2 or not is_finite(moment) or moment.trace() <= 0:
+            raise ValueError(f"{name} in {path.name} is zero or not finite")
+    return moments
+
+
+def _check_sum(folder: Path, name: str, about: dict[str, Any]) -> None:
+    """Compare a file with its sum in the index, if that has sums."""
+    if "files" in about and file_sha256(folder / name) != about["files"][name]:
+        raise ValueError(f"{name} does not have the sha256 that {INDEX} gives: it was changed")
+
+
 @contextmanager
 def _readable(folder: Path) -> Iterator[None]:
     """Raise MolError for whatever goes wrong when a damaged calibration is read."""
     try:
         yield
-    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+    except (
+        OSError,
+        KeyError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+        SafetensorError,
+        MolError,
+    ) as error:
+        problem = error.found if isinstance(error, MolError) else shortened(error, 300)
         raise MolError(
-            f"{folder} is not a calibration: {error}",
+            f"{folder} is not a calibration, or damaged: {problem}",
             allowed="a folder that `molcli calibrate` wrote",
             hint="leave --calibration out, and upcycle calibrates by itself",
         ) from error

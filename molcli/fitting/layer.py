@@ -27,6 +27,7 @@ from molcli.model.routing.router import Router
 ROUTER_SCALE = 10.0
 # Added to the groups with fewer clones, so that they win ties: a token whose cluster has no clone
 # in such a group still visits every group.
+LEAST_ENERGY = 1e-20  # of a token; the square of its weight is then finite in float32
 TIE_BREAK = 1e-3
 
 
@@ -213,6 +214,8 @@ def _initial_error(targets: LayerTargets, x: Tensor) -> OutputError:
     for chunk in targets.chunks:
         output = targets.x[chunk.tokens] + targets.ffn_output(chunk)
         # The model normalises its last residual: an error matters relative to its token's size.
-        error.weight[chunk.tokens] = output.square().mean(-1).rsqrt()
+        # A zero embedding, as that of padding often is, has no size.
+        size = output.square().mean(-1).clamp(min=LEAST_ENERGY)
+        error.weight[chunk.tokens] = size.rsqrt()
         error.error[chunk.tokens] = output - x[chunk.tokens]
     return error

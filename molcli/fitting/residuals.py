@@ -13,6 +13,7 @@ from torch import Tensor
 from molcli.data.packing import TokenRows
 from molcli.families.parent import Parent
 from molcli.fitting.chunks import Chunks, chunk_text
+from molcli.maths.figures import check_figures
 from molcli.maths.losses import Head, token_losses
 from molcli.maths.moments import CHUNK_ROWS
 from molcli.model.configuration_mol import MoLConfig
@@ -70,12 +71,21 @@ def open_residuals(
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """Return the mean over tokens of |found - wanted|^2 / |wanted|^2. Both: (n, d_model)."""
+    """Return the mean over tokens of `relative_errors`. Both: (n, d_model)."""
     errors = [
-        (a - b).square().sum(-1) / b.square().sum(-1)
+        relative_errors(a, b)
         for a, b in zip(found.split(CHUNK_ROWS), wanted.split(CHUNK_ROWS), strict=True)
     ]
     return torch.cat(errors).mean().item()
+
+
+def relative_errors(found: Tensor, wanted: Tensor) -> Tensor:
+    """Return |found - wanted|^2 / |wanted|^2 of each token. Both: (n, d_model).
+
+    Where `wanted` is zero, as with a zero embedding, it is 0 if `found` is zero too, else 1.
+    """
+    error, energy = (found - wanted).square().sum(-1), wanted.square().sum(-1)
+    return torch.where(energy > 0, error / energy, (error > 0).to(error))
 
 
 @dataclass(frozen=True)
@@ -94,6 +104,9 @@ class OutputHead:
             residuals: the parent's, and the text.
             student: (n, d_model), a residual to compare with the parent's.
 
+        Raises:
+            MolError: one is not finite.
+
         Returns:
             `tokens`, those that are predicted; in nats per such token, `parent_ce` and `ce`,
             cross-entropy of parent and student, and `kl`, KL(parent || student).
@@ -105,12 +118,17 @@ class OutputHead:
         )
         found = token_losses(ours, labels.to(self.head.device), parents)
         tokens = int(found.count)
-        return {
-            "tokens": tokens,
-            "parent_ce": found.parent_cross_entropy.item() / tokens,
-            "ce": found.cross_entropy.item() / tokens,
-            "kl": found.kl.item() / tokens,
-        }
+        parent_ce, ce, kl = (
+            x.item() / tokens for x in (found.parent_cross_entropy, found.cross_entropy, found.kl)
+        )
+        check_figures(
+            {
+                "the parent's cross-entropy on held-out text": parent_ce,
+                "the converted model's cross-entropy on held-out text": ce,
+                "the KL divergence from the parent to the converted model": kl,
+            }
+        )
+        return {"tokens": tokens, "parent_ce": parent_ce, "ce": ce, "kl": kl}
 
 
 def open_output_head(parent: Parent, device: torch.device) -> OutputHead:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from molcli.maths.decompositions import eigh, svd
+
 
 def square_roots(moment: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the symmetric square root of a second moment and its inverse.
@@ -16,7 +18,7 @@ def square_roots(moment: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         C^1/2 and C^-1/2, (d, d) float64 each.
     """
-    values, vectors = torch.linalg.eigh(moment)
+    values, vectors = eigh(moment)
     values = values.clamp(min=values.max() * 1e-8)
     return (vectors * values.sqrt()) @ vectors.mT, (vectors * values.rsqrt()) @ vectors.mT
 
@@ -55,12 +57,12 @@ def reading_basis(gram: Tensor, root: Tensor, inverse_root: Tensor, rank: int) -
 
     Source: whitened truncation, SVD-LLM (arXiv 2403.07378).
     """
-    energy, directions = torch.linalg.eigh(root @ gram @ root)
+    energy, directions = eigh(root @ gram @ root)
     kept = directions[:, -rank:].flip(1)
-    retained = (energy[-rank:].sum() / energy.sum()).item()
+    retained = _share(energy, rank)
     orthonormal = torch.linalg.qr(inverse_root @ kept).Q
     half = root @ orthonormal
-    variances, axes = torch.linalg.eigh(half.mT @ half)
+    variances, axes = eigh(half.mT @ half)
     return ReadingBasis((orthonormal @ axes.flip(1)).mT, variances.flip(0), retained)
 
 
@@ -75,8 +77,8 @@ def leading_directions(gram: Tensor, rank: int) -> tuple[Tensor, float]:
         (d, rank) with orthonormal columns, largest eigenvalue first; and the share of the trace
         that they hold, 0 to 1.
     """
-    energy, directions = torch.linalg.eigh(gram)
-    retained = (energy[-rank:].sum() / energy.sum()).item()
+    energy, directions = eigh(gram)
+    retained = _share(energy, rank)
     return directions[:, -rank:].flip(1), min(1.0, retained)
 
 
@@ -91,7 +93,7 @@ def procrustes_rotation(basis: Tensor, wanted: Tensor) -> Tensor:
         (d, r), basis @ R for the best orthogonal R. Where both bases span the same space, this is
         `wanted`.
     """
-    left, _, right = torch.linalg.svd(basis.mT @ wanted)
+    left, _, right = svd(basis.mT @ wanted)
     return basis @ (left @ right)
 
 
@@ -111,3 +113,9 @@ def trace_normalised_sum(attention: Tensor, neurons: Tensor) -> Tensor:
         (d, d), the sum of W^T W over both, each of trace 1.
     """
     return unit_trace(attention.mT @ attention) + unit_trace(neurons.mT @ neurons)
+
+
+def _share(energy: Tensor, rank: int) -> float:
+    """Return the share of the last `rank` entries, (d,) ascending; 1 where there is no energy."""
+    total = energy.sum()
+    return (energy[-rank:].sum() / total).item() if total > 0 else 1.0

@@ -7,8 +7,11 @@ build of LAPACK.
 import torch
 from torch import Tensor
 
+from molcli.maths.decompositions import eigh, overflow, svd
+
 # Larger systems of a batch are solved one after another, so that memory holds one factor at a time.
 MOST_BATCHED = 256
+_SMALLEST_PENALTY, _LARGEST_PENALTY = 1e-14, 1e3  # of those that are tried where one is too small
 
 
 def ridge(gram: Tensor, cross: Tensor, penalty: float) -> Tensor:
@@ -47,7 +50,7 @@ def reduced_rank(gram: Tensor, cross: Tensor, rank: int, penalty: float) -> tupl
     fitted = full @ gram @ full.mT
     # In one batch: a GPU's solver processes columns one after another, so a batch costs little more
     # time than one matrix.
-    directions = torch.linalg.eigh(fitted).eigenvectors[..., -rank:].flip(-1)
+    directions = eigh(fitted).vectors[..., -rank:].flip(-1)
     return directions, directions.mT @ full
 
 
@@ -67,7 +70,7 @@ def aligning_rotation(
         R, (..., r, r), orthogonal; and s, (..., 1, 1), clamped to 0.05 to 20.
     """
     target = wanted @ gram @ have.mT
-    left, _, right = torch.linalg.svd(_unit(target) + 0.1 * _unit(prior))
+    left, _, right = svd(_unit(target) + 0.1 * _unit(prior))
     rotation = left @ right
     energy = (have @ gram @ have.mT).diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=1e-30)
     scale = (rotation * target).sum((-2, -1)) / energy
@@ -88,10 +91,23 @@ def least_squares_left(left: Tensor, product: Tensor) -> Tensor:
 
 
 def _factor(gram: Tensor, penalty: float) -> Tensor:
-    """Cholesky factor of gram + penalty * mean diagonal * identity."""
-    lifted = gram.clone()
-    lifted.diagonal(dim1=-2, dim2=-1).add_(penalty * _mean_energy(gram)[..., 0])
-    return torch.linalg.cholesky(lifted)
+    """Compute the Cholesky factor of gram + penalty * mean diagonal * identity.
+
+    Where rounding leaves this indefinite, as channels do that are zero or repeat each other, the
+    penalty is raised tenfold until there is a factor: a stronger ridge.
+
+    Raises:
+        MolError: If the Gram matrix is not finite.
+    """
+    while True:
+        lifted = gram.clone()
+        lifted.diagonal(dim1=-2, dim2=-1).add_(penalty * _mean_energy(gram)[..., 0])
+        factor, failed = torch.linalg.cholesky_ex(lifted)
+        if not bool(failed.any()):
+            return factor
+        if penalty > _LARGEST_PENALTY or not bool(lifted.isfinite().all()):
+            raise overflow()
+        penalty = max(10 * penalty, _SMALLEST_PENALTY)
 
 
 def _mean_energy(gram: Tensor) -> Tensor:

@@ -182,7 +182,7 @@ class MoLConfig(PreTrainedConfig):
         self.num_blocks_per_tok = num_blocks_per_tok
         self.d_thin = d_thin
         self.d_ff_thin = d_ff_thin
-        self.num_heads_thin = num_heads_thin or d_thin // head_dim
+        self.num_heads_thin = num_heads_thin or max(1, d_thin // head_dim)
         self.num_kv_heads_thin = num_kv_heads_thin or self.num_heads_thin
         self.d_thin_shared = d_thin_shared
         self.d_ff_thin_shared = d_ff_thin_shared

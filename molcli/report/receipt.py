@@ -207,7 +207,7 @@ def _layer_cells(row: dict[str, Any]) -> dict[str, str]:
         "kind": row["kind"].removeprefix("gated_"),
         "energy kept": _range(row.get("retained_energy", []), "{:.1%}"),
         "delta error": f"{row['delta_error']:.3f}",
-        "norm ratio": f"{row['norm_ratio']:.3f}",
+        "norm ratio": "–" if row["norm_ratio"] is None else f"{row['norm_ratio']:.3f}",
         "residual error": f"{row['residual_error']:.3f}",
         "load share": _range(routing.get("load_share", []), "{:.1%}"),
         "margin": _number(routing.get("margin")),

@@ -1,24 +1,26 @@
 """Calibrate: run text through the parent, layer by layer, and save the statistics for upcycling.
 
 Writes a folder: `tokens.safetensors` (packed rows to fit on and rows held out), a file per layer
-with the float64 second moments of the residual that attention and FFN read, and `calibration.json`.
+with the float64 second moments of the residual that attention and FFN read, and `calibration.json`,
+which has the sha256 of each of these files and of itself.
 """
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from molcli.config.sections import CalibrateConfig
+from molcli.config.sections import CalibrateConfig, SampleConfig
+from molcli.data.checked import write_index
 from molcli.data.packing import TokenRows
 from molcli.errors import MolError
 from molcli.families.parent import Parent
+from molcli.files.checksums import file_sha256
 from molcli.files.folders import output_folder
 from molcli.files.resumable import ResumableWork
 from molcli.files.tensors import save_tensors
-from molcli.fitting.calibration import moments_file, split_text, text_hash
+from molcli.fitting.calibration import INDEX, TOKENS, moments_file, split_text, text_hash
 from molcli.fitting.chunks import chunk_text
 from molcli.maths.moments import second_moment, unit_rms
 from molcli.model.checkpoint import default_device
@@ -29,7 +31,12 @@ from molcli.progress import Progress, silent
 
 @torch.no_grad()
 def calibrate(
-    parent: Parent, config: CalibrateConfig, out: Path, progress: Progress = silent
+    parent: Parent,
+    config: CalibrateConfig,
+    out: Path,
+    progress: Progress = silent,
+    *,
+    sampled: SampleConfig | None = None,
 ) -> None:
     """Write a calibration folder. The parent is read one layer at a time.
 
@@ -41,6 +48,8 @@ def calibrate(
         config: the text, and how many tokens of it.
         out: the folder to write.
         progress: called after each layer.
+        sampled: how `config.data` was sampled from the parent; it is recorded in place of the
+            file, which is a temporary one.
 
     Raises:
         MolError: if there is no text, too little for one row to fit on and one held out, no
@@ -52,21 +61,26 @@ def calibrate(
     of_parent, of_text = parent.fingerprint(), text_hash(fit, heldout)
     unfinished = ResumableWork(out, f"{of_parent} {of_text}")
     with output_folder(out) as staging, unfinished.remove_if_useless():
-        _save_moments(parent, fit, unfinished, progress)
+        sums = _save_moments(parent, fit, unfinished, progress)
         tokens = {
             f"{name}.{field}": getattr(rows, field).contiguous()
             for name, rows in (("fit", fit), ("heldout", heldout))
             for field in ("input_ids", "document_ids", "lengths")
         }
-        save_tensors(tokens, staging / "tokens.safetensors")
+        save_tensors(tokens, staging / TOKENS)
+        recorded = asdict(config)
+        if sampled is not None:
+            recorded["data"] = None
         about = {
             "parent": of_parent,
             "data": of_text,
             "tokens": fit.tokens,
             "heldout_tokens": heldout.tokens,
-            "config": asdict(config),
+            "config": recorded,
+            "sampled": None if sampled is None else asdict(sampled),
+            "files": {TOKENS: file_sha256(staging / TOKENS)} | sums,
         }
-        (staging / "calibration.json").write_text(json.dumps(about, indent=2) + "\n")
+        write_index(staging / INDEX, about)
         for layer in range(parent.config.num_hidden_layers):
             moments_file(unfinished.folder, layer).rename(moments_file(staging, layer))
         unfinished.remove()  # before the output appears: no later run would remove it
@@ -74,10 +88,13 @@ def calibrate(
 
 def _save_moments(
     parent: Parent, fit: TokenRows, unfinished: ResumableWork, progress: Progress
-) -> None:
+) -> dict[str, str]:
     """Save every layer's second moments in the folder of unfinished work.
 
     All of them in memory would take more than two layers of a large parent.
+
+    Returns:
+        The files' sha256 sums, by name.
     """
     model = MoLConfig(**parent.mol_config_kwargs())
     device, count = default_device(), model.num_hidden_layers
@@ -87,11 +104,11 @@ def _save_moments(
     del embedding
     chunks = chunk_text(model, fit, device)
     done, saved = unfinished.load() or (0, {})
-    if all(moments_file(unfinished.folder, i).is_file() for i in range(done)) and saved:
+    if saved:
         x.copy_(saved["x"])
-    else:
-        done = 0
     del saved
+    files = [moments_file(unfinished.folder, i) for i in range(count)]
+    written = {file.name: file_sha256(file) for file in files[:done]}
     for i in range(done, count):
         layer = dense_layer(parent, model, i, device)
         sums = {
@@ -112,6 +129,14 @@ def _save_moments(
                 allowed="a parent that computes numbers on this text",
                 hint="download its weights again",
             )
-        save_tensors(moments, moments_file(unfinished.folder, i))
-        unfinished.save_if_due(i + 1, {"x": x})
+        if not all(bool(moment.any()) for moment in moments.values()):
+            raise MolError(
+                f"the parent's activations at layer {i} are all zero",
+                allowed="a parent and a text with an embedding that is not zero",
+                hint="other text, or download the parent's weights again",
+            )
+        save_tensors(moments, files[i])
+        written[files[i].name] = file_sha256(files[i])
+        unfinished.save_if_due(i + 1, {"x": x}, written)
         progress(i + 1, count)
+    return written

@@ -12,6 +12,7 @@ from molcli.data.mixture import load_rows
 from molcli.data.packing import Batch
 from molcli.data.tokenizer import open_tokenizer
 from molcli.errors import MolError
+from molcli.maths.figures import check_activations
 from molcli.maths.routing_stats import RoutingCounts, RoutingSummary, count_routing, summarise
 from molcli.model.checkpoint import default_device, open_checkpoint, open_config
 from molcli.progress import Progress, silent
@@ -102,6 +103,8 @@ def inspect_routing(
     for batch in rows.batches(config.batch_size, device):
         with torch.no_grad():
             out = model.model(**batch.inputs(), use_cache=False)
+        # What overflows in one layer stays so in the next: the last one shows it.
+        check_activations("the model's activations", out.last_hidden_state)
         documents = _flat_documents(batch)
         for layer, routing in zip(mol_layers, out.routing, strict=True):
             new = count_routing(

@@ -181,7 +181,7 @@ def _shapes(
         raise MolError(
             f"--active is {share:.1%}, which leaves no room for neurons beside the parent's heads",
             allowed="a larger share",
-            hint="--active 50%",
+            hint=f"--active {min(1.0, 1.5 * share):.0%}",
         )
     yield from found
 

@@ -5,6 +5,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,10 @@ def test_from_a_parent_to_a_trained_and_inspected_model(
     assert molcli(monkeypatch, "upcycle", parent, out / "upcycled", *small) == 0
     # The recipe that the checkpoint carries is in force from here on.
     recipe = load_recipe(out / "upcycled" / "recipe.yaml")
-    assert recipe == load_recipe(None, SMALL)
+    # Its text was sampled: with as many tokens as it needed.
+    given = load_recipe(None, SMALL)
+    needed = given.calibrate.tokens + given.calibrate.heldout_tokens
+    assert recipe == replace(given, sample=replace(given.sample, tokens=needed))
     train = ["train", out / "upcycled", out / "trained", "--parent", parent, "--data", data]
     assert molcli(monkeypatch, *train) == 0
     assert load_recipe(out / "trained" / "recipe.yaml").upcycle == recipe.upcycle
@@ -189,9 +193,19 @@ def test_convert_takes_its_text_from_a_file_a_calibration_or_the_parent(
     recipe = load_recipe(tmp_path / "c" / "recipe.yaml")
     assert recipe.convert.gated_deltanet == [1]
     assert recipe.upcycle == load_recipe(None, SMALL).upcycle
+    # Without another text, that of the conversion, which the recipe in the checkpoint names.
+    assert molcli(monkeypatch, *convert, tmp_path / "e") == 0
+    assert (tmp_path / "e" / "model.safetensors").read_bytes() == (
+        tmp_path / "a" / "model.safetensors"
+    ).read_bytes()
+    data.rename(tmp_path / "moved.jsonl")
     capsys.readouterr()
+    assert molcli(monkeypatch, *convert, tmp_path / "d") == 2
+    assert "text.jsonl` does not exist" in (error := capsys.readouterr().err)
+    assert "--set calibrate.data=null" in error
+    (tmp_path / "moved.jsonl").rename(data)
     for arguments, message in (
-        ([], "there is no text"),
+        (["--set", "calibrate.data=null"], "there is no text"),
         (["--data", data, "--gated-deltanet", "1,1"], "each layer once"),
         (["--data", data, "--gated-deltanet", "some"], "every:N"),
         (["--data", data, "--gated-deltanet", "2"], "names layer 2"),

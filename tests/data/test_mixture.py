@@ -57,7 +57,20 @@ def test_a_limit_is_divided_by_weight(numbered: Write) -> None:
     weights = {numbered("a.jsonl", 7): 3.0, numbered("b.jsonl", 9): 1.0}
     rows = load_rows(weights, None, vocab_size=10, length=4, limit=32)
     assert [len(part) for part in rows.sources.values()] == [6, 2]
-    assert rows.epochs(8) == dict.fromkeys(weights, 1.0)
+    # How much of the files that is, is unknown: the rest was not read.
+    assert rows.epochs(8) == dict.fromkeys(weights, None)
+
+
+def test_a_pass_is_one_over_the_whole_source(
+    tmp_path: Path, numbered: Write, folder_of: MakeFolder
+) -> None:
+    folder = str(folder_of([torch.full((10,), 8, dtype=torch.int32)] * 20, tmp_path / "tokens"))
+    part = load_rows(folder, None, vocab_size=10, length=4, limit=20)
+    assert part.epochs(5) == {folder: 0.1}  # 20 of 200 tokens
+    assert load_rows(folder, None, vocab_size=10, length=4).epochs(5) == {folder: 0.1}
+    path = numbered("a.jsonl", 7)  # 60 tokens
+    assert load_rows(path, None, vocab_size=10, length=4, limit=20).epochs(5) == {path: None}
+    assert load_rows(path, None, vocab_size=10, length=4, limit=90).epochs(15) == {path: 1.0}
 
 
 def test_without_repeats_stops_before_a_source_repeats(numbered: Write) -> None:

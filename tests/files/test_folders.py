@@ -151,13 +151,32 @@ def test_what_is_not_ours_at_the_hidden_name_is_refused_and_unchanged(
     assert sorted((str(path), path.is_symlink()) for path in tmp_path.rglob("*")) == before
 
 
-def test_a_mark_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
-    (tmp_path / "mine").write_text("mine")
-    (tmp_path / ".out.partial").mkdir()
-    (tmp_path / ".out.partial" / ".molcli").symlink_to(tmp_path / "mine")
-    with pytest.raises((OSError, MolError)), output_folder(tmp_path / "out"):
+@pytest.mark.parametrize("kind", ["link", "second name", "content", "folder"])
+@pytest.mark.parametrize("complete", [False, True])
+def test_a_mark_that_molcli_did_not_make_is_none(tmp_path: Path, kind: str, complete: bool) -> None:
+    mine, hidden = tmp_path / "mine", tmp_path / ".out.partial"
+    mine.write_text("")
+    hidden.mkdir()
+    (hidden / "thesis.txt").write_text("mine")
+    if kind == "link":
+        (hidden / ".molcli").symlink_to(mine)
+    elif kind == "second name":
+        os.link(mine, hidden / ".molcli")
+    elif kind == "content":
+        (hidden / ".molcli").write_text("mine")
+    else:
+        (hidden / ".molcli").mkdir()
+    if complete:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "config.json").write_text("{}")
+    before = sorted(str(path) for path in tmp_path.rglob("*"))
+    with pytest.raises(MolError), output_folder(tmp_path / "out"):
         pytest.fail("entered")
-    assert (tmp_path / "mine").read_text() == "mine"
+    if complete:
+        with pytest.raises(MolError, match="exists and is not empty"):
+            refuse_existing(tmp_path / "out")
+    assert sorted(str(path) for path in tmp_path.rglob("*")) == before
+    assert (hidden / "thesis.txt").read_text() == "mine"
 
 
 def test_a_run_that_is_refused_removes_what_was_killed_after_its_last_step(tmp_path: Path) -> None:

@@ -5,8 +5,6 @@ python -m tests.kills --only train --case 17 --seed 3     one case again, with i
 """
 
 import argparse
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -14,6 +12,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from tests.campaign_table import print_origin, print_table
 from tests.forked import Forked
 from tests.kills.campaign import Campaign, Verdict
 from tests.kills.commands import COMMANDS
@@ -53,26 +52,13 @@ def main() -> int:
                 verdicts.append(verdict)
                 if verdict.faults:
                     _show(verdict)
-        about = forked.run(["--version"], "/").stdout
-    _table(verdicts)
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    print(f"seed {options.seed}, commit {commit.stdout.strip()}, {_cpu()}, "
-          f"{time.perf_counter() - start:.0f} s")  # fmt: skip
-    print("; ".join(line.strip() for line in about.splitlines() if line.strip()))
+        _table(verdicts)
+        print_origin(options.seed, time.perf_counter() - start, forked)
     if options.case is not None:
         print(f"files: {folder}")
     else:
         subprocess.run(["rm", "-rf", str(folder)], check=True)
     return int(bool(broken) or any(verdict.faults for verdict in verdicts))
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    text = info.read_text(encoding="utf-8") if info.exists() else ""
-    models = [line.partition(": ")[2] for line in text.splitlines() if "model name" in line]
-    return f"{os.cpu_count()} cores of {models[0] if models else platform.machine()}"
 
 
 def _show(verdict: Verdict) -> None:
@@ -85,19 +71,14 @@ def _show(verdict: Verdict) -> None:
 
 
 def _table(verdicts: list[Verdict]) -> None:
-    rows = []
+    rows = {}
     for name in [*dict.fromkeys(verdict.case.name for verdict in verdicts), "all"]:
         ours = [verdict for verdict in verdicts if name in (verdict.case.name, "all")]
-        counts = Counter(verdict.out for verdict in ours)
-        counts["kills"] = sum(bool(verdict.moment) for verdict in ours)
+        rows[name] = Counter(verdict.out for verdict in ours)
+        rows[name]["kills"] = sum(bool(verdict.moment) for verdict in ours)
         for verdict in ours:
-            counts.update({fault.split()[0] for fault in verdict.faults})
-        rows.append([name, *(str(counts[head]) for head in _HEADS)])
-    widths = [max(map(len, column)) for column in zip(["command", *_HEADS], *rows, strict=True)]
-    for row in (["command", *_HEADS], *rows):
-        print("  ".join([row[0].ljust(widths[0]),
-                         *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:],
-                                                                    strict=True))]))  # fmt: skip
+            rows[name].update({fault.split()[0] for fault in verdict.faults})
+    print_table("command", _HEADS, rows)
 
 
 if __name__ == "__main__":

@@ -70,7 +70,10 @@ COMMANDS: dict[str, Command] = {
     "upcycle, sampled": Command(["upcycle", "{world}/parent", "out"]),
     "convert": Command(["convert", "{world}/mol", "out", "--gated-deltanet", "all", *DATA]),
     "convert, sampled": Command(
-        ["convert", "{world}/mol", "out", "--gated-deltanet", "all", *PARENT]
+        [
+            *["convert", "{world}/mol", "out", "--gated-deltanet", "all", *PARENT],
+            *["--set", "calibrate.data=null"],
+        ]
     ),
     "init": Command(["init", "paper-80m-1+2of5", "out"]),
     "train": Command(["train", "{world}/mol", "out", *PARENT, *DATA], **_TRAINING),

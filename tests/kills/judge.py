@@ -35,7 +35,7 @@ def file_sum(path: Path, measured: frozenset[str]) -> str:
         lines = content.splitlines() if path.suffix == ".jsonl" else [content]
         with suppress(ValueError):  # half a file is compared as it is
             plain = [_without(json.loads(line), measured) for line in lines]
-            content = json.dumps(plain).encode()
+            content = json.dumps(plain, sort_keys=True).encode()
     elif path.name == NUMBERS_VARY:
         content = bytes(byte for byte in content if byte not in b"0123456789.")
     elif path.name == CURVES_VARY:

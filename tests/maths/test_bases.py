@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from molcli.errors import MolError
 from molcli.maths.bases import (
     leading_directions,
     procrustes_rotation,
@@ -123,3 +124,10 @@ def test_procrustes_rotation_keeps_the_span_and_is_nearest(seed: int, r: int) ->
 def test_unit_trace() -> None:
     assert unit_trace(torch.diag(torch.tensor([1.0, 3.0]))).trace() == 1
     assert unit_trace(torch.zeros(2, 2)).trace() == 0
+
+
+def test_matrices_that_are_not_finite_are_refused() -> None:
+    wrong = torch.full((3, 3), torch.nan, dtype=torch.float64)
+    for use in (square_roots, lambda moment: procrustes_rotation(moment, moment)):
+        with pytest.raises(MolError, match="overflow"):
+            use(wrong)

@@ -2,11 +2,13 @@
 
 from typing import NamedTuple
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from molcli.errors import MolError
 from molcli.maths.least_squares import (
     aligning_rotation,
     least_squares_left,
@@ -155,3 +157,21 @@ def test_a_block_without_tokens_gets_zeros_and_does_not_change_others() -> None:
     torch.testing.assert_close(turn[1], prior[1])  # nothing speaks against the prior
     assert not torch.allclose(turn[0], prior[0], rtol=0.1)
     assert size.isfinite().all()
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3])
+@pytest.mark.parametrize("penalty", [0.0, 1e-12, 1e-3])
+def test_ridge_of_fewer_rows_than_channels_is_finite(rows: int, penalty: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, rows, 8, generator=generator, dtype=torch.float64)
+    x[..., 0] = 0  # a channel that is always zero
+    found = ridge(x.mT @ x, x.mT @ x, penalty)
+    assert found.isfinite().all()
+    if rows:
+        torch.testing.assert_close(x @ found.mT, x, rtol=1e-2, atol=1e-2)
+
+
+def test_ridge_refuses_sums_that_overflowed() -> None:
+    gram = torch.full((3, 3), float("inf"), dtype=torch.float64)
+    with pytest.raises(MolError, match="overflow"):
+        ridge(gram, gram, 1e-3)

@@ -1,6 +1,7 @@
 """Caching a tiny parent's predictions, and training on them."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -104,6 +105,37 @@ def test_a_stopped_run_loses_one_shard_and_resumes_to_the_same_cache(
     cache_logits(parent, data, CONFIG, out, resume=True, progress=count, **how)  # type: ignore[arg-type]
     assert done[-4:] == [10, 12, 14, 16] and 8 not in done[-4:]
     assert shards(out) == shards(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damage", ["bit", "length", "pipe"])
+def test_a_resumed_run_checks_what_is_there(
+    parent: Parent, corpus: Corpus, tmp_path: Path, damage: str
+) -> None:
+    out = tmp_path / "cache"
+
+    def run(resume: bool) -> None:
+        size = 3 * ROW_BYTES
+        cache_logits(parent, corpus(), CONFIG, out, top_k=5, shard_bytes=size, resume=resume)
+
+    run(resume=False)
+    whole = shards(out)
+    first, last = out / "logits-00000.safetensors", out / "logits-00005.safetensors"
+    last.unlink()
+    content = bytearray(whole[first.name])
+    first.unlink()
+    if damage == "pipe":
+        os.mkfifo(first)
+    else:
+        content[-7] ^= 1
+        first.write_bytes(content[:-8] if damage == "length" else content)
+
+    said = r"logits-00000\.safetensors (is damaged|does not have)"
+    with pytest.raises(MolError, match=said) as refused:
+        run(resume=True)
+    assert f"remove {first}" in str(refused.value) and not last.exists()
+    first.unlink()
+    run(resume=True)
+    assert shards(out) == whole
 
 
 @pytest.mark.parametrize("resume", [False, True])

@@ -16,7 +16,7 @@ from molcli.config.sections import CalibrateConfig
 from molcli.errors import MolError
 from molcli.families.parent import open_parent
 from molcli.files import resumable
-from molcli.fitting.calibration import moments_file
+from molcli.fitting.calibration import moments_file, open_calibration
 from molcli.stages.calibrate import calibrate
 
 CONFIG = CalibrateConfig(tokens=96, heldout_tokens=32, context_length=16)
@@ -253,3 +253,79 @@ def test_unfinished_work_that_does_not_fit_is_discarded(
     calibrate(parent, config, out, lambda done, *_: layers.append(done))
     assert layers[0] == 1
     assert not left.exists()
+
+
+@pytest.mark.usefixtures("saves_every_layer")
+@pytest.mark.parametrize("file", ["state.safetensors", "moments-00000.safetensors"])
+def test_a_bit_that_flips_in_unfinished_work_is_found(
+    file: str, tmp_path: Path, tiny_parent: Callable[..., Path], text: Callable[..., str]
+) -> None:
+    parent, config = open_parent(tiny_parent("llama")), replace(CONFIG, data=text(200))
+    out, left = tmp_path / "out", tmp_path / ".out.unfinished"
+
+    def kill(*_: Any) -> None:
+        raise Killed
+
+    with pytest.raises(Killed):
+        calibrate(parent, config, out, kill)
+    flip_last_bit(left / file)
+    with pytest.raises(MolError, match=f"{file}.* does not have its sha256") as refusal:
+        calibrate(parent, config, out)
+    assert "the same command again" in refusal.value.hint
+    assert not out.exists()
+    calibrate(parent, config, out)
+    calibrate(parent, config, tmp_path / "whole")
+    assert written(out) == written(tmp_path / "whole")
+
+
+def flip_last_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "file", ["tokens.safetensors", "moments-00001.safetensors", "calibration.json"]
+)
+def test_a_bit_that_flips_in_a_calibration_is_found(
+    file: str, tmp_path: Path, tiny_parent: Callable[..., Path], text: Callable[..., str]
+) -> None:
+    parent, out = open_parent(tiny_parent("llama")), tmp_path / "out"
+    calibrate(parent, replace(CONFIG, data=text(200)), out)
+    open_calibration(out, parent)
+    flip_last_bit(out / file)
+    with pytest.raises(MolError, match=f"damaged: .*{file}.*sha256") as refusal:
+        open_calibration(out, parent)
+    assert refusal.value.hint
+
+
+def test_a_calibration_of_an_earlier_version_is_read(
+    tmp_path: Path, tiny_parent: Callable[..., Path], text: Callable[..., str]
+) -> None:
+    parent, out = open_parent(tiny_parent("llama")), tmp_path / "out"
+    calibrate(parent, replace(CONFIG, data=text(200)), out)
+    without_sums(out)
+    assert open_calibration(out, parent).fit.tokens == 96
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_moments_that_say_nothing_are_refused(
+    value: float, tmp_path: Path, tiny_parent: Callable[..., Path], text: Callable[..., str]
+) -> None:
+    """Also in a calibration without sums."""
+    parent, out = open_parent(tiny_parent("llama")), tmp_path / "out"
+    calibrate(parent, replace(CONFIG, data=text(200)), out)
+    without_sums(out)
+    moments = load_file(moments_file(out, 1))
+    save_file(
+        {name: torch.full_like(x, value) for name, x in moments.items()}, moments_file(out, 1)
+    )
+    with pytest.raises(MolError, match=r"moments-00001.* is zero or not finite"):
+        open_calibration(out, parent)
+
+
+def without_sums(folder: Path) -> None:
+    path = folder / "calibration.json"
+    about = json.loads(path.read_text())
+    del about["files"], about["sha256"], about["sampled"]
+    path.write_text(json.dumps(about))

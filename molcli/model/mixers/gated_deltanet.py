@@ -332,7 +332,8 @@ def _set_convolutions(
         products = (grouped_linear(i.read, weight, i.rows) for i in samples)
         energy = torch.stack([product.square().sum() for product in products]).sum()
         conv.zero_()
-        conv[..., -1] = INPUT_RMS / (energy / (count * weight.shape[1])).sqrt()
+        rms = (energy / (count * weight.shape[1])).sqrt()
+        conv[..., -1] = INPUT_RMS / rms.clamp(min=1e-6)  # 0 where the parent's weights are
 
 
 def _fit_norm_and_gate(

@@ -105,7 +105,7 @@ def align_mixer(
         inputs = residual[index.to(x.device)].flatten(0, 1)
         with torch.no_grad():
             wanted = context.run(softmax, inputs)
-            size = (wanted - inputs).square().sum()
+            size = (wanted - inputs).square().sum().clamp(min=1e-30)
         loss = (context.run(layer, inputs) - wanted).square().sum() / size
         optimizer.zero_grad()
         loss.backward()

@@ -1,7 +1,5 @@
 """Convert a checkpoint, layer after layer, and report it in convert.json."""
 
-import json
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,8 @@ from molcli.estimate.parameters import count_parameters
 from molcli.files.finite import cast
 from molcli.files.folders import output_folder
 from molcli.files.generation_config import read_generation, write_generation
+from molcli.files.json_files import write_object
+from molcli.files.receipts import RECEIPT, read_receipt
 from molcli.files.tensors import ShardedWriter
 from molcli.fitting.residuals import Residuals, open_residuals, relative_error
 from molcli.model.checkpoint import default_device, stored_dtype
@@ -29,8 +29,6 @@ from molcli.report.machine import device_name, versions
 from molcli.stages.convert.layer import align_mixer, convert_layer, mixer_prefix
 from molcli.stages.convert.selection import layer_costs, select_layers, with_gated_deltanet
 from molcli.stages.convert.source import SourceCheckpoint, tensor_name
-
-UPCYCLE_RECEIPT = "receipt.json"
 
 
 @dataclass(frozen=True)
@@ -73,6 +71,7 @@ def convert(
         )
     if text is not None:
         config.check_context(text.fit.input_ids.shape[1], "calibrate.context_length")
+    receipt = read_receipt(source.folder)
     start = time.monotonic()
     size = sum(info.num_bytes for info in source.reader.tensors.values())
     with output_folder(out, need_bytes=2 * size) as staging:
@@ -91,14 +90,14 @@ def convert(
             tokenizer.save_pretrained(staging)
         write_generation(read_generation(source.folder, config), staging)
         save_recipe(recipe, staging / RECIPE_FILE)
-        if (source.folder / UPCYCLE_RECEIPT).is_file():
-            shutil.copyfile(source.folder / UPCYCLE_RECEIPT, staging / UPCYCLE_RECEIPT)
+        if receipt is not None:
+            write_object(staging / RECEIPT, receipt)
         for row in rows:
             row["kl_alone"] = None if costs is None else costs.get(row["layer"])
         report = _report(source, after, recipe, rows, heldout)
         report["data"] = None if text is None else text.data
         report["seconds"] = round(time.monotonic() - start, 1)
-        (staging / "convert.json").write_text(json.dumps(report, indent=2) + "\n")
+        write_object(staging / "convert.json", report)
 
 
 def _write_tensors(

@@ -12,6 +12,7 @@ from molcli.data.tokenizer import open_tokenizer
 from molcli.errors import MolError
 from molcli.estimate.parameters import count_parameters
 from molcli.families.parent import Parent
+from molcli.maths.figures import check_figures
 from molcli.maths.losses import Head, token_losses
 from molcli.model import MoLForCausalLM
 from molcli.model.checkpoint import default_device, open_checkpoint
@@ -109,7 +110,8 @@ def evaluate_rows(
         progress: called with processed and total tokens.
 
     Raises:
-        MolError: no document has a second token, so that there is nothing to predict.
+        MolError: no document has a second token, so that there is nothing to predict, or a loss is
+            not finite.
     """
     model, dense = models.model, models.parent
     sums = torch.zeros(5, dtype=torch.float64)
@@ -130,8 +132,19 @@ def evaluate_rows(
         progress(done, rows.tokens)
     tokens = int(sums[4])
     if tokens == 0:
-        raise MolError("the data has no token that another one precedes")
+        raise MolError(
+            "the data has no token that another one precedes",
+            allowed="documents of 2 tokens or more",
+            hint="longer documents, or more evaluate.tokens",
+        )
     ce, kl, parent_ce, agreement = (sums[:4] / tokens).tolist()
+    check_figures(
+        {
+            "the model's cross-entropy": ce,
+            "the parent's cross-entropy": parent_ce,
+            "the KL divergence from the parent to the model": kl,
+        }
+    )
     counts = count_parameters(model.config)
     if dense is None:
         return Evaluation(tokens, ce, counts.total, counts.active)

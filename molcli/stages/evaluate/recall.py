@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from molcli.config.sections import EvaluateConfig
+from molcli.maths.figures import check_activations
 from molcli.model import MoLForCausalLM
 from molcli.progress import Progress
 from molcli.stages.evaluate.heldout import Models
@@ -93,7 +94,7 @@ def measure_recall(models: Models, config: EvaluateConfig, progress: Progress) -
         if prompts.ids.shape[1] > models.positions:
             continue
         scores = {
-            name: _score(model, prompts, config.batch_size)
+            name: _score(name, model, prompts, config.batch_size)
             for name, model in models.named().items()
         }
         results.append(Recall(distance, scores["model"], scores.get("parent")))
@@ -157,7 +158,9 @@ def draw_prompts(
     return RecallPrompts(torch.cat(pieces, dim=1), values, query)
 
 
-def _score(model: MoLForCausalLM, prompts: RecallPrompts, batch_size: int) -> RecallScore:
+def _score(
+    name: str, model: MoLForCausalLM, prompts: RecallPrompts, batch_size: int
+) -> RecallScore:
     logits = torch.cat(
         [
             model(ids.to(model.device), use_cache=False, logits_to_keep=1)
@@ -167,6 +170,7 @@ def _score(model: MoLForCausalLM, prompts: RecallPrompts, batch_size: int) -> Re
             for ids in prompts.ids.split(batch_size)
         ]
     )
+    check_activations(f"the {name}'s logits", logits)
     value_logits = logits.gather(1, prompts.values)
     correct = value_logits.gather(1, prompts.query[:, None])
     ranks = 1 + (logits > correct).sum(dim=1)

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from molcli.errors import MolError
+from molcli.files.regular import check_regular
 from molcli.stages.train.checkpoint_folder import (
     GENERATORS,
     TENSORS,
@@ -96,6 +97,7 @@ def _load_tensors(state: TrainState, folder: Path) -> dict[str, Any]:
     """Returns what the checkpoint holds beside weights and moments: random states."""
     single = (folder / TENSORS).is_file()
     path = folder / (TENSORS if single else GENERATORS)
+    check_regular(path)
     check_archive(path)
     sharded = is_sharded(next(state.model.parameters()))
     # With several ranks, each reads only its shards.

@@ -22,11 +22,10 @@ from molcli.model.precision import matmul_dtype
 from molcli.report.machine import device_name
 from molcli.report.training import training_page
 from molcli.stages.train.balance import RouterLoads
-from molcli.stages.train.log_file import LOG, drop_lines_after, read_log
+from molcli.stages.train.log_file import LOG, PAGE, drop_lines_after, read_log
 from molcli.stages.train.state import TrainState
 from molcli.stages.train.trackers import open_trackers, send_to_trackers
 
-PAGE = "train.html"
 # Recoveries, 1 - KL / KL at the start; the next one that is not reached is forecast.
 _GOALS = (0.5, 0.75, 0.9, 0.95, 0.99)
 _LOSSES = ("loss", "ce", "kl", "balance")
@@ -50,7 +49,8 @@ class TrainLog:
         skipped: steps skipped so far.
         not_finite: where the first non-finite value of the window's last skipped step is, or which
             mean over the window is not finite, or null.
-        passes: over each source of the stage's data, since the stage began.
+        passes: over each source of the stage's data, since the stage began; null for a source of
+            which the run reads a part of unknown size.
     All numbers are finite: where one would not be, it is null, and not_finite names it.
 
     Attributes:
@@ -98,8 +98,8 @@ class TrainLog:
                 self.write_page()
 
     def write_page(self) -> None:
-        """Write train.html on the main rank; not where log.jsonl cannot be read any more."""
-        if self.accelerator.is_main_process:
+        """Write train.html on the main rank; not where log.jsonl is missing or cannot be read."""
+        if self.accelerator.is_main_process and (self.out / LOG).exists():
             with suppress(OSError, MolError):  # a full disk raises elsewhere, before or after this
                 page = training_page(read_log(self.out / LOG), self.config)
                 (self.out / PAGE).write_text(page, encoding="utf-8")
@@ -120,7 +120,7 @@ class TrainLog:
         norm: Tensor,
         learning_rate: float,
         metrics: tuple[str, ...],
-        passes: dict[str, float],
+        passes: dict[str, float | None],
     ) -> None:
         """End a window and write its line on the main rank. Collective.
 
@@ -130,7 +130,7 @@ class TrainLog:
             norm: 0-d, of the gradients of the last step.
             learning_rate: of inherited weights.
             metrics: which of loss, ce, kl and balance are not null.
-            passes: over each source of the data.
+            passes: over each source of the data, None where that is unknown.
         """
         sums = self.accelerator.reduce(self._sums, "sum")
         routing = _routing(self.loads.layers, self.loads.pop_window(self.accelerator))
@@ -258,7 +258,7 @@ def _note(line: dict[str, Any], recovery: str) -> str:
     words += [
         f"{count:.1f} passes over {Path(source).name}"
         for source, count in line["passes"].items()
-        if count > 1
+        if count is not None and count > 1
     ]
     return ", ".join(words)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from molcli.errors import MolError
 
-LOG = "log.jsonl"
+LOG, PAGE = "log.jsonl", "train.html"
 _MAX_LINE = 2**20  # bytes; a line has some numbers for each layer
 
 
@@ -104,7 +104,7 @@ def _is_routing(value: Any) -> bool:
 
 
 def _is_passes(value: Any) -> bool:
-    return isinstance(value, dict) and all(map(_is_number, value.values()))
+    return isinstance(value, dict) and all(map(_or_null(_is_number), value.values()))
 
 
 _FIELDS: dict[str, Callable[[Any], bool]] = {

@@ -11,6 +11,7 @@ from molcli.config.stages import Stage, resolve, section
 from molcli.data.logits import LogitCache
 from molcli.errors import MolError
 from molcli.families.parent import Parent
+from molcli.files.receipts import read_receipt
 from molcli.files.tensors import TensorReader
 from molcli.model import MoLForCausalLM
 from molcli.model.checkpoint import open_checkpoint, open_config
@@ -58,7 +59,7 @@ from molcli.stages.train.objective import (
     make_student,
 )
 from molcli.stages.train.optimizer import make_optimizer, set_trainable
-from molcli.stages.train.output import RECEIPT, run_folder, save_model
+from molcli.stages.train.output import run_folder, save_model
 from molcli.stages.train.plan import Situation, plan
 from molcli.stages.train.state import TrainState
 from molcli.stages.train.steps import Run, run_stage
@@ -128,8 +129,9 @@ def train(
     check_trackers(config)
     accelerator = create_accelerator(config, out)
     ranks = accelerator.num_processes
+    receipt = read_receipt(checkpoint)
     if config.stages == "auto":
-        situation = Situation(parent is not None, (checkpoint / RECEIPT).is_file(), ranks)
+        situation = Situation(parent is not None, receipt is not None, ranks)
         config = plan(config, open_config(checkpoint), situation)
     stages = resolve(config, has_parent=parent is not None)
     check_stages(config, stages, ranks, has_parent=parent is not None)

@@ -1,7 +1,6 @@
 """The output folder of a run: checked before it, and filled with the trained model after it."""
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain
@@ -26,15 +25,17 @@ from molcli.files.hidden_folders import (
     remove_hidden,
     remove_leftover,
 )
+from molcli.files.json_files import write_object
+from molcli.files.receipts import RECEIPT, read_receipt
 from molcli.files.tensors import ShardedWriter, TensorReader
 from molcli.files.writable import check_writable
 from molcli.model import MoLForCausalLM
 from molcli.model.checkpoint import open_config, save_checkpoint
 from molcli.stages.train.distributed import first_error, full_tensor, local_shard
+from molcli.stages.train.log_file import LOG, PAGE
 
 _CONFIG = "config.json"
 _STAGING = ".final"  # in the output folder, until the trained model is complete
-RECEIPT = "receipt.json"  # written by `upcycle` beside a converted model
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -63,6 +64,19 @@ def check_output(out: Path, *, resume: bool) -> None:
         )
     check_writable(out)
     refuse_foreign(staging)
+    for path in (out / LOG, out / PAGE):
+        if path.exists() and not path.is_file():
+            raise MolError(
+                f"{path} is not a regular file",
+                allowed="a file, as a run writes it",
+                hint=f"move {path} elsewhere",
+            )
+        if path.is_symlink() and not path.exists():  # one to a file of the user is followed
+            raise MolError(
+                f"{path} is a link to {path.readlink()}, which is no file",
+                allowed="a file, or a link to one",
+                hint=f"remove {path}",
+            )
 
 
 @contextmanager
@@ -224,6 +238,6 @@ def _write_small_files(checkpoint: Path, recipe: Recipe, folder: Path) -> None:
     tokenizer = open_tokenizer(checkpoint)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    if (checkpoint / RECEIPT).is_file():
-        shutil.copyfile(checkpoint / RECEIPT, folder / RECEIPT)
+    if (receipt := read_receipt(checkpoint)) is not None:
+        write_object(folder / RECEIPT, receipt)
     save_recipe(recipe, folder / RECIPE_FILE)

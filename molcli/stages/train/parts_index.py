@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
+from molcli.files.regular import check_regular
 from molcli.stages.train.checkpoint_folder import PARTS, PARTS_INDEX
 
 _METADATA = "torch.distributed.checkpoint.metadata"
@@ -166,6 +167,7 @@ class _Unpickler(pickle._Unpickler):
 
 def _read_index(folder: Path) -> "_Record":
     path = folder / PARTS_INDEX
+    check_regular(path)
     size = path.stat().st_size
     # An entry takes less space here than there, so a whole index is smaller than its files.
     parts = [e.stat().st_size for e in os.scandir(folder) if PARTS.fullmatch(e.name)]

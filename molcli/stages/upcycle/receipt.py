@@ -11,7 +11,7 @@ from molcli.estimate.flops import count_flops
 from molcli.estimate.parameters import count_parameters
 from molcli.families.parent import Parent
 from molcli.fitting.calibration import Calibration
-from molcli.fitting.residuals import Residuals
+from molcli.fitting.residuals import Residuals, relative_errors
 from molcli.maths.routing_stats import count_routing, routing_margin, summarise
 from molcli.model.checkpoint import default_device
 from molcli.model.configuration_mol import MoLConfig
@@ -38,7 +38,8 @@ def layer_figures(
         a delta is what the layer adds.
         delta_error: mean over tokens of |student's delta - parent's|^2 / |parent's|^2; 0 is exact,
             1 is the error of a layer that adds nothing.
-        norm_ratio: mean over tokens of |student's delta| / |parent's|.
+        norm_ratio: mean over tokens of |student's delta| / |parent's|, without those to which the
+            parent adds nothing; None if it adds nothing to any.
         residual_error: as delta_error, of the residual after the layer; residual_error_fit on the
             tokens that blocks were fitted to.
         routing: `routing_figures` of a MoL layer, None where nothing is routed.
@@ -46,10 +47,11 @@ def layer_figures(
     before_parent, before = heldout.parent, heldout.student
     heldout.advance(dense, converted)
     wanted, delta = heldout.parent - before_parent, heldout.student - before
-    errors = (delta - wanted).square().sum(-1) / wanted.square().sum(-1)
+    errors, sizes = relative_errors(delta, wanted), wanted.norm(dim=-1)
+    ratios = (delta.norm(dim=-1) / sizes)[sizes > 0]
     row: dict[str, Any] = {
         "delta_error": errors.mean().item(),
-        "norm_ratio": (delta.norm(dim=-1) / wanted.norm(dim=-1)).mean().item(),
+        "norm_ratio": ratios.mean().item() if len(ratios) else None,
         "residual_error": heldout.error(),
         "residual_error_fit": fit.error(),
     }

@@ -5,7 +5,6 @@ shards, config, tokenizer, recipe and receipt. The parent is read, and the shard
 layer at a time.
 """
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from molcli.estimate.parameters import count_parameters
 from molcli.families.parent import Parent
 from molcli.files.finite import cast
 from molcli.files.folders import output_folder
+from molcli.files.json_files import write_object
 from molcli.files.tensors import ShardedWriter
 from molcli.fitting.baselines import BaselineInputs, baseline_layer
 from molcli.fitting.calibration import Calibration, open_calibration
@@ -59,7 +59,8 @@ def upcycle(
         parent: a dense model.
         calibration: a folder that calibrate wrote. None is allowed where `needs_text` is False;
             the receipt then has no figures of held-out text.
-        recipe: `upcycle` and `calibrate` are used.
+        recipe: `upcycle` and `calibrate.seed` are used. What is saved has the other values of
+            `calibrate` from the calibration.
         out: the folder to write.
         progress: called after each layer.
 
@@ -101,14 +102,15 @@ def upcycle(
         config.save_pretrained(staging)
         parent.copy_tokenizer(staging)
         parent.copy_generation(staging)
-        save_recipe(recipe, staging / RECIPE_FILE)
+        in_force = recipe if text is None else text.in_force(recipe)
+        save_recipe(in_force, staging / RECIPE_FILE)
         samples = None
         if text is not None and recipe.upcycle.receipt == "full":
             with step(progress, "continuing"):
                 samples = continuations(staging, parent, text.heldout)
         seconds = time.monotonic() - start
         receipt = make_receipt(parent, config, recipe, text, measured, samples, seconds)
-        (staging / "receipt.json").write_text(json.dumps(receipt, indent=2) + "\n")
+        write_object(staging / "receipt.json", receipt)
         (staging / "receipt.html").write_text(receipt_page(receipt), encoding="utf-8")
 
 

@@ -85,7 +85,7 @@ def test_text_is_learned(tiny_mol: Make, corpus: Corpus, tmp_path: Path) -> None
 
     saved = replace(settings, train=replace(settings.train, data=data))
     assert load_recipe(out / "recipe.yaml") == saved
-    assert (out / "receipt.json").read_text() == '{"from": "upcycle"}'
+    assert json.loads((out / "receipt.json").read_text()) == {"from": "upcycle"}
     assert not (out / "checkpoints").exists()
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.generate(torch.tensor([[1, 5, 6]]), max_new_tokens=4).shape[1] > 3
@@ -153,7 +153,7 @@ def test_a_mixture_is_resumed_and_its_passes_are_logged(
         checkpoint, out, mixed, recipe(), resume=True, progress=lambda *said: notes.append(said[-1])
     )
     assert "8.0 passes over a.jsonl" in notes[-1] and "b.jsonl" not in notes[-1]
-    assert log_lines(out)[-1]["passes"] == {small: 8.0, large: 1.0}
+    assert log_lines(out)[-1]["passes"] == {small: 8.0, large: None}  # a part of b
     whole, resumed = weights(tmp_path / "whole"), weights(out)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     saved = load_recipe(out / "recipe.yaml").train.data

@@ -147,3 +147,17 @@ def test_a_second_signal_leaves_no_half_written_model(
     left = sorted(path.name for path in out.iterdir())
     assert left == ["checkpoints", "log.jsonl", "train.html"]
     assert train(checkpoint, out, data, RECIPE, resume=True).steps == 4
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "train.html"])
+def test_a_link_to_nothing_is_not_written_through(
+    tiny_mol: Make, corpus: Corpus, tmp_path: Path, name: str
+) -> None:
+    checkpoint, data, out = tiny_mol(), corpus(), tmp_path / "out"
+    with pytest.raises(Stopped):
+        train(checkpoint, out, data, RECIPE, progress=stop_at_two)
+    (out / name).unlink(missing_ok=True)
+    (out / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(MolError, match=f"{name} is a link to .*elsewhere, which is no file"):
+        train(checkpoint, out, data, RECIPE, resume=True)
+    assert not (tmp_path / "elsewhere").exists()

@@ -13,8 +13,10 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from molcli.config.sections import CalibrateConfig, Recipe
+from molcli.data.packing import TokenRows
 from molcli.errors import MolError
 from molcli.families.parent import open_parent
+from molcli.fitting.calibration import text_hash
 from molcli.model.parent import load_dense
 from molcli.stages.calibrate import calibrate
 from molcli.stages.upcycle import upcycle
@@ -156,6 +158,14 @@ def test_text_without_a_predicted_token_is_refused(
     rows = load_file(tokens)
     rows["heldout.document_ids"] = torch.arange(32, dtype=torch.int32).repeat(8, 1)
     save_file(rows, tokens)
+    index = tokens.with_name("calibration.json")
+    about = json.loads(index.read_text())
+    del about["files"], about["sha256"]  # as of an earlier version, which wrote no sums
+    fields = ("input_ids", "document_ids", "lengths")
+    about["data"] = text_hash(
+        *(TokenRows(*(rows[f"{part}.{field}"] for field in fields)) for part in ("fit", "heldout"))
+    )
+    index.write_text(json.dumps(about))
     with pytest.raises(MolError, match="no token follows another one"):
         upcycle(parent, tokens.parent, Recipe(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
