@@ -90,6 +90,12 @@ def _lines(error: BaseException) -> tuple[int, list[tuple[str, str, str]]]:
         ]
     if isinstance(error, RuntimeError) and _PEER_GONE.search(f"{type(error).__name__} {error}"):
         return 1, [("bold red", "error: ", "another process of this run ended without a message")]
+    if isinstance(error, UnicodeDecodeError):
+        return 2, [
+            ("bold red", "error: ", f"a file is not text in UTF-8 ({error.reason})"),
+            ("bold", "allowed: ", "text files in UTF-8"),
+            ("bold green", "try: ", f"check the files that you gave; {DEBUG}=1 shows where"),
+        ]
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):
         error = OSError(ELOOP, str(error))  # of Path.resolve, before Python 3.13
     if isinstance(error, OSError) and error.errno is not None and error.strerror:

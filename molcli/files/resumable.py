@@ -86,7 +86,15 @@ class ResumableWork:
                         if file_sha256(self.folder / name) != expected:
                             raise self._changed(name)
                     return int(metadata["done"]), tensors
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError):
+        except (
+            OSError,
+            SafetensorError,
+            KeyError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ):
             pass
         clear_hidden(self.folder)
         return None

@@ -181,6 +181,11 @@ def test_the_users_error_is_told_in_three_lines(
         (OSError(28, "No space left on device", "/x/y"), 2, "try: free some space"),
         (FileExistsError(17, "File exists", "/x/y"), 2, "error: File exists: /x/y"),
         (RuntimeError("Symlink loop from '/x'"), 2, "error: Symlink loop from '/x'"),
+        (
+            UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"),
+            2,
+            "error: a file is not text in UTF-8",
+        ),
         (OSError(24, "Too many open files"), 1, "error: Too many open files"),
         (OSError("a message of some library"), 1, "bug: OSError"),
     ],

@@ -27,3 +27,31 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path: Path, number: str) ->
     (tmp_path / "a.json").write_text(f'{{"a": [{number}]}}')
     with pytest.raises(MolError, match=f"{number} is not a number"):
         read_object(tmp_path / "a.json", allowed="a JSON object", hint="write it again")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"a": ' + "9" * 5000 + "}",
+        '{"a": ' * 100_000,
+        "[1]",
+        '{"b": 1}',
+        '{"a": "1"}',
+        '{"a": true}',
+    ],
+    ids=lambda text: text[:20],
+)
+def test_what_is_not_such_an_object(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(MolError) as caught:
+        read_object(path, {"a": (int, float, list, dict)}, allowed="figures", hint="again")
+    assert caught.value.found.startswith(f"{path} ")
+
+
+def test_numbers_are_read_as_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{"a": 1e308, "b": 5e-324, "c": 0.1, "d": 7}', encoding="utf-8")
+    found = read_object(path, {"a": float, "d": float}, allowed="figures", hint="again")
+    assert found == {"a": 1e308, "b": 5e-324, "c": 0.1, "d": 7}
+    assert isinstance(found["d"], int)
