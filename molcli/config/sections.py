@@ -14,6 +14,7 @@ from molcli.config.bounds import (
     Length,
     Natural,
     NonNegative,
+    Part,
     Positive,
     Rows,
     Seed,
@@ -135,7 +136,10 @@ class ConvertConfig:
 class CalibrateConfig:
     """The text that a conversion is fitted to.
 
-    data: a source or a mapping from sources to weights; null samples text from the parent.
+    data: a source or a mapping from sources to weights. null is train.data, where `upcycle` and
+        `calibrate` find one, and else text sampled from the parent.
+    repeats: part of the sequences that repeat themselves, as in the train section. null is 0.25,
+        and 0 in sequences of fewer than 48 tokens. Held-out text has none.
     tokens: calibration tokens, from the beginning of the data.
     heldout_tokens: further tokens, not used by any fit, for the receipt.
     context_length: tokens in a calibration sequence.
@@ -143,6 +147,7 @@ class CalibrateConfig:
     """
 
     data: Data | None = None
+    repeats: Part | None = None
     tokens: Count = 65_536
     heldout_tokens: Count = 8_192
     context_length: Length = 512
@@ -183,6 +188,7 @@ class StageConfig:
 
     kind: Literal["align", "distill", "pretrain"]
     data: Data | None = None
+    repeats: Part | None = None
     tokens: Count | None = None
     context_length: Length | None = None
     batch_size: Rows | None = None
@@ -206,6 +212,11 @@ class TrainConfig:
 
     data: a source or a mapping from sources to weights such as {a.jsonl: 0.7, b.txt: 0.3}; --data
         on the command line replaces it. A source that runs out begins again, in another order.
+    repeats: part of the rows that repeat themselves, so that the model goes on to look things up in
+        its context: passages that come back after other text, and lists of pairs that come back in
+        another order. They are made from the data while it is read, from all sources by weight.
+        Rows need 48 tokens. null is 0.25 in stages of kind distill, and 0 in others, in shorter
+        rows, and with `logits`, which has the rows that it was made with.
     logits: a folder of `molcli data cache-logits`, which replaces data and parent in stages without
         data of their own. Not for align, and only at temperature 1.
     tokens: training tokens of the whole run.
@@ -247,6 +258,7 @@ class TrainConfig:
     """
 
     data: Data | None = None
+    repeats: Part | None = None
     logits: str | None = None
     tokens: Count = 1_000_000
     context_length: Length = 512
