@@ -2,6 +2,7 @@
 
 from molcli.config.bounds import LARGEST_SIZE, Above, Between, check, check_fields
 from molcli.config.sections import (
+    CalibrateConfig,
     Data,
     EvaluateConfig,
     ModelConfig,
@@ -12,7 +13,7 @@ from molcli.config.sections import (
     UpcycleConfig,
 )
 from molcli.config.shown import cut, shown
-from molcli.config.stages import merged
+from molcli.config.stages import SHORTEST_REPEATS, merged
 from molcli.errors import MolError
 
 
@@ -31,6 +32,7 @@ def validate(recipe: Recipe) -> None:
             "convert.gated_deltanet", recipe.convert.gated_deltanet, "convert.gated_deltanet=none"
         )
     _check_weights("calibrate.data", recipe.calibrate.data)
+    _check_repeats("calibrate", recipe.calibrate)
     _check_sample(recipe.sample)
     _check_train(recipe.train)
     _check_evaluate(recipe.evaluate)
@@ -113,6 +115,7 @@ def _check_stage(name: str, c: TrainConfig) -> None:
     """Check the values that a stage may set."""
     check_fields(name, c, StageConfig)
     _check_weights(f"{name}.data", c.data)
+    _check_repeats(name, c)
     if c.batch_size % c.micro_batch_size:
         size = c.micro_batch_size
         raise MolError(
@@ -165,6 +168,16 @@ def _check_multiple(name: str, value: int, unit: int, reason: str) -> None:
             f"`{name}` is {value}",
             allowed=f"a multiple of {unit} ({reason})",
             hint=f"{name}={below}",
+        )
+
+
+def _check_repeats(name: str, c: CalibrateConfig | TrainConfig) -> None:
+    if c.repeats and c.context_length < SHORTEST_REPEATS:
+        raise MolError(
+            f"`{name}.repeats` is {c.repeats}, `{name}.context_length` {c.context_length}",
+            allowed=f"rows of {SHORTEST_REPEATS} tokens or more, which have room to repeat "
+            "themselves, or no repeats",
+            hint=f"{name}.repeats=0",
         )
 
 

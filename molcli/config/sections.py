@@ -138,8 +138,8 @@ class CalibrateConfig:
 
     data: a source or a mapping from sources to weights. null is train.data, where `upcycle` and
         `calibrate` find one, and else text sampled from the parent.
-    repeats: part of the sequences that repeat themselves, as in the train section. null is 0.25,
-        and 0 in sequences of fewer than 48 tokens. Held-out text has none.
+    repeats: part of the sequences that repeat themselves, as in the train section; null is 0.25.
+        Held-out text has none, nor have sequences of fewer than 48 tokens.
     tokens: calibration tokens, from the beginning of the data.
     heldout_tokens: further tokens, not used by any fit, for the receipt.
     context_length: tokens in a calibration sequence.
@@ -188,8 +188,8 @@ class StageConfig:
 
     kind: Literal["align", "distill", "pretrain"]
     data: Data | None = None
-    repeats: Part | None = None
     tokens: Count | None = None
+    repeats: Part | None = None
     context_length: Length | None = None
     batch_size: Rows | None = None
     micro_batch_size: Rows | None = None
@@ -215,8 +215,8 @@ class TrainConfig:
     repeats: part of the rows that repeat themselves, so that the model goes on to look things up in
         its context: passages that come back after other text, and lists of pairs that come back in
         another order. They are made from the data while it is read, from all sources by weight.
-        Rows need 48 tokens. null is 0.25 in stages of kind distill, and 0 in others, in shorter
-        rows, and with `logits`, which has the rows that it was made with.
+        null is 0.25 in stages of kind distill, and 0 in others. Rows of fewer than 48 tokens never
+        repeat themselves. Rows of `logits` are as `cache-logits` made them, which reads this key.
     logits: a folder of `molcli data cache-logits`, which replaces data and parent in stages without
         data of their own. Not for align, and only at temperature 1.
     tokens: training tokens of the whole run.

@@ -35,16 +35,16 @@ class Stage:
 
 
 def repeats_in_force(repeats: float | None, length: int, default: float = REPEATS) -> float:
-    """Return the share of rows that repeat themselves.
+    """Return the share of rows that repeat themselves; 0 where they are too short.
 
     Args:
-        repeats: As the recipe has it. null is the default, and 0 where rows are too short.
+        repeats: As the recipe has it; null is the default.
         length: Tokens in a row.
         default: See there.
     """
-    if repeats is not None:
-        return repeats
-    return default if length >= SHORTEST_REPEATS else 0.0
+    if length < SHORTEST_REPEATS:
+        return 0.0
+    return default if repeats is None else repeats
 
 
 def resolve(train: TrainConfig, *, has_parent: bool) -> list[Stage]:

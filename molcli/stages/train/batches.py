@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from molcli.config.sections import TrainConfig
-from molcli.config.stages import SHORTEST_REPEATS, Stage, section
+from molcli.config.stages import Stage, section
 from molcli.data.logits import LogitCache, open_logits
 from molcli.data.mixture import Corpus, check_data, load_rows
 from molcli.data.packing import Batch, RowSource
@@ -145,13 +145,11 @@ def check_stages(
 
     Raises:
         MolError: for a stage without its parent or data, a stage that cannot learn from cached
-            logits, rows that cannot repeat themselves, a batch that the ranks cannot share, or a
-            number that is not finite.
+            logits, a batch that the ranks cannot share, or a number that is not finite.
     """
     for number, stage in enumerate(stages):
         settings, name = stage.settings, section(config, number)
         _check_numbers(name, settings)
-        _check_repeats(name, settings)
         if settings.logits is not None:
             _check_cached_logits(name, stage)
         elif stage.kind != "pretrain" and not has_parent:
@@ -213,24 +211,6 @@ def _check_numbers(name: str, settings: TrainConfig) -> None:
                 allowed="a finite number",
                 hint=f"--set {name}.{key}={getattr(TrainConfig(), key)}",
             )
-
-
-def _check_repeats(name: str, settings: TrainConfig) -> None:
-    if not settings.repeats:
-        return
-    if settings.logits is not None:
-        raise MolError(
-            f"`{name}.repeats` is {settings.repeats}, and the rows of `train.logits` are made",
-            allowed="null with cached logits: `molcli data cache-logits` reads train.repeats",
-            hint=f"--set {name}.repeats=null",
-        )
-    if settings.context_length < SHORTEST_REPEATS:
-        raise MolError(
-            f"`{name}.repeats` is {settings.repeats}, with rows of {settings.context_length} "
-            f"tokens (`{name}.context_length`)",
-            allowed=f"rows of {SHORTEST_REPEATS} tokens or more, or no repeats",
-            hint=f"--set {name}.repeats=0",
-        )
 
 
 def _check_cached_logits(name: str, stage: Stage) -> None:
