@@ -136,8 +136,8 @@ class ConvertConfig:
 class CalibrateConfig:
     """The text that a conversion is fitted to.
 
-    data: a source or a mapping from sources to weights. null is train.data, where `upcycle` and
-        `calibrate` find one, and else text sampled from the parent.
+    data: a source or a mapping from sources to weights. null is train.data in `upcycle` and
+        `calibrate`, and text sampled from the parent where that is null, too.
     repeats: part of the sequences that repeat themselves, as in the train section; null is 0.25.
         Held-out text has none, nor have sequences of fewer than 48 tokens.
     tokens: calibration tokens, from the beginning of the data.
