@@ -339,12 +339,15 @@ def _as_sampled(parent: Parent, recipe: Recipe) -> Recipe:
 
 
 def _needed_sample(parent: Parent, recipe: Recipe) -> SampleConfig:
-    """recipe.sample, for as many tokens as a calibration needs, and with its seed."""
+    """recipe.sample, for as many tokens as a calibration needs, and with its seed.
+
+    Without repeats: a calibration makes its own, and its held-out text has none.
+    """
     config, length = recipe.calibrate, recipe.sample.length
     if length == type(recipe.sample).length:  # a default has to fit every parent
         length = min(length, parent.config.max_position_embeddings)
     tokens = config.tokens + config.heldout_tokens
-    return replace(recipe.sample, tokens=tokens, seed=config.seed, length=length)
+    return replace(recipe.sample, tokens=tokens, seed=config.seed, length=length, repeats=0.0)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -166,6 +166,8 @@ class SampleConfig:
     prompts: a source of text as in train.data, whose documents begin the sampled ones, in order and
         from the first again when they run out. null begins with the parent's BOS alone.
     prompt_length: tokens of a prompt to use, at most; null uses all of them.
+    repeats: part of the tokens in documents that repeat text of the others, as rows do in the train
+        section: for use outside of molcli, whose training and calibration make their own.
     """
 
     tokens: Count = 100_000
@@ -174,6 +176,7 @@ class SampleConfig:
     temperature: Positive = 1.0
     prompts: str | None = None
     prompt_length: Size | None = None
+    repeats: Part = 0.0
     seed: Seed = 0
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from molcli.config.sections import CalibrateConfig
+from molcli.config.sections import CalibrateConfig, Recipe
 from molcli.errors import MolError
 from molcli.families.parent import open_parent
 from molcli.files import resumable
@@ -330,7 +330,12 @@ def test_a_calibration_of_an_earlier_version_is_read(
     parent, out = open_parent(tiny_parent("llama")), tmp_path / "out"
     calibrate(parent, replace(CONFIG, data=text(200)), out)
     without_sums(out)
-    assert open_calibration(out, parent).fit.tokens == 96
+    about = json.loads((out / "calibration.json").read_text())
+    del about["config"]["repeats"]
+    (out / "calibration.json").write_text(json.dumps(about))
+    found = open_calibration(out, parent)
+    assert found.fit.tokens == 96
+    assert found.in_force(Recipe()).calibrate.repeats == 0  # what it has, not the default
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])

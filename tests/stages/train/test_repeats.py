@@ -131,7 +131,9 @@ def test_repeats_are_for_stages_that_distil() -> None:
     assert pretrain.repeats == 0
 
 
-@pytest.mark.parametrize("key", ["train.repeats", "train.stages.0.repeats", "calibrate.repeats"])
+@pytest.mark.parametrize(
+    "key", ["train.repeats", "train.stages.0.repeats", "calibrate.repeats", "sample.repeats"]
+)
 @pytest.mark.parametrize("value", [-0.1, 1, 1.5, float("nan")])
 def test_a_share_that_is_none_is_refused(key: str, value: float) -> None:
     stages = ("train.stages", [{"kind": "distill", "repeats": 0.1}])
@@ -141,14 +143,17 @@ def test_a_share_that_is_none_is_refused(key: str, value: float) -> None:
     assert load_recipe(None, [stages, (key, 0.99)])
 
 
-@pytest.mark.parametrize("section", ["train", "calibrate"])
-def test_repeats_in_rows_without_room_are_refused(section: str) -> None:
-    settings = [(f"{section}.repeats", 0.25), (f"{section}.context_length", 47)]
+@pytest.mark.parametrize(
+    "section, key",
+    [("train", "context_length"), ("calibrate", "context_length"), ("sample", "length")],
+)
+def test_repeats_in_rows_without_room_are_refused(section: str, key: str) -> None:
+    settings = [(f"{section}.repeats", 0.25), (f"{section}.{key}", 47)]
     with pytest.raises(MolError, match="48 tokens or more") as refused:
         load_recipe(None, settings)
     assert refused.value.hint == f"{section}.repeats=0"
     assert load_recipe(None, settings[1:])
-    assert load_recipe(None, [settings[0], (f"{section}.context_length", 48)])
+    assert load_recipe(None, [settings[0], (f"{section}.{key}", 48)])
 
 
 def test_cached_logits_hold_repeats(
