@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from molcli.data.documents import read_documents
 from molcli.data.order import MixedOrder, MixtureSchedule
 from molcli.data.packing import Batch, RowSource, TokenRows, pack
-from molcli.data.repeats import RepeatedRows, list_tokens
+from molcli.data.repeats import ListTokens, RepeatedRows
 from molcli.data.token_folder import load_folder_rows, read_token_folder
 from molcli.data.tokenizer import tokenize
 from molcli.progress import Progress, phase, silent
@@ -207,14 +207,7 @@ class Corpus:
             found[name] = None if share is None else round(share * count / len(rows), 3)
         return found
 
-    def with_repeats(
-        self,
-        share: float,
-        *,
-        count: int,
-        seed: int,
-        tokenizer: PreTrainedTokenizerBase | None,
-    ) -> "Corpus":
+    def with_repeats(self, share: float, *, count: int, seed: int, tokens: ListTokens) -> "Corpus":
         """Add a source "repeats", of rows that repeat themselves; see `repeats`.
 
         It comes first: what is left of `order` are the same rows in the same order as without it.
@@ -223,7 +216,7 @@ class Corpus:
             share: Its part of the rows, 0 or more, less than 1. 0 adds nothing.
             count: Its number of rows, which are made when they are read.
             seed: Of its rows.
-            tokenizer: Gives the tokens that lists are written with.
+            tokens: To write lists of pairs with.
         """
         if share == 0:
             return self
@@ -231,7 +224,7 @@ class Corpus:
         while name in self.sources:  # a file or folder may have this name
             name = f"({name})"
         length = self.select(slice(0, 1)).input_ids.shape[1]
-        own = (self, self._sizes(), self._schedule(), count, length, seed, list_tokens(tokenizer))
+        own = (self, self._sizes(), self._schedule(), count, length, seed, tokens)
         weight = share / (1 - share) * sum(self.weights.values())
         return Corpus(
             {name: RepeatedRows(*own), **self.sources},

@@ -44,16 +44,25 @@ class ListTokens:
     avoided: tuple[int, ...] = ()
 
 
-def list_tokens(tokenizer: PreTrainedTokenizerBase | None) -> ListTokens:
-    """Return the newline as separator; special tokens and all with a colon are avoided."""
+def list_tokens(tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> ListTokens:
+    """Return the newline as separator; avoided are special tokens, colons and newlines.
+
+    Args:
+        tokenizer: None gives neither.
+        vocab_size: Of the model; a separator beyond it is none.
+    """
     if tokenizer is None:
         return ListTokens()
     special = set(tokenizer.all_special_ids)
     vocabulary: dict[str, int] = tokenizer.get_vocab()
-    colons = {i for token, i in vocabulary.items() if ":" in token or token == "<0x3A>"}
+    signs = {
+        i
+        for token, i in vocabulary.items()
+        if token in ("<0x3A>", "<0x0A>") or not {":", "\n", "Ċ"}.isdisjoint(token)
+    }
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"][-1:]
-    known = bool(newline) and newline[0] not in special
-    return ListTokens(newline[0] if known else None, tuple(sorted(special | colons)))
+    known = bool(newline) and newline[0] not in special and newline[0] < vocab_size
+    return ListTokens(newline[0] if known else None, tuple(sorted(special | signs)))
 
 
 def passages_row(

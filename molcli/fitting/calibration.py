@@ -183,7 +183,8 @@ def split_text(
             hint="give longer documents, or more calibrate.heldout_tokens",
         )
     share = repeats_in_force(config.repeats, config.context_length)
-    fit = with_repeats(rows.select(slice(0, first)), share, config.seed, list_tokens(tokenizer))
+    tokens = list_tokens(tokenizer, vocab_size)
+    fit = with_repeats(rows.select(slice(0, first)), share, config.seed, tokens)
     return fit, kept
 
 

@@ -10,6 +10,7 @@ from molcli.config.sections import Data, TrainConfig
 from molcli.config.stages import repeats_in_force
 from molcli.data.logits import FORMAT, SHARD_BYTES, cache_folder, write_logits
 from molcli.data.mixture import load_rows
+from molcli.data.repeats import list_tokens
 from molcli.data.tokenizer import tokenizer_fingerprint
 from molcli.errors import MolError
 from molcli.families.parent import Parent
@@ -75,7 +76,8 @@ def cache_logits(
             progress=progress,
         )
         count = math.ceil(len(plain) * repeats / (1 - repeats))
-        rows = plain.with_repeats(repeats, count=count, seed=config.seed, tokenizer=tokenizer)
+        tokens = list_tokens(tokenizer, vocabulary)
+        rows = plain.with_repeats(repeats, count=count, seed=config.seed, tokens=tokens)
         per_row = length * (top_k * 6 + 12)
         metadata = {
             "format": FORMAT,

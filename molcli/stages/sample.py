@@ -89,7 +89,7 @@ def _write(parent: Parent, config: SampleConfig, file: TextIO, progress: Progres
     batch_size = config.batch_size
     if batch_size == "auto":
         batch_size = _largest_batch(model, config.length)
-    repeats = _Repeats(model, config, list_tokens(tokenizer))
+    repeats = _Repeats(model, config, list_tokens(tokenizer, model.config.vocab_size))
     tokens = num_documents = 0
     while tokens < config.tokens:
         # As many documents as are needed at the mean length so far. A batch takes as many steps as

@@ -126,7 +126,7 @@ def test_text_without_different_keys_has_no_pairs() -> None:
 def test_without_a_tokenizer_a_rare_token_of_the_text_is_the_separator() -> None:
     text = np.arange(512, dtype=np.int32) % 50
     text[100] = 99
-    row = pairs_row(text, text + OTHER, generator(0), list_tokens(None))
+    row = pairs_row(text, text + OTHER, generator(0), list_tokens(None, 512))
     assert row is not None
     assert (row == 99).sum() >= 8
 
@@ -155,8 +155,9 @@ def test_lists_never_have_the_form_of_the_recall_test(tmp_path: Path) -> None:
             file.write(json.dumps({"text": "".join(lines) + "".join(plain) + "."}) + "\n")
     assert (line := re.compile(r"[a-z]+: [a-z]+\n")).search("".join(lines))
     corpus = load_rows(str(path), tokenizer, vocab_size=300, length=512, seed=0)
-    tokens = list_tokens(tokenizer)
-    assert (tokens.separator, tokens.avoided) == (4, (0, 1, 2))
+    tokens = list_tokens(tokenizer, 300)
+    assert (tokens.separator, tokens.avoided) == (4, (0, 1, 2, 4))
+    assert list_tokens(tokenizer, 4).separator is None  # not a token of the model
     for number in range(40):
         text = corpus.select(slice(number, number + 1)).input_ids[0].numpy()
         row = pairs_row(text, np.full_like(text, OTHER), generator(number), tokens)
@@ -187,7 +188,7 @@ def test_the_share_of_rows_is_the_setting_and_the_others_stay_as_they_were(
     tmp_path: Path, folder_of: Callable[..., Path]
 ) -> None:
     plain = plain_corpus(tmp_path, folder_of)
-    mixed = plain.with_repeats(0.25, count=50, seed=0, tokenizer=None)
+    mixed = plain.with_repeats(0.25, count=50, seed=0, tokens=ListTokens())
     index = mixed.order(3).indices(0, 200)
     own = index < 50  # the rows of the first source
     assert next(iter(mixed.sources)) == "repeats" and int(own.sum()) == 50
@@ -210,7 +211,7 @@ def test_the_share_of_rows_is_the_setting_and_the_others_stay_as_they_were(
 
 def test_no_repeats_are_the_corpus_itself(tmp_path: Path, folder_of: Callable[..., Path]) -> None:
     plain = plain_corpus(tmp_path, folder_of)
-    same = plain.with_repeats(0.0, count=0, seed=0, tokenizer=None)
+    same = plain.with_repeats(0.0, count=0, seed=0, tokens=ListTokens())
     assert same is plain
 
 
@@ -220,7 +221,9 @@ def test_a_row_depends_on_data_seed_and_number_alone(
     plain = plain_corpus(tmp_path, folder_of)
 
     def rows(seed: int, corpus: Corpus = plain) -> RepeatedRows:
-        found = corpus.with_repeats(0.5, count=40, seed=seed, tokenizer=None).sources["repeats"]
+        found = corpus.with_repeats(0.5, count=40, seed=seed, tokens=ListTokens()).sources[
+            "repeats"
+        ]
         assert isinstance(found, RepeatedRows)
         return found
 
@@ -240,7 +243,7 @@ def test_a_row_depends_on_data_seed_and_number_alone(
 def test_a_source_called_repeats_keeps_its_name(tmp_path: Path) -> None:
     rows = pack([torch.arange(100, dtype=torch.int32)], 50, seed=None)
     corpus = Corpus({"repeats": rows}, {"repeats": 1.0})
-    mixed = corpus.with_repeats(0.5, count=2, seed=0, tokenizer=None)
+    mixed = corpus.with_repeats(0.5, count=2, seed=0, tokens=ListTokens())
     assert mixed.sources["repeats"] is rows and len(mixed.sources) == 2
 
 

@@ -14,6 +14,7 @@ from molcli.config.stages import Stage, section
 from molcli.data.logits import LogitCache, open_logits
 from molcli.data.mixture import Corpus, check_data, load_rows
 from molcli.data.packing import Batch, RowSource
+from molcli.data.repeats import list_tokens
 from molcli.data.tokenizer import open_tokenizer
 from molcli.errors import MolError
 from molcli.families.parent import Parent
@@ -123,7 +124,8 @@ def open_rows(
         progress=progress,
     )
     count = math.ceil(rows * stage.repeats)  # none of them comes twice
-    return corpus.with_repeats(stage.repeats, count=count, seed=config.seed, tokenizer=tokenizer)
+    tokens = list_tokens(tokenizer, vocab_size)
+    return corpus.with_repeats(stage.repeats, count=count, seed=config.seed, tokens=tokens)
 
 
 def check_stages(
