@@ -1,6 +1,7 @@
 """What recipe.yaml, calibration.json and receipts say of a conversion is what was in force."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import molcli
+from molcli.cli import main as command
 from molcli.config.recipe import load_recipe
 from molcli.files.tensors import TensorReader
 
@@ -118,3 +120,55 @@ def test_a_saved_recipe_repeats_its_conversion(
     readers = [TensorReader(folder) for folder in (one, two)]
     for name in readers[0].tensors:
         assert torch.equal(*(reader.read(name) for reader in readers)), name
+
+
+def test_a_conversion_is_fitted_to_the_text_that_the_recipe_trains_on(
+    tiny_parent: Callable[..., Path],
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where there is no other text; a mixture, too."""
+    parent, other = tiny_parent("llama"), tmp_path / "other.jsonl"
+    other.write_text(text.read_text())
+    mixture = {str(text): 3.0, str(other): 1.0}
+    settings = SETTINGS | {"train.data": mixture}
+
+    def calibration(name: str, **arguments: Any) -> dict[str, Any]:
+        out = tmp_path / name
+        molcli.upcycle(parent, out, **({"settings": settings, "progress": False} | arguments))
+        found: dict[str, Any] = read(out / "receipt.json")["calibration"]
+        saved = load_recipe(out / "recipe.yaml")
+        assert saved.calibrate.data == found["config"]["data"]
+        return found
+
+    trained_on = calibration("trained_on")
+    assert trained_on["config"]["data"] == mixture and trained_on["sampled"] is None
+    given = calibration("given", data=mixture, settings=SETTINGS)
+    assert given["data"] == trained_on["data"]  # the hash of the same rows
+    words = ["upcycle", parent, tmp_path / "command"]
+    words += [word for source, w in mixture.items() for word in ("--data", f"{source}={w}")]
+    words += [word for key, value in SETTINGS.items() for word in ("--set", f"{key}={value}")]
+    monkeypatch.setattr(sys, "argv", ["molcli", *map(str, words)])
+    with pytest.raises(SystemExit) as stop:
+        command.main()
+    assert stop.value.code == 0
+    by_command = read(tmp_path / "command" / "receipt.json")["calibration"]
+    assert (by_command["data"], by_command["config"]["data"]) == (trained_on["data"], mixture)
+    assert calibration("data", data=other)["config"]["data"] == str(other)
+    own = settings | {"calibrate.data": str(text)}
+    assert calibration("own", settings=own)["config"]["data"] == str(text)
+    alone = tmp_path / "calibration"
+    molcli.calibrate(parent, alone, settings=settings, progress=False)
+    assert read(alone / "calibration.json")["data"] == trained_on["data"]
+    sampled = calibration("sampled", settings=settings | {"train.data": None})
+    assert sampled["config"]["data"] is None and sampled["sampled"]
+
+
+def test_text_to_train_on_is_not_read_where_nothing_is_fitted(
+    tiny_parent: Callable[..., Path], tmp_path: Path
+) -> None:
+    settings = SETTINGS | {"train.data": "gone.jsonl", "upcycle.method": "random"}
+    molcli.upcycle(tiny_parent("llama"), tmp_path / "out", settings=settings, progress=False)
+    assert read(tmp_path / "out" / "receipt.json")["calibration"] is None
+    assert load_recipe(tmp_path / "out" / "recipe.yaml").calibrate.data is None

@@ -48,7 +48,10 @@ def upcycle(
     Args:
         parent: The dense model: a folder with safetensors, a Hub id, or a .gguf file.
         out: The folder to write; must not exist.
-        data: Text to fit the thin blocks to. Without it, text is sampled from the parent.
+        data: Text to fit the thin blocks to, several sources mixed by weight. Without it, that of
+            calibrate.data in the recipe, else of train.data, so that the blocks are fitted to what
+            they are trained on, else text sampled from the parent. A part of it repeats itself
+            (calibrate.repeats).
         preset: The active part of a layer's weights: "quality" 75%, "balanced" 52.5%, "fast" 37.5%.
         calibration: A folder that `calibrate` wrote for this parent, in place of `data`.
         recipe: A .yaml file, the name of a bundled recipe, or a loaded recipe.
@@ -78,6 +81,8 @@ def upcycle(
 
     # A recipe that does not fit the parent is refused here, before the long calibration.
     needed = needs_text(mol_config(dense, found.upcycle), found.upcycle)
+    if needed and calibration is None:
+        found = _with_train_data(found)
     folder = None if calibration is None else Path(calibration)
     with hidden_folder(out, SCRATCH) as scratch:  # /tmp is often small
         # Text is not sampled for blocks that are not fitted to it. Their receipt then has no
@@ -183,7 +188,9 @@ def calibrate(
     Args:
         parent: The dense model: a folder with safetensors, a Hub id, or a .gguf file.
         out: The folder to write; must not exist.
-        data: Text. Without it, text is sampled from the parent.
+        data: Text, several sources mixed by weight. Without it, that of calibrate.data in the
+            recipe, else of train.data, else text sampled from the parent. A part of it repeats
+            itself (calibrate.repeats).
         recipe: A .yaml file, the name of a bundled recipe, or a loaded recipe.
         settings: Values that replace those of the recipe.
         progress: Draw progress bars.
@@ -200,6 +207,7 @@ def calibrate(
     """
     out = Path(out)
     found = with_data(resolve_recipe("calibrate", recipe, settings, values), as_data(data))
+    found = _with_train_data(found)
     from molcli.files.folders import refuse_existing
     from molcli.files.hidden_folders import SCRATCH, hidden_folder
 
@@ -264,6 +272,11 @@ def with_data(recipe: Recipe, data: Data | None) -> Recipe:
     return replace(recipe, calibrate=replace(recipe.calibrate, data=data))
 
 
+def _with_train_data(recipe: Recipe) -> Recipe:
+    """Return the recipe with train.data as its calibrate.data, where that is null."""
+    return recipe if recipe.calibrate.data is not None else with_data(recipe, recipe.train.data)
+
+
 def _packed_text(
     source: SourceCheckpoint,
     recipe: Recipe,
@@ -326,12 +339,15 @@ def _as_sampled(parent: Parent, recipe: Recipe) -> Recipe:
 
 
 def _needed_sample(parent: Parent, recipe: Recipe) -> SampleConfig:
-    """recipe.sample, for as many tokens as a calibration needs, and with its seed."""
+    """recipe.sample, for as many tokens as a calibration needs, and with its seed.
+
+    Without repeats: a calibration makes its own, and its held-out text has none.
+    """
     config, length = recipe.calibrate, recipe.sample.length
     if length == type(recipe.sample).length:  # a default has to fit every parent
         length = min(length, parent.config.max_position_embeddings)
     tokens = config.tokens + config.heldout_tokens
-    return replace(recipe.sample, tokens=tokens, seed=config.seed, length=length)
+    return replace(recipe.sample, tokens=tokens, seed=config.seed, length=length, repeats=0.0)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

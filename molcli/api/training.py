@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # these import torch, or take time to import
 
 # The keys of the train section that a plan leaves as they are.
 _KEPT_BY_A_PLAN = (
-    *("data", "tokens", "seed", "precision", "compile", "gradient_checkpointing"),
+    *("data", "repeats", "tokens", "seed", "precision", "compile", "gradient_checkpointing"),
     *("checkpoint_every", "log_every", "max_skipped", "trackers"),
 )
 

@@ -14,7 +14,8 @@ def calibrate(
 ) -> None:
     """Run text through the parent and keep the statistics that `upcycle` fits to.
 
-    Without --data or calibrate.data in the recipe, text is sampled from the parent.
+    The text is that of --data, else of calibrate.data or of train.data in the recipe, else sampled
+    from the parent. A part of it repeats itself (calibrate.repeats).
     """
     api.calibrate(parent, out, data=data_for(data), recipe=recipe, settings=overrides or ())
     say(f"Calibration in {out}")

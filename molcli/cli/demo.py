@@ -103,7 +103,8 @@ def _run_stages(dense: "DenseParent", settings: "Recipe", state: DemoState) -> N
     def sample() -> None:
         drawn = out / "drawn.jsonl"
         if not drawn.exists():
-            api.sample(dense, drawn, recipe=settings, tokens=seen + unseen)
+            # Without repeats: a part of it is held out.
+            api.sample(dense, drawn, recipe=settings, tokens=seen + unseen, repeats=0.0)
         remove_leftovers(drawn)
         _split(drawn, heldout, unseen, text)
 

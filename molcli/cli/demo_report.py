@@ -109,8 +109,9 @@ def show(figures: dict[str, Any], out: Path, parent: str) -> None:
     printer.print(
         f"{len(converted)} of {figures['layers']['of']} layers converted "
         f"({_ranges(converted)}), fitted on {tokens['calibration']:,} tokens, trained on "
-        f"{tokens['training']:,} ({tokens['training'] / tokens['text']:.1f} passes over "
-        f"{tokens['text']:,}), in {_minutes(figures['seconds']['total'])} on {figures['device']}.",
+        f"{tokens['training']:,} ({tokens['training'] / tokens['text']:.1f} times the "
+        f"{tokens['text']:,} of its text), in {_minutes(figures['seconds']['total'])} on "
+        f"{figures['device']}.",
     )
     for name, text in figures["continuations"].items():
         words = printable(" ".join(text.split()))

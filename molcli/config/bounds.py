@@ -59,7 +59,20 @@ class Between:
         return f"{self.lowest} to {self.highest}"
 
 
-Bound = AtLeast | Above | Between
+@dataclass(frozen=True)
+class Below:
+    """A number from 0 to less than `limit`."""
+
+    limit: float
+
+    def holds(self, value: float) -> bool:
+        return 0 <= value < self.limit
+
+    def allowed(self, value: float) -> str:
+        return f"0 or more, and less than {self.limit}"
+
+
+Bound = AtLeast | Above | Between | Below
 Count = Annotated[int, AtLeast(1, MOST_TOKENS)]
 Natural = Annotated[int, AtLeast(0, MOST_TOKENS)]
 Size = Annotated[int, AtLeast(1, LARGEST_SIZE)]
@@ -70,6 +83,8 @@ Length = Annotated[int, AtLeast(2, LARGEST_SIZE)]
 """Of a sequence: with fewer tokens, there is nothing to predict."""
 Seed = Annotated[int, AtLeast(0, LARGEST_SEED)]
 Fraction = Annotated[float, Between(0, 1)]
+Part = Annotated[float, Below(1)]
+"""Of a whole, some of which is always left."""
 Positive = Annotated[float, Above(0)]
 NonNegative = Annotated[float, AtLeast(0)]
 
@@ -77,7 +92,8 @@ NonNegative = Annotated[float, AtLeast(0)]
 def check(name: str, value: float, bound: Bound) -> None:
     """Raise MolError if the value, called `name` by the user, is out of range."""
     if not bound.holds(value):
-        raise MolError(f"`{name}` is {shown(value)}", allowed=bound.allowed(value))
+        hint = f"{name}={bound.limit / 4}" if isinstance(bound, Below) else ""
+        raise MolError(f"`{name}` is {shown(value)}", allowed=bound.allowed(value), hint=hint)
 
 
 def check_fields(name: str, values: Any, kind: Any) -> None:

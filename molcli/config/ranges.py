@@ -12,7 +12,7 @@ from molcli.config.sections import (
     UpcycleConfig,
 )
 from molcli.config.shown import cut, shown
-from molcli.config.stages import merged
+from molcli.config.stages import SHORTEST_REPEATS, merged
 from molcli.errors import MolError
 
 
@@ -31,6 +31,7 @@ def validate(recipe: Recipe) -> None:
             "convert.gated_deltanet", recipe.convert.gated_deltanet, "convert.gated_deltanet=none"
         )
     _check_weights("calibrate.data", recipe.calibrate.data)
+    _check_repeats("calibrate", recipe.calibrate.repeats, recipe.calibrate.context_length)
     _check_sample(recipe.sample)
     _check_train(recipe.train)
     _check_evaluate(recipe.evaluate)
@@ -80,11 +81,25 @@ def _check_upcycle(c: UpcycleConfig) -> None:
 
 
 def _check_sample(c: SampleConfig) -> None:
+    _check_repeats("sample", c.repeats, c.length, "length")
     if c.prompt_length is not None and c.prompt_length >= c.length:
         raise MolError(
             f"`sample.prompt_length` is {c.prompt_length}, `sample.length` {c.length}",
             allowed=f"prompts shorter than documents, 1 to {c.length - 1} tokens",
             hint=f"sample.length={2 * c.prompt_length}",
+        )
+
+
+def _check_repeats(
+    section: str, repeats: float | None, length: int, key: str = "context_length"
+) -> None:
+    """key: of the length of a row."""
+    if repeats and length < SHORTEST_REPEATS:
+        raise MolError(
+            f"`{section}.repeats` is {repeats}, `{section}.{key}` {length}",
+            allowed=f"{SHORTEST_REPEATS} tokens or more, which have room to repeat themselves, or "
+            "no repeats",
+            hint=f"{section}.repeats=0",
         )
 
 
@@ -113,6 +128,7 @@ def _check_stage(name: str, c: TrainConfig) -> None:
     """Check the values that a stage may set."""
     check_fields(name, c, StageConfig)
     _check_weights(f"{name}.data", c.data)
+    _check_repeats(name, c.repeats, c.context_length)
     if c.batch_size % c.micro_batch_size:
         size = c.micro_batch_size
         raise MolError(

@@ -14,6 +14,7 @@ from molcli.config.bounds import (
     Length,
     Natural,
     NonNegative,
+    Part,
     Positive,
     Rows,
     Seed,
@@ -135,7 +136,10 @@ class ConvertConfig:
 class CalibrateConfig:
     """The text that a conversion is fitted to.
 
-    data: a source or a mapping from sources to weights; null samples text from the parent.
+    data: a source or a mapping from sources to weights. null is train.data in `upcycle` and
+        `calibrate`, and text sampled from the parent where that is null, too.
+    repeats: part of the sequences that repeat themselves, as in the train section; null is 0.25.
+        Held-out text has none, nor have sequences of fewer than 48 tokens.
     tokens: calibration tokens, from the beginning of the data.
     heldout_tokens: further tokens, not used by any fit, for the receipt.
     context_length: tokens in a calibration sequence.
@@ -143,6 +147,7 @@ class CalibrateConfig:
     """
 
     data: Data | None = None
+    repeats: Part | None = None
     tokens: Count = 65_536
     heldout_tokens: Count = 8_192
     context_length: Length = 512
@@ -161,6 +166,8 @@ class SampleConfig:
     prompts: a source of text as in train.data, whose documents begin the sampled ones, in order and
         from the first again when they run out. null begins with the parent's BOS alone.
     prompt_length: tokens of a prompt to use, at most; null uses all of them.
+    repeats: part of the tokens in documents that repeat text of the others, as rows do in the train
+        section: for use outside of molcli, whose training and calibration make their own.
     """
 
     tokens: Count = 100_000
@@ -169,6 +176,7 @@ class SampleConfig:
     temperature: Positive = 1.0
     prompts: str | None = None
     prompt_length: Size | None = None
+    repeats: Part = 0.0
     seed: Seed = 0
 
 
@@ -184,6 +192,7 @@ class StageConfig:
     kind: Literal["align", "distill", "pretrain"]
     data: Data | None = None
     tokens: Count | None = None
+    repeats: Part | None = None
     context_length: Length | None = None
     batch_size: Rows | None = None
     micro_batch_size: Rows | None = None
@@ -206,6 +215,11 @@ class TrainConfig:
 
     data: a source or a mapping from sources to weights such as {a.jsonl: 0.7, b.txt: 0.3}; --data
         on the command line replaces it. A source that runs out begins again, in another order.
+    repeats: part of the rows that repeat themselves, so that the model goes on to look things up in
+        its context: passages that come back after other text, and lists of pairs that come back in
+        another order. They are made from the data while it is read, from all sources by weight.
+        null is 0.25 in stages of kind distill, and 0 in others. Rows of fewer than 48 tokens never
+        repeat themselves. Rows of `logits` are as `cache-logits` made them, which reads this key.
     logits: a folder of `molcli data cache-logits`, which replaces data and parent in stages without
         data of their own. Not for align, and only at temperature 1.
     tokens: training tokens of the whole run.
@@ -247,6 +261,7 @@ class TrainConfig:
     """
 
     data: Data | None = None
+    repeats: Part | None = None
     logits: str | None = None
     tokens: Count = 1_000_000
     context_length: Length = 512

@@ -6,6 +6,10 @@ from typing import Literal
 from molcli.config.sections import StageConfig, TrainConfig
 
 Kind = Literal["align", "distill", "pretrain"]
+REPEATS = 0.25
+"""What `repeats: null` means where rows can hold text that repeats itself."""
+SHORTEST_REPEATS = 48
+"""Tokens of the shortest row that can."""
 
 
 @dataclass(frozen=True)
@@ -17,6 +21,30 @@ class Stage:
 
     kind: Kind
     settings: TrainConfig
+
+    @property
+    def repeats(self) -> float:
+        """The share of rows that repeat themselves: `repeats`, or the number that null means.
+
+        Cached logits have their own rows, hence 0.
+        """
+        if self.settings.logits is not None:
+            return 0.0
+        default = REPEATS if self.kind == "distill" else 0.0
+        return repeats_in_force(self.settings.repeats, self.settings.context_length, default)
+
+
+def repeats_in_force(repeats: float | None, length: int, default: float = REPEATS) -> float:
+    """Return the share of rows that repeat themselves; 0 where they are too short.
+
+    Args:
+        repeats: As the recipe has it; null is the default.
+        length: Tokens in a row.
+        default: See there.
+    """
+    if length < SHORTEST_REPEATS:
+        return 0.0
+    return default if repeats is None else repeats
 
 
 def resolve(train: TrainConfig, *, has_parent: bool) -> list[Stage]:

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from molcli.data.documents import read_documents
 from molcli.data.order import MixedOrder, MixtureSchedule
 from molcli.data.packing import Batch, RowSource, TokenRows, pack
+from molcli.data.repeats import ListTokens, RepeatedRows
 from molcli.data.token_folder import load_folder_rows, read_token_folder
 from molcli.data.tokenizer import tokenize
 from molcli.progress import Progress, phase, silent
@@ -205,6 +206,31 @@ class Corpus:
             share = self.shares.get(name, 1.0)
             found[name] = None if share is None else round(share * count / len(rows), 3)
         return found
+
+    def with_repeats(self, share: float, *, count: int, seed: int, tokens: ListTokens) -> "Corpus":
+        """Add a source "repeats", of rows that repeat themselves; see `repeats`.
+
+        It comes first: what is left of `order` are the same rows in the same order as without it.
+
+        Args:
+            share: Its part of the rows, 0 or more, less than 1. 0 adds nothing.
+            count: Its number of rows, which are made when they are read.
+            seed: Of its rows.
+            tokens: To write lists of pairs with.
+        """
+        if share == 0:
+            return self
+        name = "repeats"
+        while name in self.sources:  # a file or folder may have this name
+            name = f"({name})"
+        length = self.select(slice(0, 1)).input_ids.shape[1]
+        own = (self, self._sizes(), self._schedule(), count, length, seed, tokens)
+        weight = share / (1 - share) * sum(self.weights.values())
+        return Corpus(
+            {name: RepeatedRows(*own), **self.sources},
+            {name: weight, **self.weights},
+            {name: None, **self.shares},  # nothing is passed over: the rows are new ones
+        )
 
     def without_repeats(self) -> TokenRows:
         """Load rows mixed by weight until the first source is exhausted; no row repeats."""

@@ -19,9 +19,11 @@ from transformers import PreTrainedTokenizerBase
 
 from molcli.config.bounds import check_fields
 from molcli.config.sections import CalibrateConfig, Recipe, SampleConfig
+from molcli.config.stages import repeats_in_force
 from molcli.data.checked import SUM, sum_of
 from molcli.data.mixture import load_rows
 from molcli.data.packing import TokenRows
+from molcli.data.repeats import list_tokens, with_repeats
 from molcli.errors import MolError
 from molcli.families.parent import Parent
 from molcli.files.checksums import file_sha256
@@ -66,7 +68,8 @@ class Calibration:
 
         calibrate.seed stays: what uses a calibration draws from its own seed.
         """
-        calibrate = self.about["config"] | {"seed": recipe.calibrate.seed}
+        # Calibrations of earlier versions do not know of repeats, and have none.
+        calibrate = {"repeats": 0.0, **self.about["config"], "seed": recipe.calibrate.seed}
         sampled = self.about.get("sampled")
         return replace(
             recipe,
@@ -143,7 +146,8 @@ def split_text(
 ) -> tuple[TokenRows, TokenRows]:
     """Read config.data once and split it into rows to fit on and rows held out.
 
-    The held-out rows come last.
+    The held-out rows come last, and are as they were read. Of the rows to fit on, a part
+    (`config.repeats`) repeats itself, made from these rows alone.
 
     Raises:
         MolError: if there is no text, too little for one row of each, or if the held-out rows
@@ -178,7 +182,10 @@ def split_text(
             allowed="documents of 2 tokens or more",
             hint="give longer documents, or more calibrate.heldout_tokens",
         )
-    return rows.select(slice(0, first)), kept
+    share = repeats_in_force(config.repeats, config.context_length)
+    tokens = list_tokens(tokenizer, vocab_size)
+    fit = with_repeats(rows.select(slice(0, first)), share, config.seed, tokens)
+    return fit, kept
 
 
 def text_hash(fit: TokenRows, heldout: TokenRows) -> str:

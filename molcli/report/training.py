@@ -64,7 +64,7 @@ def training_page(lines: Sequence[Line], config: TrainConfig) -> str:
 
 def stages_table(stages: list[Stage], title: str) -> Table:
     """Build a table with the settings of each stage, one line per stage."""
-    columns = ("stage", "tokens", "context", "batch", "lr", "lr of new", "trains")
+    columns = ("stage", "tokens", "context", "batch", "repeats", "lr", "lr of new", "trains")
     rows = new_table(title, columns, text=("stage",), no_wrap=True)
     for number, stage in enumerate(stages):
         s = stage.settings
@@ -73,6 +73,7 @@ def stages_table(stages: list[Stage], title: str) -> Table:
             f"{s.tokens:,}",
             f"{s.context_length:,}",
             f"{s.batch_size:,}",
+            f"{stage.repeats:.0%}",
             f"{s.learning_rate:.2g}",
             f"{s.new_learning_rate:.2g}",
             "mol" if stage.kind == "align" else s.trainable,
@@ -88,6 +89,7 @@ def estimate_tables(estimate: Estimate) -> list[Table]:
         "parameters": [millions(estimate.total)] * len(estimate.stages),
         "active": [millions(estimate.active)] * len(estimate.stages),
         "trainable": [millions(stage.trainable) for stage in estimate.stages],
+        "repeats": [f"{stage.stage.repeats:.0%} of rows" for stage in estimate.stages],
         "FLOPs a token": [f"{stage.flops / 1e9:,.3g}G" for stage in estimate.stages],
         "steps": [f"{stage.steps:,}" for stage in estimate.stages],
         "tokens/s": [f"{stage.tokens_per_second:,.0f}" for stage in estimate.stages],

@@ -1,13 +1,16 @@
 """Cache logits: store the parent's most likely next tokens on a text, for many trainings."""
 
+import math
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from molcli.config.sections import Data, TrainConfig
+from molcli.config.stages import repeats_in_force
 from molcli.data.logits import FORMAT, SHARD_BYTES, cache_folder, write_logits
 from molcli.data.mixture import load_rows
+from molcli.data.repeats import list_tokens
 from molcli.data.tokenizer import tokenizer_fingerprint
 from molcli.errors import MolError
 from molcli.families.parent import Parent
@@ -38,9 +41,9 @@ def cache_logits(
     Args:
         parent: the dense model.
         data: source of the text.
-        config: of the training; context_length, seed, precision, tokens and micro_batch_size
-            (rows per forward pass) matter. Data of fewer than `tokens` tokens is cached once;
-            training repeats it.
+        config: of the training; context_length, seed, precision, tokens, repeats and
+            micro_batch_size (rows per forward pass) matter. Data of fewer than `tokens` tokens is
+            cached once, with its part of rows that repeat themselves; training repeats both.
         out: folder of the cache.
         top_k: number of tokens to store for each position.
         resume: continue a stopped run.
@@ -61,15 +64,20 @@ def cache_logits(
     parent.check_context(length, "train.context_length")
     with cache_folder(out, resume=resume):  # before anything is read
         step_tokens = config.batch_size * length  # a training rounds its tokens up to whole steps
-        rows = load_rows(
+        num_rows = -(-config.tokens // step_tokens) * config.batch_size
+        repeats = repeats_in_force(config.repeats, length)
+        plain = load_rows(
             data,
             tokenizer,
             vocab_size=vocabulary,
             length=length,
-            limit=-(-config.tokens // step_tokens) * step_tokens,
+            limit=math.ceil(num_rows * (1 - repeats)) * length,
             seed=config.seed,
             progress=progress,
         )
+        count = math.ceil(len(plain) * repeats / (1 - repeats))
+        tokens = list_tokens(tokenizer, vocabulary)
+        rows = plain.with_repeats(repeats, count=count, seed=config.seed, tokens=tokens)
         per_row = length * (top_k * 6 + 12)
         metadata = {
             "format": FORMAT,

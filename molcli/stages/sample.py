@@ -19,7 +19,10 @@ from transformers import (
 )
 
 from molcli.config.sections import SampleConfig
+from molcli.config.stages import repeats_in_force
 from molcli.data.documents import read_documents
+from molcli.data.packing import TokenRows, pack
+from molcli.data.repeats import ListTokens, generator_of, list_tokens, repeat_row
 from molcli.data.tokenizer import refuse_tokenizer_errors, tokenize
 from molcli.errors import MolError
 from molcli.families.parent import Parent
@@ -45,10 +48,12 @@ def sample(parent: Parent, config: SampleConfig, out: Path, progress: Progress =
     `input_ids`, and `text` without special tokens if the parent has a tokenizer. The same seed
     gives the same file on the same machine. A failed run leaves no file.
 
+    Documents of config.repeats come among the others, and repeat what others of their batch say.
+
     Args:
         parent: the dense model.
-        config: prompts, tokens to write in all, length of a document, temperature, seed and batch
-            size.
+        config: prompts, tokens to write in all, length of a document, temperature, repeats, seed
+            and batch size.
         out: file to write.
         progress: called with written and total tokens.
 
@@ -84,12 +89,13 @@ def _write(parent: Parent, config: SampleConfig, file: TextIO, progress: Progres
     batch_size = config.batch_size
     if batch_size == "auto":
         batch_size = _largest_batch(model, config.length)
+    repeats = _Repeats(model, config, list_tokens(tokenizer, model.config.vocab_size))
     tokens = num_documents = 0
     while tokens < config.tokens:
         # As many documents as are needed at the mean length so far. A batch takes as many steps as
         # its longest document has tokens, however few documents there are.
-        length = tokens / num_documents if num_documents else config.length
-        count = min(batch_size, ceil((config.tokens - tokens) / length))
+        length = repeats.tokens_before / num_documents if num_documents else config.length
+        count = min(batch_size, ceil((config.tokens - tokens) * (1 - repeats.share) / length))
         starts = list(islice(prompts, count))
         num_documents += count
 
@@ -101,13 +107,52 @@ def _write(parent: Parent, config: SampleConfig, file: TextIO, progress: Progres
 
         with sdpa_kernel(_BACKENDS):
             documents = _sample_batch(model, starts, config, generator, report)
-        for ids in documents:
+        for ids in repeats.among(documents):
             row: dict[str, object] = {"input_ids": ids}
             if tokenizer is not None:
                 with refuse_tokenizer_errors("the parent's tokenizer fails on sampled tokens"):
                     row["text"] = tokenizer.decode(ids, skip_special_tokens=True)
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             tokens += len(ids)
+
+
+class _Repeats:
+    """Adds documents that repeat themselves to sampled ones.
+
+    Attributes:
+        share: their part of the tokens.
+        tokens_before: sampled so far.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: SampleConfig, tokens: ListTokens) -> None:
+        self.share = repeats_in_force(config.repeats, config.length)
+        self.tokens_before = 0
+        self._made = 0
+        self._length, self._seed = config.length, config.seed
+        self._start, self._list_tokens = _start_token(model.config), tokens
+        self._outer = {self._start, *end_tokens(model)}
+
+    def among(self, documents: list[list[int]]) -> Iterator[list[int]]:
+        """Yield the documents in order, and behind some of them one that repeats their text."""
+        rows = self._rows(documents) if self.share else None
+        for ids in documents:
+            yield ids
+            self.tokens_before += len(ids)
+            due = self.share / (1 - self.share) * self.tokens_before
+            while rows is not None and self._made * self._length < due:
+                generator = generator_of(self._seed, self._made)
+                drawn = torch.randint(len(rows), (2,), generator=generator)
+                text, between = (rows.select(index) for index in drawn.split(1))
+                row = repeat_row(self._made, text, between, generator, self._list_tokens)
+                self._made += 1
+                yield [self._start, *row.tolist()]
+
+    def _rows(self, documents: list[list[int]]) -> TokenRows | None:
+        """Text without the tokens that begin and end documents; None if it fills no row."""
+        inner = [[token for token in ids if token not in self._outer] for ids in documents]
+        texts = [torch.tensor(ids, dtype=torch.int32) for ids in inner]
+        length = self._length - 1  # the start token is the first
+        return pack(texts, length, seed=None) if sum(map(len, texts)) >= length else None
 
 
 def _largest_batch(model: PreTrainedModel, length: int) -> int:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from molcli.config.sections import CalibrateConfig
+from molcli.config.sections import CalibrateConfig, Recipe
 from molcli.errors import MolError
 from molcli.families.parent import open_parent
 from molcli.files import resumable
@@ -104,6 +104,31 @@ def test_each_row_is_used_once(
     about = json.loads((out / "calibration.json").read_text())
     assert (about["tokens"], about["heldout_tokens"]) == (96, 32)
     assert about["config"]["context_length"] == 16
+
+
+def test_a_part_of_the_text_to_fit_on_repeats_itself(
+    tmp_path: Path, tiny_parent: Callable[..., Path], text: Callable[..., str]
+) -> None:
+    """It is made of that text alone, and the text held out is as it was read."""
+    parent = open_parent(tiny_parent("llama"))
+    config = replace(CONFIG, data=text(*[40] * 60), context_length=64, tokens=1280)
+    config = replace(config, heldout_tokens=320)
+    tokens = {}
+    for name, share in {"null": None, "quarter": 0.25, "half": 0.5, "none": 0.0}.items():
+        calibrate(parent, replace(config, repeats=share), tmp_path / name)
+        tokens[name] = load_file(tmp_path / name / "tokens.safetensors")
+        found = open_calibration(tmp_path / name, parent)  # moments and sums fit
+        assert (len(found.fit), len(found.heldout)) == (20, 5)
+        repeats = ~found.fit.document_ids.any(dim=1)
+        assert int(repeats.sum()) == {"half": 10, "none": 0}.get(name, 5)
+        assert torch.equal(found.heldout.input_ids, tokens["null"]["heldout.input_ids"])
+        assert found.heldout.document_ids.any(dim=1).all()
+        for row, is_repeat in zip(found.fit.input_ids, repeats, strict=True):
+            windows = row.unfold(0, 3, 1).tolist()
+            assert (len({*map(tuple, windows)}) < len(windows)) == bool(is_repeat)
+    assert torch.equal(tokens["null"]["fit.input_ids"], tokens["quarter"]["fit.input_ids"])
+    same = (tokens["null"]["fit.input_ids"] == tokens["none"]["fit.input_ids"]).all(dim=1)
+    assert int(same.sum()) == 15
 
 
 def test_half_of_a_short_text_is_held_out(
@@ -305,7 +330,12 @@ def test_a_calibration_of_an_earlier_version_is_read(
     parent, out = open_parent(tiny_parent("llama")), tmp_path / "out"
     calibrate(parent, replace(CONFIG, data=text(200)), out)
     without_sums(out)
-    assert open_calibration(out, parent).fit.tokens == 96
+    about = json.loads((out / "calibration.json").read_text())
+    del about["config"]["repeats"]
+    (out / "calibration.json").write_text(json.dumps(about))
+    found = open_calibration(out, parent)
+    assert found.fit.tokens == 96
+    assert found.in_force(Recipe()).calibrate.repeats == 0  # what it has, not the default
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])

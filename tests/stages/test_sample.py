@@ -3,6 +3,8 @@
 import json
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -61,6 +63,37 @@ def test_the_seed_decides(tiny_parent: Callable[..., Path], tmp_path: Path) -> N
     for file, seed in zip(files, (0, 0, 1), strict=True):
         sample(parent, SampleConfig(tokens=100, length=20, batch_size=3, seed=seed), file)
     assert files[0].read_bytes() == files[1].read_bytes() != files[2].read_bytes()
+
+
+def test_a_part_of_the_tokens_may_repeat_the_others(
+    tiny_parent: Callable[..., Path], tmp_path: Path
+) -> None:
+    parent = open_parent(tiny_parent("llama"))
+    config = SampleConfig(tokens=6000, length=96, batch_size=20)
+    files = {}
+    for name, share in {"plain": 0.0, "mixed": 0.4, "again": 0.4}.items():
+        sample(parent, replace(config, repeats=share), tmp_path / f"{name}.jsonl")
+        files[name] = (tmp_path / f"{name}.jsonl").read_text().splitlines()
+    assert files["mixed"] == files["again"]
+    found = [json.loads(line)["input_ids"] for line in files["mixed"]]
+    # The sampled documents are those of a run without, as far as they go.
+    whole = [ids for ids in found if len(set(triples(ids))) == len(ids) - 2]
+    doubled = [ids for ids in found if len(set(triples(ids))) < len(ids) - 8]
+    assert len(whole) + len(doubled) == len(found)
+    tokens = sum(map(len, found))
+    assert sum(map(len, doubled)) / tokens == pytest.approx(0.4, abs=96 / tokens)
+    assert 6000 <= tokens < 6000 + 2 * 96
+    said = {token for ids in whole for token in ids}
+    for ids in doubled:
+        assert len(ids) == 96 and ids[0] == 1 and 1 not in ids[1:] and 2 not in ids
+        assert set(ids) <= said
+    assert [json.loads(line)["input_ids"] for line in files["plain"]][:20] == whole[:20]
+    places = [i for i, ids in enumerate(found) if ids in doubled]
+    assert max(b - a for a, b in pairwise(places)) < 8  # they are spread
+
+
+def triples(ids: list[int]) -> list[tuple[int, ...]]:
+    return [tuple(ids[i : i + 3]) for i in range(len(ids) - 2)]
 
 
 def test_a_parent_without_tokenizer_gives_data_that_packs(

@@ -14,6 +14,7 @@ from molcli.config.stages import Stage, section
 from molcli.data.logits import LogitCache, open_logits
 from molcli.data.mixture import Corpus, check_data, load_rows
 from molcli.data.packing import Batch, RowSource
+from molcli.data.repeats import list_tokens
 from molcli.data.tokenizer import open_tokenizer
 from molcli.errors import MolError
 from molcli.families.parent import Parent
@@ -89,7 +90,7 @@ def open_logit_cache(
 
 
 def open_rows(
-    config: TrainConfig,
+    stage: Stage,
     cache: LogitCache | None,
     checkpoint: Path,
     vocab_size: int,
@@ -98,7 +99,7 @@ def open_rows(
     """Open the rows of a stage.
 
     Args:
-        config: of the stage.
+        stage: kind and settings.
         cache: has the rows of stages with `logits`.
         checkpoint: has the tokenizer.
         vocab_size: of the model.
@@ -107,19 +108,24 @@ def open_rows(
     Raises:
         MolError: for data that cannot be read.
     """
+    config = stage.settings
     if config.logits is not None:
         assert cache is not None
         return cache.corpus()
     assert config.data is not None
-    return load_rows(
+    tokenizer, rows = open_tokenizer(checkpoint), num_steps(config) * config.batch_size
+    corpus = load_rows(
         config.data,
-        open_tokenizer(checkpoint),
+        tokenizer,
         vocab_size=vocab_size,
         length=config.context_length,
-        limit=num_steps(config) * tokens_per_step(config),
+        limit=rows * config.context_length,
         seed=config.seed,
         progress=progress,
     )
+    count = math.ceil(rows * stage.repeats)  # none of them comes twice
+    tokens = list_tokens(tokenizer, vocab_size)
+    return corpus.with_repeats(stage.repeats, count=count, seed=config.seed, tokens=tokens)
 
 
 def check_stages(

@@ -49,7 +49,8 @@ DATA = "the data"  # key of an identity: the fingerprint of the current stage's 
 # or only the order of sums, as another number of processes or compiled code does (and the number of
 # rows over which CV^2 is computed).
 _FREE_SETTINGS = (
-    *("data", "logits", "checkpoint_every", "log_every", "max_skipped", "trackers"),
+    # The fingerprint of the data tells other repeats from the same ones.
+    *("data", "repeats", "logits", "checkpoint_every", "log_every", "max_skipped", "trackers"),
     *("micro_batch_size", "gradient_checkpointing", "compile", "sharding"),
 )
 _SHOWN = 8  # differences between two runs, in a message

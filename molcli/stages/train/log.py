@@ -50,7 +50,7 @@ class TrainLog:
         not_finite: where the first non-finite value of the window's last skipped step is, or which
             mean over the window is not finite, or null.
         passes: over each source of the stage's data, since the stage began; null for a source of
-            which the run reads a part of unknown size.
+            which the run reads a part of unknown size, and for "repeats", whose rows are new ones.
     All numbers are finite: where one would not be, it is null, and not_finite names it.
 
     Attributes:

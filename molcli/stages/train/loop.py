@@ -202,7 +202,7 @@ def _train(
         if state.stage_step == num_steps(stage.settings):
             _refuse_without_steps(state, config, stage)
             continue
-        rows = open_rows(stage.settings, cache, checkpoint, model.config.vocab_size, progress)
+        rows = open_rows(stage, cache, checkpoint, model.config.vocab_size, progress)
         identity[DATA] = rows.fingerprint()
         if resumed is not None:
             check_same_run(resumed, identity)

@@ -116,7 +116,7 @@ def test_without_a_recipe_the_plan_is_printed_and_carried_out(
     assert molcli(monkeypatch, *words, "--dry-run") == 0
     said = capsys.readouterr().out
     assert not out.exists()
-    for word in ("0 align", "1 distill", "activations", "parent", "hours", "trainable"):
+    for word in ("0 align", "1 distill", "activations", "parent", "hours", "trainable", "repeats"):
         assert word in said
     assert molcli(monkeypatch, *words) == 0
     assert "Stages planned for 320 tokens" in capsys.readouterr().out
