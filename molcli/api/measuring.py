@@ -208,7 +208,7 @@ def plan(
     dense = open_parent(parent)
     text = open_calibration(Path(calibration), dense)
     converted = converted_config(dense.mol_config_kwargs(), found.upcycle)
-    layers = [i for i in range(converted.num_hidden_layers) if not converted.is_dense(i)]
+    layers = converted.converted_layers
     spectra = {}
     with bar("spectra", shown=progress) as report:
         for i, spectrum in layer_spectra(dense, text.moment, layers):

@@ -1,5 +1,7 @@
 """What a recipe's values must satisfy, beyond their types."""
 
+from typing import Any
+
 from molcli.config.bounds import LARGEST_SIZE, Above, Between, check, check_fields
 from molcli.config.sections import (
     Data,
@@ -47,6 +49,10 @@ def _check_upcycle(c: UpcycleConfig) -> None:
                 allowed="null where upcycle.num_shared_blocks is 0",
                 hint=f"upcycle.{key}=null",
             )
+    if c.blocks == "slices":
+        _check_slices(c)
+    if not isinstance(c.skipped_layers, str):
+        _check_layers("upcycle.skipped_layers", c.skipped_layers, "upcycle.skipped_layers=auto")
     if not isinstance(c.layers, str):
         _check_layers("upcycle.layers", c.layers, "upcycle.layers=all")
     if c.layers == "auto" and c.method != "fitted":
@@ -77,6 +83,31 @@ def _check_upcycle(c: UpcycleConfig) -> None:
             f"`upcycle.gated_deltanet` is auto, `upcycle.method` {c.method}: auto compares fits",
             allowed="all, none, every:N or a list of layers, where nothing is fitted",
             hint="upcycle.gated_deltanet=none",
+        )
+
+
+def _check_slices(c: UpcycleConfig) -> None:
+    """Refuse what slices do not have."""
+    only: dict[str, tuple[Any, ...]] = {
+        "num_shared_blocks": (1,),
+        "top_k": (None, min(1, c.num_blocks - 1)),
+        "method": ("fitted",),
+        "gated_deltanet": ("none",),
+        **dict.fromkeys(("d_thin", "num_heads_thin", "d_thin_shared", "num_heads_shared"), (None,)),
+    }
+    for key, allowed in only.items():
+        if (value := getattr(c, key)) not in allowed:
+            names = " or ".join("null" if x is None else str(x) for x in allowed)
+            raise MolError(
+                f"`upcycle.{key}` is {shown(value)}, `upcycle.blocks` slices",
+                allowed=f"{names} for slices, or upcycle.blocks=thin",
+                hint=f"upcycle.{key}={'null' if allowed[0] is None else allowed[0]}",
+            )
+    if c.layers == "auto":
+        raise MolError(
+            "`upcycle.layers` is auto, `upcycle.blocks` slices: auto compares thin blocks",
+            allowed="all, middle or a list; upcycle.skipped_layers=auto leaves layers out",
+            hint="upcycle.layers=all",
         )
 
 

@@ -39,6 +39,14 @@ PRESETS: tuple[Preset, ...] = get_args(Preset)
 class UpcycleConfig:
     """How a dense parent becomes a Mixture of Layers model.
 
+    blocks: "thin": blocks of their own width behind projections (arXiv 2605.09516). "slices": the
+        layer keeps its width and its attention. Its FFN neurons are divided: a shared slice runs on
+        every token, of the routed slices one on each token. Needs top_k null or 1, and one shared
+        block.
+    skipped_layers: parent layers that are left out, among those of `layers`: "none", a list, or
+        "auto", which is none for thin blocks. For slices it is the layers that change the residual
+        least (arXiv 2403.03853), two fifths of the fraction that the preset saves: six of thirty
+        layers for 50%. The other converted layers get the weights of those that are left out.
     preset: the shape of the blocks, by the fraction of the parent layer's weights that run on a
         token: "quality" 75%, "balanced" 52.5%, "fast" 37.5%. If none of the six numbers below is
         set, the shared blocks get seven tenths of it and all of the parent's heads, and the K
@@ -48,14 +56,17 @@ class UpcycleConfig:
         more where whole groups that share a key-value head need fewer weights. "quality" and "fast"
         choose width and neurons so that the A blocks have their fraction of the weights, with the
         fewest heads that hold all of the parent's.
-    num_blocks: thin blocks in a layer, shared ones included (N).
+        For slices the fractions are 75%, 50% and 37.5%, of which attention comes first, and a third
+        of the rest is the shared slice.
+    num_blocks: thin blocks or slices in a layer, shared ones included (N).
     num_shared_blocks: blocks that run on every token (S).
     top_k: routed blocks that run on a token, of the N - S (K). null is 1, or 2 where all blocks
         have one shape, and at most N - S.
     d_thin, d_ff_thin, num_heads_thin: shape of a thin block: width, a multiple of head_dim; FFN
         neurons; query heads, at most the parent's. null leaves them to the preset.
     d_thin_shared, d_ff_thin_shared, num_heads_shared: the same for shared blocks. If another of the
-        six is set, null is the value of a routed block.
+        six is set, null is the value of a routed block. Slices have d_ff_thin and d_ff_thin_shared
+        only.
     layers: the parent layers that become Mixture of Layers: "all", a list of indices, "middle" (the
         layers nearest to the middle of the model), or "auto" (the layers that cost least). The cost
         of a layer is KL(parent || model) with only that layer converted, its attention softmax, on
@@ -76,6 +87,8 @@ class UpcycleConfig:
         continuations loads the parent and the model, one after the other.
     """
 
+    blocks: Literal["thin", "slices"] = "thin"
+    skipped_layers: Literal["auto", "none"] | list[int] = "auto"
     preset: Preset = "balanced"
     num_blocks: Blocks = 9
     num_shared_blocks: int = 1
@@ -101,6 +114,8 @@ class UpcycleConfig:
         routed = (self.d_thin, self.d_ff_thin, self.num_heads_thin)
         shared = (self.d_thin_shared, self.d_ff_thin_shared, self.num_heads_shared)
         mixed = 0 < self.num_shared_blocks < self.num_blocks and self.top_k != 0
+        if self.blocks == "slices":
+            return False
         return mixed and all(number is None for number in routed + shared)
 
     @property
@@ -108,7 +123,8 @@ class UpcycleConfig:
         """top_k, or the number that null means."""
         if self.top_k is not None:
             return self.top_k
-        return min(1 if self.splits_shapes else 2, self.num_blocks - self.num_shared_blocks)
+        one = self.splits_shapes or self.blocks == "slices"
+        return min(1 if one else 2, self.num_blocks - self.num_shared_blocks)
 
 
 @dataclass(frozen=True)
@@ -240,6 +256,8 @@ class TrainConfig:
         loss (arXiv 2605.09516) with weight balance_weight. "none".
     start_top_k: routed blocks that run on a token at the start, falling linearly to the model's own
         number over top_k_fraction of all tokens; null keeps the model's.
+    routers: "train" trains routers and balances their loads, "keep" leaves them as they are, "auto"
+        keeps those of slices: their clusters are what the slices were made for.
     trainable: "mol" trains the Mixture of Layers layers alone and keeps the rest as inherited. On a
         model with dense layers below them, the backward pass then ends early.
     checkpoint_every: optimiser steps between checkpoints; 0 writes none.
@@ -282,6 +300,7 @@ class TrainConfig:
     bias_update_rate: NonNegative = 1e-3
     start_top_k: Count | None = None
     top_k_fraction: Fraction = 0.5
+    routers: Literal["auto", "train", "keep"] = "auto"
     trainable: Literal["all", "mol"] = "all"
     checkpoint_every: Natural = 200
     log_every: Count = 10

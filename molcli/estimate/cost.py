@@ -65,7 +65,7 @@ def conversion_cost(config: MoLConfig, tokens: int, heldout: int, gpu: Gpu) -> C
         heldout: further tokens that the result is measured on.
         gpu: the GPU that it runs on.
     """
-    converted = config.layer_structures.count("mixture")
+    converted = len(config.converted_layers)
     # Of shared and of routed blocks: the shape, the number of families and the number of blocks.
     kinds = (
         (shared_shape(config), config.num_shared_blocks, config.num_shared_blocks),

@@ -83,7 +83,7 @@ def training_flops(
         recompute: gradient checkpointing: one more forward pass through the layers that the
             backward pass reaches.
     """
-    dense = [config.is_dense(i) for i in range(config.num_hidden_layers)]
+    dense = [i not in config.converted_layers for i in range(config.num_hidden_layers)]
     trained = [trainable == "all" or not frozen for frozen in dense]
     flops = 0.0
     for i in range(config.num_hidden_layers):
@@ -111,10 +111,15 @@ def _head(config: MoLConfig) -> int:
 
 def _layer(config: MoLConfig, index: int, context_length: int) -> tuple[_Cost, _Cost]:
     """Cost of a layer if every block ran, and with its active blocks."""
-    if config.is_dense(index):
-        mixer = config.layer_mixers[index]
-        layer = _block(config.dense_spec(mixer), config, context_length)
-        return layer, layer
+    if config.layer_structures[index] != "mixture":
+        spec = config.always_spec(index)
+        layer = _Cost(0, 0) if spec is None else _block(spec, config, context_length)
+        if not (config.has_slices and config.is_routed(index)):
+            return layer, layer
+        layer += _Cost(2.0 * config.hidden_size * config.num_routed_blocks, 0)  # the router
+        slices = config.slices_spec()
+        one = _Cost(2.0 * _neurons(slices, config), 0)
+        return layer + one * slices.num_blocks, layer + one * config.num_blocks_per_tok
     routed_blocks, top_k = config.num_routed_blocks, config.num_blocks_per_tok
     always = _Cost(2.0 * config.hidden_size * routed_blocks, 0)  # the router
     if config.num_shared_blocks:
@@ -137,5 +142,9 @@ def _thin(spec: BlockSpec, config: MoLConfig, tokens: float) -> _Cost:
 
 def _block(spec: BlockSpec, config: MoLConfig, tokens: float) -> _Cost:
     products, mixing = MIXERS[spec.mixer].count_flops(spec, tokens)
-    mlp = (3 if config.mlp_gated else 2) * spec.width * spec.d_ff
-    return _Cost(products + 2.0 * mlp, mixing)
+    return _Cost(products + 2.0 * _neurons(spec, config), mixing)
+
+
+def _neurons(spec: BlockSpec, config: MoLConfig) -> int:
+    """Weights of a feed-forward network."""
+    return (3 if config.mlp_gated else 2) * spec.width * spec.d_ff

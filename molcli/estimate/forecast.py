@@ -88,7 +88,7 @@ def compute_predictors(config: MoLConfig, spectra: Mapping[int, Tensor], tokens:
         spectra: layer -> (d_model,) `reading_spectrum`, at least of all converted layers.
         tokens: calibration tokens that blocks are fitted to.
     """
-    converted = [i for i in range(config.num_hidden_layers) if not config.is_dense(i)]
+    converted = config.converted_layers
     shared, top_k = config.num_shared_blocks, config.num_blocks_per_tok
     kinds = [(shared_shape(config), shared, 1.0)] * bool(shared)
     kinds += [(routed_shape(config), top_k, config.num_routed_blocks / max(1, top_k))] * bool(top_k)

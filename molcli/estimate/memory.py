@@ -69,8 +69,7 @@ def training_memory(
         whole: each process holds all layers unsharded during a step.
     """
     count = count_parameters(config)
-    routers = config.layer_structures.count("mixture")
-    biases = routers * (config.num_blocks - config.num_shared_blocks)
+    biases = len(config.converted_layers) * config.num_routed_blocks
     of_layer = _compiled_layer_bytes if compiled else _layer_bytes
     a_token = [of_layer(config, i, product_bytes) for i in range(config.num_hidden_layers)]
     residual = _FP32 * config.hidden_size
@@ -137,8 +136,12 @@ def _head_bytes(
 def _layer_bytes(config: MoLConfig, index: int, product_bytes: int) -> int:
     """What layer `index` keeps of one token for its backward pass."""
     d, p, mixer = config.hidden_size, product_bytes, config.layer_mixers[index]
-    if config.is_dense(index):
-        return _FP32 * d + _block_bytes(config.dense_spec(mixer), config, p, _FP32)
+    if config.layer_structures[index] != "mixture":
+        always = config.always_spec(index)
+        if always is None:
+            return 0
+        layer = _FP32 * d + _block_bytes(always, config, p, _FP32)
+        return layer + _slice_bytes(config, index, p * (4 if config.mlp_gated else 2))
     total = _FP32 * d  # the residual
     spec = config.shared_spec()
     total += spec.num_blocks * (p * (d + spec.width) + _block_bytes(spec, config, p, p))
@@ -166,8 +169,12 @@ def _compiled_layer_bytes(config: MoLConfig, index: int, product_bytes: int) -> 
     float32. Casts, weights per row, rotations and the router's arithmetic are computed again.
     """
     d, p, mixer = config.hidden_size, product_bytes, config.layer_mixers[index]
-    if config.is_dense(index):
-        return _FP32 * d + _compiled_block_bytes(config.dense_spec(mixer), config, p)
+    if config.layer_structures[index] != "mixture":
+        full = config.always_spec(index)
+        if full is None:
+            return 0
+        layer = _FP32 * d + _compiled_block_bytes(full, config, p)
+        return layer + _slice_bytes(config, index, p * (3 if config.mlp_gated else 2))
     shared, routed = config.shared_spec(), config.routed_spec(mixer)
     # What thin_in and thin_out read, and the block.
     row = p * (d + routed.width) + _compiled_block_bytes(routed, config, p)
@@ -183,6 +190,16 @@ def _compiled_block_bytes(spec: BlockSpec, config: MoLConfig, product: int) -> i
     return norms + mixer + hidden
 
 
+def _slice_bytes(config: MoLConfig, index: int, of_neuron: int) -> int:
+    """What the routed slices of a sliced layer keep of one token: their gathered input and output,
+    their neurons, and the router's input in float32. of_neuron: bytes for each neuron."""
+    if not (config.has_slices and config.is_routed(index)):
+        return 0
+    d = config.hidden_size
+    row = of_neuron * config.d_ff_thin + 2 * _FP32 * d
+    return config.num_blocks_per_tok * row + 2 * _FP32 * d
+
+
 def _visited(config: MoLConfig) -> int:
     """Routed blocks that run on a token."""
     return config.num_blocks_per_tok if config.restrict_attention else config.num_routed_blocks
@@ -190,6 +207,8 @@ def _visited(config: MoLConfig) -> int:
 
 def _fit_bytes(config: MoLConfig, tokens: int, heldout: int, device: str) -> int:
     """Bytes of a layer's fit, beside the residuals."""
+    if config.has_slices:
+        return _sliced_fit_bytes(config, tokens, heldout, device)
     routed = config.num_blocks_per_tok if config.restrict_attention else config.num_routed_blocks
     # The targets that are left to fit with their importance, and indices of rows.
     held = _FP32 * (config.hidden_size + 1) + 6 * routed * _INT64
@@ -202,6 +221,19 @@ def _fit_bytes(config: MoLConfig, tokens: int, heldout: int, device: str) -> int
         shape = routed_shape(config)
         families.append(_family_bytes(config, shape, clones, visited, tokens, heldout, device))
     return tokens * held + max(families) + _FP32 * _layer_weights(config)
+
+
+def _sliced_fit_bytes(config: MoLConfig, tokens: int, heldout: int, device: str) -> int:
+    """Bytes of a sliced layer's fit: two more residuals, the moments of each slice's neurons with
+    the shared ones, and the largest of a solution and a chunk."""
+    d, blocks = config.hidden_size, max(1, config.num_routed_blocks)
+    spec = config.sliced_spec()
+    joint = spec.d_ff + (config.d_ff_thin if config.num_routed_blocks else 0)
+    most = CHUNK_BYTES[device] // bytes_per_token(config)
+    chunk = _FP32 * min(max(tokens, heldout), most) * (4 * config.intermediate_size + 6 * d)
+    solving = _FP64 * (3 * joint * joint + joint * (2 * d + spec.d_ff))
+    sums = _FP64 * blocks * joint * (joint + d)
+    return 2 * _FP32 * tokens * d + sums + max(chunk, solving) + _FP32 * _layer_weights(config)
 
 
 def _family_bytes(
@@ -239,7 +271,7 @@ def _family_bytes(
 def _layer_weights(config: MoLConfig) -> int:
     """Parameters of the parent's layer and of the converted one together."""
     sizes = []
-    for structure in ("dense", "mixture"):
+    for structure in ("dense", "sliced" if config.has_slices else "mixture"):
         one = copy.copy(config)
         one.layer_structures, one.layer_mixers = [structure], ["attention"]
         one.num_hidden_layers = 1

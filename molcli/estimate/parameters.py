@@ -31,9 +31,15 @@ def count_parameters(config: MoLConfig) -> ParameterCount:
     embedding = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
     total = active = embedding + config.hidden_size  # and the final norm
     for i, mixer in enumerate(config.layer_mixers):
-        if config.is_dense(i):
-            layer = _block(config.dense_spec(mixer), config)
+        if config.layer_structures[i] != "mixture":
+            spec = config.always_spec(i)
+            layer = 0 if spec is None else _block(spec, config)
             total, active = total + layer, active + layer
+            if config.has_slices and config.is_routed(i):
+                router = config.num_routed_blocks * config.hidden_size
+                one = _neurons(config.slices_spec(), config)
+                total += router + config.num_routed_blocks * one
+                active += router + config.num_blocks_per_tok * one
             continue
         shared = config.num_shared_blocks * _thin_block(config.shared_spec(), config)
         router = config.num_routed_blocks * config.hidden_size
@@ -49,6 +55,10 @@ def _thin_block(spec: BlockSpec, config: MoLConfig) -> int:
 
 
 def _block(spec: BlockSpec, config: MoLConfig) -> int:
-    mlp = (3 if config.mlp_gated else 2) * spec.width * spec.d_ff
     norms = 2 * spec.width * (config.pre_norms + spec.output_norms)
-    return MIXERS[spec.mixer].count_parameters(spec, config) + mlp + norms
+    mixer = MIXERS[spec.mixer].count_parameters(spec, config)
+    return mixer + _neurons(spec, config) + norms
+
+
+def _neurons(spec: BlockSpec, config: MoLConfig) -> int:
+    return (3 if config.mlp_gated else 2) * spec.width * spec.d_ff

@@ -33,7 +33,9 @@ METHODS: tuple[Method, ...] = ("random", "svd", "pca")
 
 def methods_for(config: MoLConfig) -> tuple[Method, ...]:
     """Those that can start this model. "svd" and "pca" project linear maps, and a norm behind
-    attention and FFN is none: thin blocks have no such norm."""
+    attention and FFN is none: thin blocks have no such norm. Slices are neurons as they are."""
+    if config.has_slices:
+        return ()
     return ("random",) if config.output_norms else METHODS
 
 

@@ -20,7 +20,7 @@ from molcli.fitting.thin_blocks import BlockGroup, FitData, GroupRows, OutputErr
 from molcli.maths.bases import square_roots
 from molcli.maths.clusters import cosine_kmeans
 from molcli.model.configuration_mol import BlockSpec, MoLConfig
-from molcli.model.layers import DenseLayer, MoLLayer, ThinBlocks
+from molcli.model.layers import ConvertedLayer, DenseLayer, MoLLayer, ThinBlocks
 from molcli.model.routing.router import Router
 
 # Logit of a token's own cluster, where the centroid equals the token.
@@ -34,9 +34,10 @@ TIE_BREAK = 1e-3
 @dataclass(frozen=True)
 class FittedLayer:
     """A converted layer. retained: the fraction of reading energy that thin_in of each group
-    retains, shared blocks first; empty where thin_in is random."""
+    retains, shared blocks first; empty where thin_in is random. Of a sliced layer, the fraction of
+    what all neurons write that a token's slices write."""
 
-    layer: MoLLayer
+    layer: ConvertedLayer
     retained: list[float]
 
 

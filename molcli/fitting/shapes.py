@@ -4,6 +4,7 @@ Inputs: the shape of the parent's dense layer, and the fraction of its weights t
 blocks may have together. Output: a `BlockShape` of width d_thin, for shared and for routed blocks.
 """
 
+from dataclasses import replace
 from math import sqrt
 
 from molcli.fitting.partition import num_thin_kv_heads
@@ -15,6 +16,9 @@ D_FF_MULTIPLE = 16  # d_ff of a thin block is a multiple of it, which aligns row
 # after training (tests/bench/results/shared-shape.md).
 SHARED_WEIGHT_FRACTION = 0.7
 ROUTED_HEAD_FRACTION = 1 / 8
+# Fraction of a token's neurons that the shared slice has. Of 1/3 and 1/2, tried on SmolLM2-135M,
+# the better one after training (tests/bench/results/slices.md).
+SHARED_SLICE = 1 / 3
 
 
 def thin_shape(
@@ -73,6 +77,27 @@ def split_shapes(
         shared_fraction / num_shared, covering_heads(num_shared, dense), dense
     )
     return shared, routed
+
+
+def slice_neurons(fraction: float, routed: bool, dense: BlockShape) -> tuple[int, int]:
+    """Choose the neurons of the shared slice and of a routed one.
+
+    Args:
+        fraction: of the dense layer's weights that attention and the two slices of a token have.
+        routed: whether there are routed slices; else the shared one has all neurons.
+        dense: shape of the dense layer, whose heads are all kept.
+
+    Returns:
+        Two multiples of D_FF_MULTIPLE, 0 or less where attention leaves no room, together at most
+        the dense layer's neurons.
+    """
+    attention = replace(dense, d_ff=0).num_weights
+    neurons = int((fraction * dense.num_weights - attention) / (3 * dense.width))
+    neurons = min(neurons, dense.d_ff) // D_FF_MULTIPLE * D_FF_MULTIPLE
+    if not routed:
+        return neurons, 0
+    shared = max(1, round(SHARED_SLICE * neurons / D_FF_MULTIPLE)) * D_FF_MULTIPLE
+    return shared, neurons - shared
 
 
 def widths_near(fraction: float, active: int, dense: BlockShape) -> list[int]:

@@ -31,6 +31,38 @@ def ridge(gram: Tensor, cross: Tensor, penalty: float) -> Tensor:
     return torch.cholesky_solve(cross, _factor(gram, penalty)).mT
 
 
+def arrow_ridge(gram: Tensor, cross: Tensor, shared: int, penalty: float) -> tuple[Tensor, Tensor]:
+    """Solve one ridge regression whose samples each have shared features and those of one block.
+
+    argmin of the sum over blocks b and their samples of |y - W f_shared - W_b f_b|^2, with the
+    penalty of `ridge` for the mean diagonal of the shared features' Gram matrix, and of each
+    block's. Exact: the blocks' weights are eliminated, which leaves a system of the shared ones
+    (a Schur complement).
+
+    Args:
+        gram: (B, p, p), a block's sum of f f^T, the shared features first.
+        cross: (B, p, q), a block's sum of f y^T.
+        shared: number of shared features.
+        penalty: as for `ridge`.
+
+    Returns:
+        W, (1, q, shared), and all W_b, (B, q, p - shared).
+    """
+    total, target = gram[:, :shared, :shared].sum(0), cross[:, :shared].sum(0)
+    lifted = total + penalty * _mean_energy(total) * torch.eye(shared).to(total)
+    solved = []
+    for g, c in zip(gram, cross, strict=True):
+        factor, across = _factor(g[shared:, shared:], penalty), g[shared:, :shared]
+        own = torch.cholesky_solve(torch.cat([across, c[shared:]], dim=1), factor)
+        lifted = lifted - across.mT @ own[:, :shared]
+        target = target - across.mT @ own[:, shared:]
+        solved.append(own)
+    # The penalty is in `lifted` already. Rounding alone may need one.
+    first = torch.cholesky_solve(target, _factor((lifted + lifted.mT) / 2, 0.0))
+    rest = [(own[:, shared:] - own[:, :shared] @ first).mT for own in solved]
+    return first.mT[None], torch.stack(rest)
+
+
 def reduced_rank(gram: Tensor, cross: Tensor, rank: int, penalty: float) -> tuple[Tensor, Tensor]:
     """Find the best W = U M of a given rank in sum |y - W f|^2 (reduced-rank regression).
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from molcli.kernels.decode_rows import DecodeRows
 from molcli.kernels.grouped_linear import grouped_linear, grouped_linears
 from molcli.kernels.indexed_linear import indexed_linear
 from molcli.kernels.packed_rows import PackedRows
@@ -36,6 +37,20 @@ class FeedForward(nn.Module):
             return self.activation(grouped_linear(x, self.up_proj, rows))
         gate, up = grouped_linears(x, (self.gate_proj, self.up_proj), rows)
         return self.activation(gate) * up
+
+    def network_step(self, x: Tensor, rows: DecodeRows) -> Tensor:
+        """Compute the network on normalised rows of one new token a sequence.
+
+        Args:
+            x: (R / d, width), a value for every d neighbouring rows.
+            rows: the layout of R rows.
+
+        Returns:
+            (R, width).
+        """
+        weights = [w for w in (self.gate_proj, self.up_proj) if w is not None]
+        hidden = indexed_linear(x, list(weights), rows, activation=self.activation_name)
+        return indexed_linear(hidden, [self.down_proj], rows)
 
     def step(
         self,
@@ -121,8 +136,12 @@ class BlockStack(nn.Module):
 
     def step(self, x: Tensor, context: StepContext) -> Tensor:
         """Compute what the blocks add to one new token a sequence: (R, width) -> (R, width)."""
-        mixed = self.mixer.step(x, self.input_norm, context)
-        if self.mixer_out_norm is not None:
-            mixed = rms_norm(mixed, self.mixer_out_norm[context.rows.blocks], self.eps)
         norms = self.post_norm, self.mlp_out_norm
-        return self.mlp.step(x, mixed, *norms, self.eps, context)
+        return self.mlp.step(x, self.mix_step(x, context), *norms, self.eps, context)
+
+    def mix_step(self, x: Tensor, context: StepContext) -> Tensor:
+        """Compute what the mixers add to one new token a sequence: (R, width) -> (R, width)."""
+        mixed = self.mixer.step(x, self.input_norm, context)
+        if self.mixer_out_norm is None:
+            return mixed
+        return rms_norm(mixed, self.mixer_out_norm[context.rows.blocks], self.eps)

@@ -132,10 +132,12 @@ def _check_layers(reader: TensorReader, config: MoLConfig) -> None:
     """
     matches = (re.match(r"model\.layers\.(\d+)\.", name) for name in reader.tensors)
     found = {int(match[1][:9]) for match in matches if match is not None}
-    if found != set(range(config.num_hidden_layers)):
+    layers = range(config.num_hidden_layers)
+    if found != {layer for layer in layers if not config.is_skipped(layer)}:
         raise MolError(
             f"{reader.folder} has weights of {len(found)} layers, but its config.json says "
-            f"num_hidden_layers: {config.num_hidden_layers}",
+            f"num_hidden_layers: {config.num_hidden_layers}"
+            + (", some of them skipped" if "skipped" in config.layer_structures else ""),
             allowed="a complete folder that molcli wrote",
         )
 

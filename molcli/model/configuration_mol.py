@@ -1,6 +1,6 @@
 """Configuration of a Mixture of Layers language model (arXiv 2605.09516)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -9,7 +9,7 @@ from molcli.families.positions import declared_limit
 from molcli.model.mixers import MIXERS
 from molcli.model.shapes import BlockShape, dense_shape, routed_shape, shared_shape
 
-STRUCTURES = ("dense", "mixture")
+STRUCTURES = ("dense", "mixture", "sliced", "skipped")
 # Structure and mixer of a layer, by the one name that configurations had for both up to 0.1.
 _LAYER_KINDS = {
     "dense": ("dense", "attention"),
@@ -58,15 +58,19 @@ class MoLConfig(PreTrainedConfig):
     """A stack of dense and Mixture of Layers (MoL) layers.
 
     Args:
-        layer_structures: "dense" or "mixture" for each layer. A dense layer is an ordinary pre-norm
-            Transformer layer; a mixture has shared and routed thin blocks.
-        layer_mixers: for each layer the mixer of its dense block or of its routed blocks,
-            "attention" or "gated_deltanet". Shared blocks always have attention.
+        layer_structures: for each layer one of four names. "dense": an ordinary pre-norm
+            Transformer layer. "mixture": shared and routed thin blocks. "sliced": a layer at full
+            width, whose mixer and some of whose neurons run on every token (the shared slice),
+            and routed slices of further neurons. "skipped": nothing, the residual passes.
+        layer_mixers: for each layer the mixer of its block at full width, or of a mixture's routed
+            blocks: "attention" or "gated_deltanet". Shared thin blocks always have attention.
         num_blocks, num_shared_blocks, num_blocks_per_tok: N thin blocks, S of them on every token,
             K of the other N - S on each token.
         d_thin, d_ff_thin, num_heads_thin, num_kv_heads_thin: shape of a routed block.
         d_thin_shared, d_ff_thin_shared, num_heads_shared, num_kv_heads_shared: shape of a shared
-            block; None is as in a routed one.
+            block; None is as in a routed one. In a sliced layer, the blocks are slices at full
+            width: of the shared one, d_ff_thin_shared neurons and num_heads_shared heads; of each
+            routed one, d_ff_thin neurons and no heads.
         restrict_attention: False runs every routed block on every token and uses the K outputs.
         router_aux_loss_coef: weight of the CV^2 balance loss where router logits are asked for.
         intermediate_size, num_attention_heads, num_key_value_heads: shape of dense layers.
@@ -226,6 +230,25 @@ class MoLConfig(PreTrainedConfig):
         """Return whether layer `layer` is one full-width block."""
         return self.layer_structures[layer] == "dense"
 
+    def is_skipped(self, layer: int) -> bool:
+        """Return whether layer `layer` adds nothing."""
+        return self.layer_structures[layer] == "skipped"
+
+    def is_routed(self, layer: int) -> bool:
+        """Return whether layer `layer` has a router."""
+        return self.layer_structures[layer] in ("mixture", "sliced") and self.num_routed_blocks > 0
+
+    @property
+    def converted_layers(self) -> list[int]:
+        """The layers that are neither a parent's nor skipped: mixtures and sliced ones."""
+        structures = enumerate(self.layer_structures)
+        return [layer for layer, name in structures if name in ("mixture", "sliced")]
+
+    @property
+    def has_slices(self) -> bool:
+        """Whether the model's blocks are slices at full width, not thin blocks."""
+        return "sliced" in self.layer_structures
+
     @property
     def layer_labels(self) -> list[str]:
         """Structure and mixer of each layer in words, such as "mixture, attention"."""
@@ -250,6 +273,26 @@ class MoLConfig(PreTrainedConfig):
         """Return the shape of the routed blocks of mixture `layer`, with this mixer."""
         count, norms = self.num_routed_blocks, self.output_norms_thin
         return self._spec(routed_shape(self), count, mixer, layer, norms)
+
+    def sliced_spec(self, mixer: str = "attention", layer: int = 0) -> BlockSpec:
+        """Return the shape of the mixer and the shared slice of sliced `layer`."""
+        shape = replace(shared_shape(self), width=self.hidden_size)
+        return self._spec(shape, 1, mixer, layer, self.output_norms)
+
+    def slices_spec(self, layer: int = 0) -> BlockSpec:
+        """Return the shape of the routed slices of sliced `layer`: neurons without heads."""
+        shape = BlockShape(self.hidden_size, 0, 0, self.head_dim, self.d_ff_thin)
+        return self._spec(shape, self.num_routed_blocks, "attention", layer, False)
+
+    def always_spec(self, layer: int) -> BlockSpec | None:
+        """Return the shape of the blocks of layer `layer` that run on every token, None if it is
+        skipped."""
+        mixer, structure = self.layer_mixers[layer], self.layer_structures[layer]
+        if structure == "mixture":
+            return self.shared_spec(layer)
+        if structure == "skipped":
+            return None
+        return (self.dense_spec if structure == "dense" else self.sliced_spec)(mixer, layer)
 
     def _spec(
         self, shape: BlockShape, num_blocks: int, mixer: str, layer: int, output_norms: bool
@@ -295,6 +338,12 @@ class MoLConfig(PreTrainedConfig):
             raise ValueError(
                 f"num_blocks_per_tok is {self.num_blocks_per_tok} "
                 f"of {self.num_routed_blocks} routed blocks"
+            )
+        if self.has_slices and ("mixture" in self.layer_structures or self.num_shared_blocks != 1):
+            raise ValueError(
+                "a model with sliced layers has one shared block, its shared slice, and no "
+                f"mixtures; num_shared_blocks is {self.num_shared_blocks}, layer_structures has "
+                f"{', '.join(sorted(set(self.layer_structures)))}"
             )
         thin = routed_shape(self), shared_shape(self)
         for heads, kv_heads in (

@@ -1,4 +1,4 @@
-"""Layers: dense ones, and mixtures of thin blocks (arXiv 2605.09516, section 3)."""
+"""Layers: dense, mixtures of thin blocks (arXiv 2605.09516, section 3), sliced, and skipped."""
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +10,12 @@ from molcli.kernels.indexed_combine import indexed_combine
 from molcli.kernels.indexed_linear import indexed_linear
 from molcli.kernels.packed_rows import PackedRows, all_rows, routed_rows
 from molcli.kernels.route import route
-from molcli.model.blocks import BlockStack
+from molcli.model.blocks import BlockStack, FeedForward
 from molcli.model.configuration_mol import BlockSpec, MoLConfig
 from molcli.model.context import DecodeContext, ForwardContext
 from molcli.model.decoding.cache import MoLCacheLayer
 from molcli.model.mixers import BlockContext, StepContext
+from molcli.model.norms import rms_norm
 from molcli.model.routing.router import Router, Routing
 from molcli.model.tokens import TokenStream
 
@@ -221,8 +222,118 @@ def _add_rows(kept: Tensor, found: Tensor, rows: PackedRows) -> Tensor:
     return kept + rows.combine(found)
 
 
-Layer = DenseLayer | MoLLayer
-STRUCTURES = {"dense": DenseLayer, "mixture": MoLLayer}
+class SlicedLayer(GradientCheckpointingLayer):
+    """A layer at full width whose neurons are divided into slices.
+
+    Its mixer and the shared slice run on every token. Of the routed slices, K run on a token. They
+    have neurons only, and read what the shared slice reads: the residual after the mixer. A chosen
+    slice adds its output as it is, not scaled by its weight, so that the slices of a trained
+    parent keep their size: its factor is w / stop-gradient(w), which is 1 and has the gradient of
+    log w.
+    """
+
+    def __init__(self, config: MoLConfig, mixer: str, index: int = 0) -> None:
+        super().__init__()
+        self.block = BlockStack(config.sliced_spec(mixer, index), config)
+        self.slices = self.router = None
+        if config.num_routed_blocks:
+            self.slices = FeedForward(config.slices_spec(index), config)
+            size = config.hidden_size, config.num_routed_blocks
+            self.router = Router(*size, config.num_blocks_per_tok)
+
+    def forward(
+        self, x: Tensor, context: ForwardContext, states: MoLCacheLayer | None = None
+    ) -> tuple[Tensor, Routing | None]:
+        """Compute the residual after the layer.
+
+        Args:
+            x: (n, d_model), the residual before it.
+            states: what the layer remembers, or None without a cache.
+
+        Returns:
+            (n, d_model), and the routing of the n tokens, or None without routed slices.
+        """
+        found: tuple[Tensor, Routing | None] = context.schedule.run(
+            SlicedLayer.run, self, x, context, states
+        )
+        return found
+
+    def run(
+        self, x: Tensor, context: ForwardContext, states: MoLCacheLayer | None
+    ) -> tuple[Tensor, Routing | None]:
+        """Compute `forward`."""
+        rows, block = context.dense_rows, self.block
+        x = x + block.mix(x, context.blocks(rows, None if states is None else states.always))
+        read = block.norm(x, block.post_norm, rows)
+        added = block.mlp(read, rows)
+        routing = None
+        if self.slices is not None and self.router is not None:
+            # A router that is kept as it is passes no gradient on to the residual either.
+            trains = self.router.weight.requires_grad
+            routing = self.router(x if trains else x.detach())
+            added = added + self.run_slices(read, routing, context.stream)
+        return x + block.norm(added, block.mlp_out_norm, rows), routing
+
+    def run_slices(self, read: Tensor, routing: Routing, stream: TokenStream) -> Tensor:
+        """Sum the chosen slices of each token. read: (n, d_model) -> (n, d_model)."""
+        assert self.slices is not None
+        count = routing.logits.shape[1]
+        rows = routed_rows(
+            routing.blocks, stream.document, stream.num_documents, count, stream.length
+        )
+        hidden = self.slices.hidden(rows.gather(read), rows)
+        if routing.weights.requires_grad:
+            gate = rows.gather_per_slot(routing.weights / routing.weights.detach())
+            hidden = hidden * gate[:, None].to(hidden.dtype)
+        return rows.combine(grouped_linear(hidden, self.slices.down_proj, rows))
+
+    def step(
+        self, x: Tensor, context: DecodeContext, states: MoLCacheLayer
+    ) -> tuple[Tensor, Routing | None]:
+        """Compute the residual, (B, d_model), after a decoding step, and the routing."""
+        block, rows, routing = self.block, context.always[1], None
+        x = x + block.mix_step(x, context.blocks(rows, states.always))
+        read = x if block.post_norm is None else rms_norm(x, block.post_norm, block.eps)
+        added = block.mlp.network_step(read, rows)
+        if self.slices is not None and self.router is not None:
+            weight, bias = self.router.weight, self.router.correction_bias
+            routing = Routing(*route(x, weight, bias, self.router.top_k))
+            chosen = self.slices.network_step(
+                read, routed_decode_rows(routing.blocks, weight.shape[0])
+            )
+            added = added + chosen.unflatten(0, (len(x), -1)).sum(dim=1)
+        if block.mlp_out_norm is not None:
+            added = rms_norm(added, block.mlp_out_norm, block.eps)
+        return x + added, routing
+
+
+class SkippedLayer(GradientCheckpointingLayer):
+    """A layer that adds nothing: a parent's layer that a conversion drops."""
+
+    def __init__(self, config: MoLConfig, mixer: str, index: int = 0) -> None:
+        super().__init__()
+
+    def forward(
+        self, x: Tensor, context: ForwardContext, states: MoLCacheLayer | None = None
+    ) -> tuple[Tensor, Routing | None]:
+        """Return x, (n, d_model), and None: nothing is routed."""
+        return x, None
+
+    def step(
+        self, x: Tensor, context: DecodeContext, states: MoLCacheLayer
+    ) -> tuple[Tensor, Routing | None]:
+        """Return x, (B, d_model), and None."""
+        return x, None
+
+
+Layer = DenseLayer | MoLLayer | SlicedLayer | SkippedLayer
+ConvertedLayer = MoLLayer | SlicedLayer
+STRUCTURES = {
+    "dense": DenseLayer,
+    "mixture": MoLLayer,
+    "sliced": SlicedLayer,
+    "skipped": SkippedLayer,
+}
 
 
 def new_layer(config: MoLConfig, index: int) -> Layer:

@@ -89,7 +89,7 @@ class MoLPreTrainedModel(PreTrainedModel):
     config_class = MoLConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["DenseLayer", "MoLLayer"]
+    _no_split_modules = ["DenseLayer", "MoLLayer", "SlicedLayer", "SkippedLayer"]
     _supports_sdpa = True
     _supports_flash_attn = True
     # A recurrent state cannot go back in time: decoding that undoes tokens is refused.

@@ -83,7 +83,8 @@ def inspect_routing(
     open_config(checkpoint).check_context(config.context_length, "inspect.context_length")
     model = open_checkpoint(checkpoint, device)
     settings = model.config
-    if settings.num_routed_blocks == 0 or "mixture" not in settings.layer_structures:
+    routed = [i for i in range(settings.num_hidden_layers) if settings.is_routed(i)]
+    if not routed:
         raise MolError(
             f"{checkpoint} routes nothing: "
             f"{settings.num_shared_blocks} of {settings.num_blocks} blocks are shared",
@@ -97,7 +98,6 @@ def inspect_routing(
         limit=config.tokens,
         pad_last=True,
     )
-    mol_layers = [i for i in range(settings.num_hidden_layers) if not settings.is_dense(i)]
     counts: dict[int, RoutingCounts] = {}
     tokens = 0
     for batch in rows.batches(config.batch_size, device):
@@ -106,7 +106,7 @@ def inspect_routing(
         # What overflows in one layer stays so in the next: the last one shows it.
         check_activations("the model's activations", out.last_hidden_state)
         documents = _flat_documents(batch)
-        for layer, routing in zip(mol_layers, out.routing, strict=True):
+        for layer, routing in zip(routed, out.routing, strict=True):
             new = count_routing(
                 routing.blocks, routing.weights, documents, settings.num_routed_blocks
             )

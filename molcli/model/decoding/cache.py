@@ -12,21 +12,21 @@ from molcli.model.tokens import TokenStream
 
 
 class MoLCacheLayer(CacheLayerMixin):
-    """The states of one layer: of the dense or the shared blocks, and of the routed blocks.
+    """The states of one layer: of the blocks that run on every token, and of the routed ones.
 
     Args:
-        always: of the blocks that run on every token.
-        routed: of the routed blocks, or None without any.
+        always: of the blocks that run on every token, or None in a skipped layer.
+        routed: of the routed blocks, or None where they have none.
     """
 
-    def __init__(self, always: State, routed: State | None) -> None:
+    def __init__(self, always: State | None, routed: State | None) -> None:
         super().__init__()
         self.always: Any = always
         self.routed: Any = routed
 
     def states(self) -> list[State]:
-        """Return the one or two states."""
-        return [self.always] if self.routed is None else [self.always, self.routed]
+        """Return the states, two at most."""
+        return [state for state in (self.always, self.routed) if state is not None]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -110,10 +110,9 @@ def cache_layers(config: MoLConfig, make: Callable[[BlockSpec, int], State]) -> 
     visited = config.num_blocks_per_tok if config.restrict_attention else config.num_routed_blocks
     layers = []
     for i in range(config.num_hidden_layers):
-        mixer, dense = config.layer_mixers[i], config.is_dense(i)
-        always = config.dense_spec(mixer, i) if dense else config.shared_spec(i)
-        routed = None
-        if not dense and config.num_routed_blocks:
-            routed = make(config.routed_spec(mixer, i), visited)
-        layers.append(MoLCacheLayer(make(always, always.num_blocks), routed))
+        always, routed = config.always_spec(i), None
+        if config.layer_structures[i] == "mixture" and config.num_routed_blocks:
+            routed = make(config.routed_spec(config.layer_mixers[i], i), visited)
+        of_all = None if always is None else make(always, always.num_blocks)
+        layers.append(MoLCacheLayer(of_all, routed))
     return layers

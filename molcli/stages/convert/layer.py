@@ -19,7 +19,7 @@ from molcli.maths.least_squares import ridge
 from molcli.maths.moments import Sample, regression_moments
 from molcli.model.blocks import BlockStack
 from molcli.model.configuration_mol import MoLConfig
-from molcli.model.layers import DenseLayer, Layer, new_layer
+from molcli.model.layers import DenseLayer, Layer, MoLLayer, SlicedLayer, new_layer
 from molcli.model.mixers import Attention, Mixer
 from molcli.model.mixers.base import AttentionSample
 
@@ -117,13 +117,14 @@ def align_mixer(
 
 def mixer_prefix(layer: Layer) -> str:
     """Return the prefix of the tensors of a layer that a conversion replaces."""
-    return "block.mixer." if isinstance(layer, DenseLayer) else "routed.block.mixer."
+    return "routed.block.mixer." if isinstance(layer, MoLLayer) else "block.mixer."
 
 
 def converted_block(layer: Layer) -> BlockStack:
     """Return the blocks of a layer whose mixer a conversion replaces."""
-    if isinstance(layer, DenseLayer):
+    if isinstance(layer, DenseLayer | SlicedLayer):
         return layer.block
+    assert isinstance(layer, MoLLayer)
     assert layer.routed is not None
     return layer.routed.block
 
@@ -131,9 +132,10 @@ def converted_block(layer: Layer) -> BlockStack:
 def _sample(layer: Layer, mixer: Attention, x: Tensor, context: Context) -> AttentionSample:
     """What the blocks to convert read and their heads give, one chunk. x: (tokens, d_model)."""
     block = converted_block(layer)
-    if isinstance(layer, DenseLayer):
+    if isinstance(layer, DenseLayer | SlicedLayer):
         rows, thin = context.dense_rows, x
     else:
+        assert isinstance(layer, MoLLayer)
         assert layer.routed is not None and layer.router is not None
         rows, _ = layer.route(layer.router(x), context.stream)
         thin = grouped_linear(rows.gather(x), layer.routed.thin_in, rows)

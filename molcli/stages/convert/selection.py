@@ -34,7 +34,7 @@ def select_layers(config: MoLConfig, choice: LayerChoice) -> LayerSelection:
     """Apply the user's choice to a model. Raises MolError where the model has no such layers."""
     routed = config.num_routed_blocks > 0
     with_attention = [i for i, mixer in enumerate(config.layer_mixers) if mixer == "attention"]
-    candidates = [i for i in with_attention if routed and not config.is_dense(i)]
+    candidates = [i for i in with_attention if routed and config.layer_structures[i] == "mixture"]
     if isinstance(choice, str):
         if choice != "none" and not candidates:
             raise MolError(
@@ -44,7 +44,7 @@ def select_layers(config: MoLConfig, choice: LayerChoice) -> LayerSelection:
         layers = None if choice == "auto" else chosen_layers(choice, candidates)
         return LayerSelection(layers, candidates)
     refuse_beyond(KEY, choice, config.num_hidden_layers)
-    dense = [i for i in with_attention if config.is_dense(i)]
+    dense = [i for i in with_attention if config.layer_structures[i] in ("dense", "sliced")]
     for i in choice:
         if i not in candidates and i not in dense:
             why = (

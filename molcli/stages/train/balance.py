@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from molcli.config.sections import TrainConfig
 from molcli.errors import MolError
 from molcli.model import MoLForCausalLM
-from molcli.model.layers import MoLLayer
+from molcli.model.configuration_mol import MoLConfig
+from molcli.model.layers import ConvertedLayer
 from molcli.model.routing.balance import bias_step, block_counts
 from molcli.model.routing.router import Router
 
@@ -80,6 +81,12 @@ def routers(model: MoLForCausalLM) -> list[Router]:
     return [router for layer in model.model.layers for router in _routers_of(layer)]
 
 
+def trains_routers(config: TrainConfig, model: MoLConfig) -> bool:
+    """Return whether routers are trained and balanced: `train.routers`, of which "auto" keeps those
+    of slices as they are."""
+    return not model.has_slices if config.routers == "auto" else config.routers == "train"
+
+
 def set_top_k(model: MoLForCausalLM, top_k: int) -> None:
     """Set the number of routed blocks for each token.
 
@@ -123,4 +130,4 @@ def check_top_k(config: TrainConfig, model: MoLForCausalLM) -> None:
 
 def _routers_of(layer: nn.Module) -> list[Router]:
     """The router of a layer in a list, which is empty if it has none."""
-    return [layer.router] if isinstance(layer, MoLLayer) and layer.router is not None else []
+    return [layer.router] if isinstance(layer, ConvertedLayer) and layer.router is not None else []

@@ -19,7 +19,7 @@ from molcli.model.compiled import compile_layers
 from molcli.model.parent import open_teacher
 from molcli.model.precision import matmul_dtype
 from molcli.progress import Progress, silent, step
-from molcli.stages.train.balance import check_top_k, set_top_k
+from molcli.stages.train.balance import check_top_k, set_top_k, trains_routers
 from molcli.stages.train.batches import (
     check_contexts,
     check_stages,
@@ -271,7 +271,8 @@ def _make_objective(
     captured: bool,
 ) -> Objective:
     config = stage.settings
-    balance_weight = config.balance_weight if config.balance == "loss" else 0.0
+    balances = config.balance == "loss" and trains_routers(config, student.model.config)
+    balance_weight = config.balance_weight if balances else 0.0
     if stage.kind == "align":
         assert isinstance(parent, MoLForCausalLM)
         return AlignmentObjective(
@@ -290,5 +291,6 @@ def _make_objective(
 
 def _fresh_optimizer(model: MoLForCausalLM, stage: Stage) -> torch.optim.Optimizer:
     """Moments of another loss, and of other learning rates, would mislead the next stage."""
-    set_trainable(model, "mol" if stage.kind == "align" else stage.settings.trainable)
+    part = "mol" if stage.kind == "align" else stage.settings.trainable
+    set_trainable(model, part, routers=trains_routers(stage.settings, model.config))
     return make_optimizer(model, stage.settings)

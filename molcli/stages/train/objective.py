@@ -22,7 +22,7 @@ from molcli.fitting.chunks import token_context
 from molcli.maths.losses import Head, TrainingLoss, training_loss
 from molcli.maths.top_k import TopK
 from molcli.model import MoLForCausalLM
-from molcli.model.layers import MoLLayer
+from molcli.model.layers import ConvertedLayer
 from molcli.model.routing.balance import cv_squared
 from molcli.stages.train.balance import RouterLoads
 from molcli.stages.train.batches import MicroBatches
@@ -289,7 +289,7 @@ class AlignmentObjective:
         for dense, layer in pairs:
             with torch.no_grad(), _autocast(device, self.dtype):
                 target = dense(x, forward)[0]
-            if isinstance(layer, MoLLayer):
+            if isinstance(layer, ConvertedLayer):
                 with _autocast(device, self.dtype):
                     out, routing = layer(x, forward)
                 balance = out.new_zeros(())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from molcli.config.sections import TrainConfig
 from molcli.errors import MolError
 from molcli.model import MoLForCausalLM
-from molcli.model.layers import MoLLayer
+from molcli.model.layers import ConvertedLayer
 from molcli.model.mixers import parameter_names
 from molcli.stages.train.distributed import is_sharded, local_shard
 
@@ -41,17 +41,20 @@ def has_decay(name: str) -> bool:
     return not name.endswith(exempt) and name != "model.norm.weight"
 
 
-def set_trainable(model: MoLForCausalLM, part: str) -> None:
+def set_trainable(model: MoLForCausalLM, part: str, *, routers: bool) -> None:
     """Let all parameters take gradients ("all"), or only Mixture of Layers layers ("mol").
+
+    Args:
+        model: changed in place.
+        part: "all" or "mol".
+        routers: whether those of the layers that train do, too.
 
     Raises:
         MolError: for "mol" if the model has no such layer.
     """
     model.requires_grad_(part == "all")
-    if part == "all":
-        return
-    layers = [layer for layer in model.model.layers if isinstance(layer, MoLLayer)]
-    if not layers:
+    layers = [layer for layer in model.model.layers if isinstance(layer, ConvertedLayer)]
+    if part != "all" and not layers:
         raise MolError(
             "`train.trainable` is mol, but all layers of the model are dense",
             allowed="all, or a model with Mixture of Layers layers",
@@ -59,6 +62,8 @@ def set_trainable(model: MoLForCausalLM, part: str) -> None:
         )
     for layer in layers:
         layer.requires_grad_(True)
+        if layer.router is not None:
+            layer.router.requires_grad_(routers)
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:

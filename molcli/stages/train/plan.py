@@ -18,6 +18,7 @@ from molcli.model import MoLForCausalLM
 from molcli.model.checkpoint import default_device, open_config
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.precision import matmul_dtype
+from molcli.stages.train.balance import trains_routers
 from molcli.stages.train.batches import (
     check_contexts,
     check_stages,
@@ -273,7 +274,8 @@ def _estimate_stage(
 ) -> StageEstimate:
     """speed: FLOP/s of all ranks together."""
     settings, align = stage.settings, stage.kind == "align"
-    trainable = _count_trainable(model, "mol" if align else settings.trainable)
+    part = "mol" if align else settings.trainable
+    trainable = _count_trainable(model, part, routers=trains_routers(settings, model))
     flops = training_flops(
         model,
         settings.context_length,
@@ -303,10 +305,10 @@ def _estimate_stage(
     return StageEstimate(stage, steps, trainable, memory, flops, steps * seconds)
 
 
-def _count_trainable(config: MoLConfig, part: str) -> int:
+def _count_trainable(config: MoLConfig, part: str, *, routers: bool) -> int:
     with torch.device("meta"):
         model = MoLForCausalLM(config)
-    set_trainable(model, part)
+    set_trainable(model, part, routers=routers)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 

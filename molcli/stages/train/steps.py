@@ -14,7 +14,7 @@ from molcli.data.mixture import Corpus
 from molcli.errors import Interrupted, MolError
 from molcli.model import MoLForCausalLM
 from molcli.progress import Progress
-from molcli.stages.train.balance import RouterLoads, scheduled_top_k, set_top_k
+from molcli.stages.train.balance import RouterLoads, scheduled_top_k, set_top_k, trains_routers
 from molcli.stages.train.batches import MicroBatches, micro_batches, num_steps, tokens_per_step
 from molcli.stages.train.checkpoint_folder import describe_newest
 from molcli.stages.train.checkpoints import Saver
@@ -78,6 +78,7 @@ def run_stage(
     scale = mfu_scale(stage, model, parent, accelerator.num_processes)
     with StopSignals() as stop, run.log.open_stage(state, scale):
         next_batches = load(state.row)
+        balances = config.balance == "bias" and trains_routers(config, model.config)
         while state.stage_step < steps:
             ratio = learning_rate_ratio(state.stage_step, steps, config)
             set_learning_rates(state.optimizer, ratio)
@@ -93,7 +94,7 @@ def run_stage(
             if finite:
                 run.log.add_step(means)
                 run.loads.add_step_to_window()
-                if config.balance == "bias":
+                if balances:
                     run.loads.update_biases(config.bias_update_rate, accelerator)
                 state.skipped_in_a_row = 0
             else:

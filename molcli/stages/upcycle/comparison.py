@@ -16,7 +16,7 @@ from molcli.fitting.residuals import LayerSensitivity, OutputHead, Residuals
 from molcli.maths.moments import CHUNK_ROWS
 from molcli.model.checkpoint import default_device, open_checkpoint
 from molcli.model.configuration_mol import MoLConfig
-from molcli.model.layers import DenseLayer, MoLLayer
+from molcli.model.layers import DenseLayer, Layer
 from molcli.model.parent import continue_greedily, dense_layer, load_dense
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 16, 32
@@ -95,7 +95,7 @@ class Comparison:
     def advance(
         self,
         inputs: BaselineInputs,
-        converted: DenseLayer | MoLLayer,
+        converted: Layer,
         before: Tensor,
         fit_after: Tensor,
     ) -> None:
@@ -114,6 +114,8 @@ class Comparison:
         self._influence.append(1 - cosines.mean().item())
         if self._config.is_dense(inputs.index):
             self._residuals = self._run_dense(inputs.dense, before)
+            return
+        if self._config.is_skipped(inputs.index):
             return
         for method in self._methods:
             layer = baseline_layer(method, self._config, inputs, self._seed).layer

@@ -15,7 +15,8 @@ from molcli.fitting.residuals import Residuals, relative_errors
 from molcli.maths.routing_stats import count_routing, routing_margin, summarise
 from molcli.model.checkpoint import default_device
 from molcli.model.configuration_mol import MoLConfig
-from molcli.model.layers import DenseLayer, MoLLayer
+from molcli.model.layers import ConvertedLayer, DenseLayer, Layer
+from molcli.model.routing.router import Routing
 from molcli.report.machine import device_name, versions
 
 DEAD_SHARE = 0.01  # of a uniform load; blocks below it count as dead
@@ -23,7 +24,7 @@ DEAD_SHARE = 0.01  # of a uniform load; blocks below it count as dead
 
 @torch.no_grad()
 def layer_figures(
-    fit: Residuals, heldout: Residuals, dense: DenseLayer, converted: DenseLayer | MoLLayer
+    fit: Residuals, heldout: Residuals, dense: DenseLayer, converted: Layer
 ) -> dict[str, Any]:
     """Move the held-out residuals past a layer, and return its figures for the receipt.
 
@@ -55,13 +56,13 @@ def layer_figures(
         "residual_error": heldout.error(),
         "residual_error_fit": fit.error(),
     }
-    if isinstance(converted, MoLLayer):
+    if isinstance(converted, ConvertedLayer):
         row["routing"] = routing_figures(converted, heldout, before, errors)
     return row
 
 
 def routing_figures(
-    layer: MoLLayer, residuals: Residuals, x: Tensor, errors: Tensor
+    layer: ConvertedLayer, residuals: Residuals, x: Tensor, errors: Tensor
 ) -> dict[str, Any] | None:
     """Measure how a layer routes the held-out tokens; lists have an entry per routed block.
 
@@ -78,7 +79,12 @@ def routing_figures(
     """
     if layer.router is None:
         return None
-    routing = layer.router(x)
+    found = [layer(x[c.tokens], c.context.forward_context())[1] for c in residuals.chunks]
+    routing = Routing(
+        torch.cat([r.logits for r in found]),
+        torch.cat([r.blocks for r in found]),
+        torch.cat([r.weights for r in found]),
+    )
     count = routing.logits.shape[1]
     document = residuals.documents()
     counts = count_routing(routing.blocks, routing.weights, document, count)

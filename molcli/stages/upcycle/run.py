@@ -29,9 +29,10 @@ from molcli.fitting.converted_config import is_copy, mol_config, needs_text
 from molcli.fitting.layer import FittedLayer, copied_tensors, copy_layer, fit_layer
 from molcli.fitting.partition import block_parts
 from molcli.fitting.residuals import Residuals, open_output_head, open_residuals
+from molcli.fitting.slices import fit_sliced_layer
 from molcli.model.checkpoint import default_device, stored_dtype
 from molcli.model.configuration_mol import MoLConfig
-from molcli.model.layers import DenseLayer, MoLLayer
+from molcli.model.layers import DenseLayer, Layer, SkippedLayer
 from molcli.model.parent import dense_layer
 from molcli.progress import Progress, silent, step
 from molcli.report.receipt import receipt_page
@@ -98,6 +99,8 @@ def upcycle(
             measured.layers[i]["gated_deltanet_kl"] = kl
         for i, kl in selection.alone_kl.items():
             measured.layers[i]["alone_kl"] = kl
+        for i, influence in selection.influence.items():
+            measured.layers[i]["influence"] = influence
         config.architectures = ["MoLForCausalLM"]
         config.save_pretrained(staging)
         parent.copy_tokenizer(staging)
@@ -129,7 +132,9 @@ def _write_layers_without_text(
     rows = []
     for i in range(config.num_hidden_layers):
         row: dict[str, Any] = {"layer": i, "kind": config.layer_labels[i]}
-        if config.is_dense(i):
+        if config.is_skipped(i):
+            pass
+        elif config.is_dense(i):
             _write_layer(writer, config, i, parent.dense_layer(i))
         elif is_copy(config, recipe.upcycle):
             _write_layer(writer, config, i, copied_tensors(parent.dense_layer(i)))
@@ -198,9 +203,7 @@ class _Conversion:
     generator: torch.Generator
     comparison: Comparison | None
 
-    def convert_layer(
-        self, index: int, dense: DenseLayer
-    ) -> tuple[DenseLayer | MoLLayer, dict[str, Any]]:
+    def convert_layer(self, index: int, dense: DenseLayer) -> tuple[Layer, dict[str, Any]]:
         """Convert one layer, and move all residuals past it.
 
         Returns:
@@ -211,10 +214,13 @@ class _Conversion:
         if self.comparison is not None:
             # A fit changes the residual in place, which baselines start from.
             inputs = self._baseline_inputs(index, dense, fit.parent.clone())
+        layer: Layer = dense
         fitted = None
-        if not self.config.is_dense(index):
+        if self.config.is_skipped(index):
+            layer = SkippedLayer(self.config, "attention", index)
+        elif not self.config.is_dense(index):
             fitted = self._fill_layer(index, dense, inputs)
-        layer = dense if fitted is None else fitted.layer
+            layer = fitted.layer
         if fitted is None or not self._is_fitted:
             fit.advance(dense, layer)  # a fit has moved them already
         figures = {} if fitted is None else {"retained_energy": fitted.retained}
@@ -237,6 +243,8 @@ class _Conversion:
         if options.method != "fitted":
             inputs = inputs or self._baseline_inputs(index, dense, fit.parent)
             return baseline_layer(options.method, config, inputs, self.recipe.calibrate.seed)
+        if config.has_slices:
+            return fit_sliced_layer(config, index, dense, fit, options.ridge, self.generator)
         moment, parts = self.text.moment(index).to(fit.parent.device), block_parts(config)
         return fit_layer(config, index, parts, dense, fit, moment, options, self.generator)
 
