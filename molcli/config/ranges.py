@@ -99,7 +99,7 @@ def _check_slices(c: UpcycleConfig) -> None:
         if (value := getattr(c, key)) not in allowed:
             names = " or ".join("null" if x is None else str(x) for x in allowed)
             raise MolError(
-                f"`upcycle.{key}` is {shown(value)}, `upcycle.blocks` slices",
+                f"`upcycle.{key}` is {value}, `upcycle.blocks` slices",
                 allowed=f"{names} for slices, or upcycle.blocks=thin",
                 hint=f"upcycle.{key}={'null' if allowed[0] is None else allowed[0]}",
             )

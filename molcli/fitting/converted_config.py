@@ -186,11 +186,12 @@ def _slices(
     shared, own = slice_neurons(fraction, routed, parent)
     shared = options.d_ff_thin_shared or shared
     own = options.d_ff_thin or own
-    if shared < 1 or shared + (own if routed else 0) > parent.d_ff:
+    if min(shared, own if routed else 1) < 1 or shared + own * routed > parent.d_ff:
         raise MolError(
             f"slices of {shared} shared and {own} routed neurons do not fit a layer of "
             f"{parent.d_ff}, with `upcycle.preset` {options.preset}",
-            allowed=f"1 to {parent.d_ff} neurons together, beside all of the parent's heads",
+            allowed=f"at least 1 of each, and {parent.d_ff} together, beside all of the parent's "
+            "heads",
             hint="--set upcycle.preset=quality",
         )
     options = replace(

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from molcli.maths.clusters import cosine_kmeans
+from molcli.maths.clusters import cosine_kmeans, even_kmeans
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -69,3 +69,30 @@ def test_fewer_distinct_rows_than_clusters(distinct: int) -> None:
     similarity = found @ rows.T
     torch.testing.assert_close(similarity.amax(1), torch.ones(6))
     torch.testing.assert_close(similarity.amax(0), torch.ones(distinct))
+
+
+def test_even_clusters_share_vectors_that_one_direction_dominates() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, 16, generator=generator) * torch.logspace(1, -1, 16) + 20
+    centroids, offsets = even_kmeans(x, 8, generator)
+    sizes = torch.bincount((x @ centroids.mT + offsets).argmax(1), minlength=8)
+    assert sizes.min() > 0.5 * 4000 / 8
+    assert sizes.max() < 1.5 * 4000 / 8
+
+
+def test_even_clusters_are_those_that_are_there() -> None:
+    generator = torch.Generator().manual_seed(0)
+    middles = 10 * torch.randn(4, 8, generator=generator)
+    label = torch.arange(4).repeat(100)
+    x = middles[label] + 0.1 * torch.randn(400, 8, generator=generator) + 5
+    centroids, offsets = even_kmeans(x, 4, generator)
+    found = (x @ centroids.mT + offsets).argmax(1)
+    assert all(len(found[label == i].unique()) == 1 for i in range(4))
+    assert len(found.unique()) == 4
+
+
+def test_one_cluster_has_everything() -> None:
+    x = torch.randn(10, 3, generator=torch.Generator().manual_seed(0))
+    centroids, offsets = even_kmeans(x, 1, torch.Generator().manual_seed(0))
+    assert centroids.shape == (1, 3) and offsets.shape == (1,)
+    assert centroids.isfinite().all() and offsets.isfinite().all()

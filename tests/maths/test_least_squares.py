@@ -11,6 +11,7 @@ from torch import Tensor
 from molcli.errors import MolError
 from molcli.maths.least_squares import (
     aligning_rotation,
+    arrow_ridge,
     least_squares_left,
     reduced_rank,
     ridge,
@@ -175,3 +176,32 @@ def test_ridge_refuses_sums_that_overflowed() -> None:
     gram = torch.full((3, 3), float("inf"), dtype=torch.float64)
     with pytest.raises(MolError, match="overflow"):
         ridge(gram, gram, 1e-3)
+
+
+@given(seed=seeds)
+def test_arrow_ridge_is_the_ridge_of_all_blocks_together(seed: int) -> None:
+    s, shared, penalty = samples(seed, blocks=3), 2, 1e-2
+    own = P - shared
+    first, rest = arrow_ridge(s.gram, s.cross, shared, penalty)
+    # One system with a column for each block's own features, which are zero in other blocks.
+    wide = torch.zeros(3, SAMPLES, shared + 3 * own, dtype=torch.float64)
+    for block in range(3):
+        wide[block, :, :shared] = s.features[block, :, :shared]
+        start = shared + block * own
+        wide[block, :, start : start + own] = s.features[block, :, shared:]
+    rows, targets = wide.flatten(0, 1), s.targets.flatten(0, 1)
+    gram = rows.mT @ rows
+    energies = [gram.diagonal()[:shared].mean().expand(shared)]
+    for block in range(3):
+        start = shared + block * own
+        energies.append(gram.diagonal()[start : start + own].mean().expand(own))
+    lifted = gram + penalty * torch.cat(energies).diag()
+    wanted = torch.linalg.solve(lifted, rows.mT @ targets).mT
+    torch.testing.assert_close(torch.cat([first[0], *rest], dim=1), wanted)
+
+
+def test_arrow_ridge_leaves_a_block_without_samples_at_zero() -> None:
+    s = samples(0, blocks=2)
+    s.gram[1], s.cross[1] = 0, 0
+    first, rest = arrow_ridge(s.gram, s.cross, 2, 1e-2)
+    assert first.isfinite().all() and not rest[1].any() and rest[0].any()

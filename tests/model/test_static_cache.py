@@ -11,6 +11,16 @@ from molcli.model.decoding import generation
 from molcli.model.decoding.generation import static_cache
 from molcli.model.decoding.static_cache import MoLStaticCache
 
+# A shared slice of 32 neurons, and four routed ones of 24.
+SLICES = dict(
+    num_blocks=5,
+    num_shared_blocks=1,
+    num_blocks_per_tok=1,
+    d_thin_shared=64,
+    d_ff_thin_shared=32,
+    num_heads_shared=4,
+    num_kv_heads_shared=2,
+)
 CASES = {
     "softmax": dict(
         layer_structures=["mixture", "dense", "mixture"],
@@ -39,6 +49,29 @@ CASES = {
         sliding_windows=[6, None, 4],
         rope_theta_local=100.0,
         embedding_scale=8.0,
+    ),
+    "slices, and a skipped layer": dict(
+        layer_structures=["sliced", "skipped", "sliced"],
+        layer_mixers=["attention", "attention", "gated_deltanet"],
+        **SLICES,
+    ),
+    "slices without norms before, and with norms behind": dict(
+        layer_structures=["sliced", "dense", "sliced"],
+        layer_mixers=["attention"] * 3,
+        **SLICES,
+        output_norms=True,
+        pre_norms=False,
+        initializer_range=0.05,
+    ),
+    "two slices a token": dict(
+        layer_structures=["sliced", "dense", "sliced"],
+        layer_mixers=["attention"] * 3,
+        **SLICES | dict(num_blocks_per_tok=2),
+    ),
+    "shared slice alone": dict(
+        layer_structures=["sliced", "dense", "sliced"],
+        layer_mixers=["attention"] * 3,
+        **SLICES | dict(num_blocks=1, num_blocks_per_tok=0),
     ),
     "wide shared blocks": dict(
         d_thin_shared=48,
