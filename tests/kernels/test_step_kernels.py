@@ -6,12 +6,15 @@ its last two bits is always allowed. The interpreter cannot multiply matrices in
 precision is fp16 there.
 """
 
+import importlib
+
 import pytest
 import torch
 
 from molcli.kernels.decode_rows import (
     BlockOrder,
     DecodeRows,
+    all_decode_rows,
     routed_decode_rows,
     sort_by_block,
     sort_by_block_reference,
@@ -20,6 +23,7 @@ from molcli.kernels.gated_delta_step import gated_delta_step, gated_delta_step_r
 from molcli.kernels.indexed_combine import indexed_combine
 from molcli.kernels.indexed_combine.reference import indexed_combine_reference
 from molcli.kernels.indexed_linear import indexed_linear, indexed_linear_reference
+from molcli.kernels.indexed_linear.dense import MIN_DENSE_ROWS, suits_dense
 from molcli.kernels.route import route, route_reference
 from molcli.kernels.step_attention import (
     step_append,
@@ -114,6 +118,31 @@ def test_feed_forward_layers(draw, triton_device, is_sorted, activation, gated):
     eager = indexed_linear_reference(x, weights, blocks, **options)
     options["norm"] = exact(options["norm"])
     check(found, eager, indexed_linear_reference(exact(x), exact(weights), blocks, **options))
+
+
+@pytest.mark.parametrize("activation", [None, "silu", "mish"])
+def test_many_rows_of_one_block(draw, triton_device, poisoned, activation):
+    """Ordinary products, which compute the same."""
+    rows = all_decode_rows(MIN_DENSE_ROWS, 1, triton_device)
+    sizes = [40, 24, 24] if activation is None else [40, 40]
+    total = sum(sizes) if activation is None else sizes[0]
+    x, weights = draw(MIN_DENSE_ROWS, 96), [draw(1, n, 96) for n in sizes]
+    everything = dict(
+        delta=draw(MIN_DENSE_ROWS, 96),
+        norm=draw(1, 96),
+        eps=1e-6,
+        bias=draw(1, sum(sizes)),
+        residual=draw(MIN_DENSE_ROWS, total),
+    )
+    assert suits_dense(weights, MIN_DENSE_ROWS)
+    for options in (dict(activation=activation), everything | dict(activation=activation)):
+        before = options["residual"].clone() if "residual" in options else None
+        found = indexed_linear(x, weights, rows, **options)
+        eager = indexed_linear_reference(x, weights, rows.blocks, **options)
+        precise = {name: exact(value) for name, value in options.items()}
+        truth = indexed_linear_reference(exact(x), exact(weights), rows.blocks, **precise)
+        check(found, eager, truth)
+        assert before is None or torch.equal(before, options["residual"])
 
 
 @pytest.mark.parametrize("tokens, slots", [(1, 3), (9, 2)])
@@ -226,6 +255,32 @@ def test_attention_of_one_block_leaves_out_padding(draw, triton_device):
     inputs = (q, keys, values, cache_blocks, cache_blocks.new_tensor([80]), blocks)
     found, eager = step_attend(*inputs, 1), step_attend_reference(*inputs)
     check(found, eager, step_attend_reference(*map(exact, inputs)))
+
+
+@pytest.mark.parametrize(
+    "slots, heads, kv, dim, window",
+    [(1, 9, 3, 64, 0), (1, 2, 1, 12, 30), (2, 4, 2, 64, 0), (2, 3, 3, 16, 20)],
+)
+def test_attention_of_many_rows(
+    draw, triton_device, poisoned, monkeypatch, slots, heads, kv, dim, window
+):
+    """One program for all query heads of a key-value head."""
+    kernels = importlib.import_module("molcli.kernels.step_attention.triton_kernels")
+    monkeypatch.setattr(kernels, "_PROGRAMS", 1)
+    count = 1 if slots == 1 else BLOCKS
+    blocks = torch.tensor([0, 3, 1, 2][: 2 * slots], device=triton_device) % count
+    shape = 2, 90, slots
+    cache_blocks = torch.arange(180 * slots, device=triton_device) * 7 % (count + 1) - 1
+    cache_blocks = cache_blocks.view(shape).int()
+    q, keys, values = draw(2 * slots, heads, dim), draw(*shape, kv, dim), draw(*shape, kv, dim)
+    for filled in (80, 5):
+        time = cache_blocks.new_tensor([filled])
+        inputs = (q, keys, values, cache_blocks, time, blocks)
+        found = step_attend(*inputs, count, window)
+        eager = step_attend_reference(*inputs, window)
+        check(found, eager, step_attend_reference(*map(exact, inputs), window))
+    blind = step_attend(q, keys, values, torch.full_like(cache_blocks, -1), time, blocks, count)
+    assert (blind == 0).all()
 
 
 def test_every_operator_describes_itself_correctly_to_torch_compile():

@@ -1,4 +1,8 @@
-"""Triton kernels: rotate and append; attend to pieces of the cache; merge the pieces."""
+"""Triton kernels: rotate and append; attend to pieces of the cache; merge the pieces.
+
+With few rows, a program has a query head and a piece of the cache, so that a GPU is filled. With
+many, it has all query heads of a key-value head and the whole cache, which is then read once.
+"""
 
 import torch
 import triton
@@ -7,6 +11,7 @@ from torch import Tensor
 
 _PROGRAMS = 512  # enough for a few on each of a GPU's multiprocessors
 _PIECE = 64  # entries of the cache that a program reads at a time
+_PIECE_BYTES = 16_384  # at most, of their keys: they pass through shared memory
 
 
 @triton.jit
@@ -139,6 +144,54 @@ def _merge_kernel(
     tl.store(out + program * D + d, read.to(out.dtype.element_ty), mask=d < D)
 
 
+@triton.jit
+def _attend_group_kernel(
+    q, keys, values, owners, filled, blocks, out, length, slots, scale, window,
+    GROUP: tl.constexpr, KV: tl.constexpr, D: tl.constexpr,
+    PIECE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, EVERY: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    row, kv = program // KV, program % KV
+    block = tl.load(blocks + row)
+    first = (row // slots).to(tl.int64) * length * slots
+    end = (tl.load(filled) + 1) * slots
+    begin = 0  # the first entry inside the window
+    if window > 0:
+        begin = tl.maximum(end - window * slots, 0)
+    head, d = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
+    real = d < D
+    # Heads are padded to what matrix units multiply.
+    place = program.to(tl.int64) * (GROUP * D) + head[:, None] * D + d[None, :]
+    mine = (head < GROUP)[:, None] & real[None, :]
+    query = tl.load(q + place, mask=mine, other=0.0)
+    peak = tl.full((BLOCK_H,), -float("inf"), tl.float32)
+    mass = tl.zeros((BLOCK_H,), tl.float32)
+    acc = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
+    for start in range(begin, end, PIECE):
+        index = start + tl.arange(0, PIECE)
+        owner = tl.load(owners + first + index, mask=index < end, other=-1)
+        seen = owner.to(tl.int64) == block
+        wanted = seen
+        if EVERY:  # start loading before the entries' blocks are known
+            wanted = index < end
+        mask = wanted[:, None] & real[None, :]
+        entry = ((first + index) * KV + kv)[:, None] * D + d[None, :]
+        key = tl.load(keys + entry, mask=mask, other=0.0)
+        value = tl.load(values + entry, mask=mask, other=0.0)
+        score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+        score = tl.where(seen[None, :], score, -float("inf"))
+        higher = tl.maximum(peak, tl.max(score, 1))
+        level = tl.where(higher == -float("inf"), 0.0, higher)
+        weight = tl.exp(score - level[:, None])
+        keep = tl.exp(peak - level)
+        mass = mass * keep + tl.sum(weight, 1)
+        more = tl.dot(weight.to(value.dtype), value, input_precision="ieee")
+        acc = acc * keep[:, None] + more
+        peak = higher
+    read = acc / tl.where(mass > 0, mass, 1.0)[:, None]
+    tl.store(out + place, read.to(out.dtype.element_ty), mask=mine)
+
+
 def launch_append(
     projected: Tensor,
     biases: list[Tensor],
@@ -179,6 +232,17 @@ def launch_attend(
     """Attend. Arguments and returns are those of `step_attend`."""
     _, length, slots, kv, dim = keys.shape
     rows, heads = q.shape[:2]
+    if rows * kv >= _PROGRAMS:
+        out = q.new_empty(rows, heads * dim)
+        block_d = max(16, triton.next_power_of_2(dim))
+        _attend_group_kernel[(rows * kv,)](
+            q, keys, values, cache_blocks, filled, blocks, out, length, slots, dim**-0.5, window,
+            GROUP=heads // kv, KV=kv, D=dim,
+            PIECE=max(16, min(_PIECE, _PIECE_BYTES // (block_d * keys.element_size()))),
+            BLOCK_H=max(16, triton.next_power_of_2(heads // kv)), BLOCK_D=block_d,
+            EVERY=num_blocks == 1, num_warps=4, num_stages=2,
+        )  # fmt: skip
+        return out
     wanted = triton.next_power_of_2(triton.cdiv(_PROGRAMS, rows * heads))
     splits = min(64, wanted, triton.next_power_of_2(triton.cdiv(length * slots, _PIECE)))
     partial = q.new_empty(rows * heads, splits, dim, dtype=torch.float32)
