@@ -120,11 +120,13 @@ def test_feed_forward_layers(draw, triton_device, is_sorted, activation, gated):
     check(found, eager, indexed_linear_reference(exact(x), exact(weights), blocks, **options))
 
 
-@pytest.mark.parametrize("activation", [None, "silu", "mish"])
-def test_many_rows_of_one_block(draw, triton_device, poisoned, activation):
+@pytest.mark.parametrize(
+    "activation, gated", [(None, False), ("silu", True), ("gelu", False), ("mish", True)]
+)
+def test_many_rows_of_one_block(draw, triton_device, poisoned, activation, gated):
     """Ordinary products, which compute the same."""
     rows = all_decode_rows(MIN_DENSE_ROWS, 1, triton_device)
-    sizes = [40, 24, 24] if activation is None else [40, 40]
+    sizes = [40, 24, 24] if activation is None else [40] * (1 + gated)
     total = sum(sizes) if activation is None else sizes[0]
     x, weights = draw(MIN_DENSE_ROWS, 96), [draw(1, n, 96) for n in sizes]
     everything = dict(
@@ -207,12 +209,19 @@ def test_gated_deltanet(draw, triton_device, dim):
         assert torch.equal(before[untouched], after[untouched])
 
 
+@pytest.mark.parametrize("many", [False, True], ids=["few rows", "many rows"])
 @pytest.mark.parametrize(
     "rotary_dim, length, filled, settings",
     [(64, 90, 70, "plain"), (16, 3, 0, "plain"), (64, 3, 2, "biases and norms")],
 )
-def test_attention(draw, triton_device, rotary_dim, length, filled, settings):
+def test_attention(
+    draw, triton_device, poisoned, monkeypatch, many, rotary_dim, length, filled, settings
+):
     """Two slots, grouped heads; entries of other blocks and of padding (-1) between a row's own."""
+    if many:
+        kernels = importlib.import_module("molcli.kernels.step_attention.triton_kernels")
+        monkeypatch.setattr(kernels, "_PROGRAMS", 4)
+        monkeypatch.setattr(kernels, "_CHANNELS", 128)  # two programs for four heads
     heads, kv, dim, slots = 2, 1, 64, 2
     blocks = torch.tensor([0, 3, 1, 2], device=triton_device)
     active = torch.tensor([1, 0], dtype=torch.int32, device=triton_device)

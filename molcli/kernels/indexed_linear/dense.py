@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from molcli.kernels import backend
 from molcli.kernels.indexed_linear.reference import activate
 
 # At R rows, a product of half-precision matrices does about R operations for a byte of weights. A
@@ -52,5 +53,14 @@ def dense_linear(
     if bias is not None:
         y += bias[0].to(y.dtype)
     if activation is not None:
-        y = activate(y, activation, sizes[0])
+        y = _activated(y, activation, sizes[0])
     return y if residual is None else y.add_(residual)
+
+
+def _activated(y: Tensor, name: str, size: int) -> Tensor:
+    if backend.use_triton(y):
+        from molcli.kernels.indexed_linear.triton_kernels import ACTIVATIONS, launch_activation
+
+        if name in ACTIVATIONS:  # gated or not, one pass over the rows
+            return launch_activation(y, name, size)
+    return activate(y, name, size)
