@@ -145,7 +145,10 @@ def _attend_group_kernel(
     row, kv = program // KV, program % KV
     block = tl.load(blocks + row)
     first = (row // slots).to(tl.int64) * length * slots
-    end = (tl.load(filled) + 1) * slots
+    time = tl.load(filled)
+    # Nothing is read for a sequence that has ended: its new token is padding.
+    padding = tl.load(owners + first + time * slots + row % slots) < 0
+    end = tl.where(padding, 0, (time + 1) * slots)
     begin = 0  # the first entry inside the window
     if window > 0:
         begin = tl.maximum(end - window * slots, 0)

@@ -79,7 +79,8 @@ class _Batch:
         size: number of documents B in the batch, some of which may have ended.
         ids: (B, length), tokens; those of a start from the beginning, others once they are drawn.
         lengths: (B,), tokens of each document at its end.
-        running: (B,) bool, which ones have not ended.
+        running: (B,) bool, which ones have not ended; active: the same as int32. The others take
+            steps as well, in which attention reads nothing.
         undefined: (1,), the first token whose predictions are not finite, or `length`.
         rows: (B,), the documents' numbers in `all_ids` and `all_lengths`, which hold those that
             have left the batch.
@@ -149,6 +150,7 @@ class _Batch:
         ended = (new[:, None] == self.ends).any(1) & ~given & self.running
         self.lengths.copy_(torch.where(ended, following + 1, self.lengths))
         self.running &= ~ended
+        self.active.copy_(self.running)
 
     def numbers(self) -> tuple[int, int, int]:
         """Wait for the device: return how many documents run, how many tokens the others have, and
