@@ -82,7 +82,7 @@ def test_predictions_that_are_not_finite_are_refused(
 @pytest.mark.gpu
 def test_steps_from_a_graph_sample_the_same(make_model: Callable[..., MoLForCausalLM]) -> None:
     device = torch.device("cuda")
-    model = make_model(layer_structures=["dense"] * 3).to(device, torch.bfloat16)
+    model = make_model(layer_structures=["dense"] * 3, device=device)
     found = [
         sample_documents(
             model,
@@ -102,4 +102,4 @@ def test_steps_from_a_graph_sample_the_same(make_model: Callable[..., MoLForCaus
         tokens = torch.tensor(ids, device=device)
         with torch.no_grad():
             logits = model(tokens[None, :-1], use_cache=False).logits[0]
-        assert outside(logits, row[: len(ids) - 1], 1.0, tokens[1:]) < 0.02, "bf16 rounds"
+        assert outside(logits, row[: len(ids) - 1], 1.0, tokens[1:]) < 1e-3
