@@ -5,6 +5,7 @@ blocks in one tensor:
 
 - In training and prefill the rows are sorted by block (`packed_rows`).
 - In decoding there are a few rows, in token order, each with a block of its own (`decode_rows`).
+  From hundreds of sequences on, some operations choose another way, each in its own folder.
 
 Every operation has a folder:
 

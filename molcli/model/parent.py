@@ -1,5 +1,7 @@
 """Load a dense parent as a model of ours, layer by layer or whole, and generate from it."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -72,8 +74,13 @@ def check_vocabulary(parent: Parent, student: MoLForCausalLM) -> None:
 
 def end_tokens(model: PreTrainedModel) -> list[int]:
     """Return the tokens that end generation, by config and generation config, ascending."""
+    return end_tokens_of(model.config, model.generation_config)
+
+
+def end_tokens_of(*configs: Any) -> list[int]:
+    """Return all tokens that end generation by any of these configurations, ascending."""
     found: set[int] = set()
-    for eos in (model.config.eos_token_id, model.generation_config.eos_token_id):
+    for eos in (config.eos_token_id for config in configs):
         found.update(eos if isinstance(eos, list) else [] if eos is None else [eos])
     return sorted(found)
 

@@ -3,13 +3,13 @@
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import chain, cycle, islice, repeat
-from math import ceil
+from math import ceil, sqrt
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -29,12 +29,16 @@ from molcli.families.parent import Parent
 from molcli.families.positions import declared_limit
 from molcli.files.generation_config import generation_config
 from molcli.files.output_file import output_file
+from molcli.kernels import backend
+from molcli.kernels.draw_tokens import draw_tokens
 from molcli.model.checkpoint import default_device
+from molcli.model.decoding.sampling import sample_documents, undefined_predictions
 from molcli.model.forward_inputs import CACHE_FIELD
-from molcli.model.parent import end_tokens
+from molcli.model.parent import end_tokens, end_tokens_of, load_dense
 from molcli.model.precision import fast_dtype
 from molcli.progress import Progress, silent
 
+SampleBatch = Callable[..., list[list[int]]]
 _CPU_BATCH, _LARGEST_BATCH = 64, 8192  # documents
 # Without cuDNN's attention, which makes a new plan for every length, hence for every token.
 _BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -73,29 +77,14 @@ def sample(parent: Parent, config: SampleConfig, out: Path, progress: Progress =
 def _write(parent: Parent, config: SampleConfig, file: TextIO, progress: Progress) -> None:
     prompts = _prompts(parent, config)
     parent.check_weights()
-    device = default_device()
-    # Not from the folder: of a tensor in two shards, transformers would read the wrong one.
-    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(parent.config)]
-    model: PreTrainedModel = kind.from_pretrained(
-        None,
-        config=parent.config,
-        state_dict=parent.state_dict(),
-        generation_config=generation_config(parent.generation),
-        dtype=fast_dtype(device),
-    )
-    model.to(device).eval()  # type: ignore[arg-type]
+    batch_size, sample_batch = _open(parent, config, default_device())
     tokenizer = parent.tokenizer()
-    generator = torch.Generator(device).manual_seed(config.seed)
-    batch_size = config.batch_size
-    if batch_size == "auto":
-        batch_size = _largest_batch(model, config.length)
-    repeats = _Repeats(model, config, list_tokens(tokenizer, model.config.vocab_size))
+    repeats = _Repeats(parent, config, list_tokens(tokenizer, parent.config.vocab_size))
     tokens = num_documents = 0
     while tokens < config.tokens:
-        # As many documents as are needed at the mean length so far. A batch takes as many steps as
-        # its longest document has tokens, however few documents there are.
-        length = repeats.tokens_before / num_documents if num_documents else config.length
-        count = min(batch_size, ceil((config.tokens - tokens) * (1 - repeats.share) / length))
+        left = (config.tokens - tokens) * (1 - repeats.share)
+        new = _wanted(left, config.length, repeats.tokens_before, num_documents)
+        count = min(batch_size, new)
         starts = list(islice(prompts, count))
         num_documents += count
 
@@ -105,9 +94,7 @@ def _write(parent: Parent, config: SampleConfig, file: TextIO, progress: Progres
             wanted = config.tokens - before
             progress(before + new * min(wanted, most) // most, config.tokens)
 
-        with sdpa_kernel(_BACKENDS):
-            documents = _sample_batch(model, starts, config, generator, report)
-        for ids in repeats.among(documents):
+        for ids in repeats.among(sample_batch(starts, report=report)):
             row: dict[str, object] = {"input_ids": ids}
             if tokenizer is not None:
                 with refuse_tokenizer_errors("the parent's tokenizer fails on sampled tokens"):
@@ -124,13 +111,14 @@ class _Repeats:
         tokens_before: sampled so far.
     """
 
-    def __init__(self, model: PreTrainedModel, config: SampleConfig, tokens: ListTokens) -> None:
+    def __init__(self, parent: Parent, config: SampleConfig, tokens: ListTokens) -> None:
         self.share = repeats_in_force(config.repeats, config.length)
         self.tokens_before = 0
         self._made = 0
         self._length, self._seed = config.length, config.seed
-        self._start, self._list_tokens = _start_token(model.config), tokens
-        self._outer = {self._start, *end_tokens(model)}
+        self._start, self._list_tokens = _start_token(parent.config), tokens
+        ends = end_tokens_of(parent.config, generation_config(parent.generation))
+        self._outer = {self._start, *ends}
 
     def among(self, documents: list[list[int]]) -> Iterator[list[int]]:
         """Yield the documents in order, and behind some of them one that repeats their text."""
@@ -153,6 +141,67 @@ class _Repeats:
         texts = [torch.tensor(ids, dtype=torch.int32) for ids in inner]
         length = self._length - 1  # the start token is the first
         return pack(texts, length, seed=None) if sum(map(len, texts)) >= length else None
+
+
+def _wanted(wanted: float, length: int, tokens: int, num_documents: int) -> int:
+    """Return how many documents to sample next.
+
+    A batch takes as many steps as its longest document has tokens, however few documents there are.
+    So a few more than the mean length so far asks for keep chance from leaving a small remainder.
+
+    Args:
+        wanted: tokens that are still to be sampled.
+        length: of the longest document.
+        tokens, num_documents: sampled so far.
+    """
+    if not num_documents:
+        return ceil(wanted / length)
+    mean = tokens / num_documents
+    # Two standard deviations of a sum of lengths between 0 and `length`, at most.
+    return ceil((wanted + sqrt(wanted / mean) * length) / mean)
+
+
+def _open(parent: Parent, config: SampleConfig, device: torch.device) -> tuple[int, SampleBatch]:
+    """Load the parent.
+
+    Returns:
+        How many documents to sample together, and the function that does so: (starts, report=) ->
+        the tokens of each document.
+    """
+    dtype = fast_dtype(device)
+    generator = torch.Generator(device).manual_seed(config.seed)
+    model: Any
+    kernels = backend.use_triton(torch.empty(0, dtype=dtype, device=device))
+    if kernels and config.length <= parent.family.context_limit(parent.config).tokens:
+        model = load_dense(parent, dtype, device)
+        sample_batch: SampleBatch = partial(
+            sample_documents,
+            model,
+            length=config.length,
+            temperature=config.temperature,
+            ends=end_tokens_of(parent.config, generation_config(parent.generation)),
+            generator=generator,
+        )
+    else:  # also documents that are longer than a sliding window
+        model = _transformers_model(parent, dtype).to(device)  # type: ignore[arg-type]
+        sample_batch = partial(_sample_batch, model.eval(), config=config, generator=generator)
+    if config.batch_size == "auto":
+        return _largest_batch(model, config.length), sample_batch
+    return config.batch_size, sample_batch
+
+
+def _transformers_model(parent: Parent, dtype: torch.dtype) -> PreTrainedModel:
+    """Load the parent as transformers' own model."""
+    # Not from the folder: of a tensor in two shards, transformers would read the wrong one.
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(parent.config)]
+    model: PreTrainedModel = kind.from_pretrained(
+        None,
+        config=parent.config,
+        state_dict=parent.state_dict(),
+        generation_config=generation_config(parent.generation),
+        dtype=dtype,
+    )
+    return model
 
 
 def _largest_batch(model: PreTrainedModel, length: int) -> int:
@@ -202,6 +251,7 @@ def _check_length(prompt: list[int], config: SampleConfig) -> list[int]:
 
 
 @torch.inference_mode()
+@sdpa_kernel(_BACKENDS)
 def _sample_batch(
     model: PreTrainedModel,
     starts: list[list[int]],
@@ -209,7 +259,7 @@ def _sample_batch(
     generator: torch.Generator,
     report: Callable[[int, int], None],
 ) -> list[list[int]]:
-    """Sample one document from each start.
+    """Sample one document from each start with transformers' own model, for CPUs and for windows.
 
     Documents that have ended leave the batch, so that no step computes them. The first pass reads
     as many tokens as the shortest start has. In longer starts, the start's own tokens then replace
@@ -240,20 +290,18 @@ def _sample_batch(
             **{CACHE_FIELD: cache},
         )
         read, in_start = step, step < start_lengths[running]
-        probabilities = (out.logits[:, -1].float() / config.temperature).softmax(-1)
-        new = torch.where(in_start, ids[running, step], _draw(probabilities, generator))
+        uniform = torch.rand(
+            len(running), generator=generator, dtype=torch.float64, device=model.device
+        )
+        drawn = draw_tokens(out.logits[:, -1], uniform, config.temperature)
+        new = torch.where(in_start, ids[running, step], drawn)
         ids[running, step] = new
         tokens += len(running)
         ended = torch.isin(new, ends.to(new.device)) & ~in_start
-        # A row of probabilities is NaN as a whole. One transfer for both questions.
-        undefined = probabilities[:, 0].isnan()
-        any_undefined, any_ended = torch.stack([undefined.any(), ended.any()]).tolist()
+        # One transfer for both questions.
+        any_undefined, any_ended = torch.stack([(drawn < 0).any(), ended.any()]).tolist()
         if any_undefined:
-            raise MolError(
-                f"the parent's predictions are not finite (NaN) at token {step} of a document",
-                allowed="a parent with finite predictions",
-                hint="download its weights again, or use another parent",
-            )
+            raise undefined_predictions(step)
         if any_ended:
             lengths[running[ended]] = step + 1
             running = running[~ended]
@@ -262,24 +310,8 @@ def _sample_batch(
             break
         if any_ended:
             cache.batch_select_indices((~ended).nonzero()[:, 0])
-    return [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
-
-
-def _draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw one index from each row of (B, V) probabilities: (B,) int64.
-
-    It inverts the cumulative distribution. torch.multinomial draws a random number for every entry,
-    which takes longer than the model on a CPU.
-    """
-    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
-    uniform = torch.rand(
-        (len(probabilities), 1),
-        generator=generator,
-        dtype=torch.float64,
-        device=probabilities.device,
-    )
-    above_zero = 1 - uniform  # an entry of probability 0 must not be drawn
-    return torch.searchsorted(cumulative, above_zero * cumulative[:, -1:])[:, 0]
+    lengths_by_row = lengths.tolist()
+    return [row[:length].tolist() for row, length in zip(ids.cpu(), lengths_by_row, strict=True)]
 
 
 def _start_token(config: PreTrainedConfig) -> int:

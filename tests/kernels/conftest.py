@@ -9,7 +9,10 @@ from torch import Tensor
 from molcli.kernels import backend
 
 # Kernels with loops whose bounds are computed.
-LOOPS = ["molcli.kernels.segment_attention.triton_kernels"]
+LOOPS = [
+    "molcli.kernels.segment_attention.triton_kernels",
+    "molcli.kernels.step_attention.triton_kernels",
+]
 
 
 @pytest.fixture(

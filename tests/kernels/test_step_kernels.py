@@ -6,12 +6,15 @@ its last two bits is always allowed. The interpreter cannot multiply matrices in
 precision is fp16 there.
 """
 
+import importlib
+
 import pytest
 import torch
 
 from molcli.kernels.decode_rows import (
     BlockOrder,
     DecodeRows,
+    all_decode_rows,
     routed_decode_rows,
     sort_by_block,
     sort_by_block_reference,
@@ -20,6 +23,7 @@ from molcli.kernels.gated_delta_step import gated_delta_step, gated_delta_step_r
 from molcli.kernels.indexed_combine import indexed_combine
 from molcli.kernels.indexed_combine.reference import indexed_combine_reference
 from molcli.kernels.indexed_linear import indexed_linear, indexed_linear_reference
+from molcli.kernels.indexed_linear.dense import MIN_DENSE_ROWS, suits_dense
 from molcli.kernels.route import route, route_reference
 from molcli.kernels.step_attention import (
     step_append,
@@ -116,6 +120,33 @@ def test_feed_forward_layers(draw, triton_device, is_sorted, activation, gated):
     check(found, eager, indexed_linear_reference(exact(x), exact(weights), blocks, **options))
 
 
+@pytest.mark.parametrize(
+    "activation, gated", [(None, False), ("silu", True), ("gelu", False), ("mish", True)]
+)
+def test_many_rows_of_one_block(draw, triton_device, poisoned, activation, gated):
+    """Ordinary products, which compute the same."""
+    rows = all_decode_rows(MIN_DENSE_ROWS, 1, triton_device)
+    sizes = [40, 24, 24] if activation is None else [40] * (1 + gated)
+    total = sum(sizes) if activation is None else sizes[0]
+    x, weights = draw(MIN_DENSE_ROWS, 96), [draw(1, n, 96) for n in sizes]
+    everything = dict(
+        delta=draw(MIN_DENSE_ROWS, 96),
+        norm=draw(1, 96),
+        eps=1e-6,
+        bias=draw(1, sum(sizes)),
+        residual=draw(MIN_DENSE_ROWS, total),
+    )
+    assert suits_dense(weights, MIN_DENSE_ROWS)
+    for options in (dict(activation=activation), everything | dict(activation=activation)):
+        before = options["residual"].clone() if "residual" in options else None
+        found = indexed_linear(x, weights, rows, **options)
+        eager = indexed_linear_reference(x, weights, rows.blocks, **options)
+        precise = {name: exact(value) for name, value in options.items()}
+        truth = indexed_linear_reference(exact(x), exact(weights), rows.blocks, **precise)
+        check(found, eager, truth)
+        assert before is None or torch.equal(before, options["residual"])
+
+
 @pytest.mark.parametrize("tokens, slots", [(1, 3), (9, 2)])
 @pytest.mark.parametrize("gated", [False, True])
 def test_combining(draw, triton_device, tokens, slots, gated):
@@ -178,12 +209,19 @@ def test_gated_deltanet(draw, triton_device, dim):
         assert torch.equal(before[untouched], after[untouched])
 
 
+@pytest.mark.parametrize("many", [False, True], ids=["few rows", "many rows"])
 @pytest.mark.parametrize(
     "rotary_dim, length, filled, settings",
     [(64, 90, 70, "plain"), (16, 3, 0, "plain"), (64, 3, 2, "biases and norms")],
 )
-def test_attention(draw, triton_device, rotary_dim, length, filled, settings):
+def test_attention(
+    draw, triton_device, poisoned, monkeypatch, many, rotary_dim, length, filled, settings
+):
     """Two slots, grouped heads; entries of other blocks and of padding (-1) between a row's own."""
+    if many:
+        kernels = importlib.import_module("molcli.kernels.step_attention.triton_kernels")
+        monkeypatch.setattr(kernels, "_PROGRAMS", 4)
+        monkeypatch.setattr(kernels, "_CHANNELS", 128)  # two programs for four heads
     heads, kv, dim, slots = 2, 1, 64, 2
     blocks = torch.tensor([0, 3, 1, 2], device=triton_device)
     active = torch.tensor([1, 0], dtype=torch.int32, device=triton_device)
@@ -213,9 +251,12 @@ def test_attention(draw, triton_device, rotary_dim, length, filled, settings):
         checked = step_attend(found, *caches[0], time, blocks, BLOCKS, window)
         reference = step_attend_reference(eager, *caches[1], time, blocks, window)
         wanted = step_attend_reference(truth, *caches[2], time, blocks, window)
+        if many:  # nothing is read for the second sequence, whose token is padding
+            assert (checked[2:] == 0).all()
+            checked, reference, wanted = checked[:2], reference[:2], wanted[:2]
         check(checked, reference, wanted, f"output, window {window}")
     seen = step_attend_reference(truth, *caches[2], time, blocks)
-    assert torch.equal(wanted, seen) == (filled < 30)
+    assert torch.equal(wanted, seen[: len(wanted)]) == (filled < 30)
 
 
 def test_attention_of_one_block_leaves_out_padding(draw, triton_device):
@@ -226,6 +267,38 @@ def test_attention_of_one_block_leaves_out_padding(draw, triton_device):
     inputs = (q, keys, values, cache_blocks, cache_blocks.new_tensor([80]), blocks)
     found, eager = step_attend(*inputs, 1), step_attend_reference(*inputs)
     check(found, eager, step_attend_reference(*map(exact, inputs)))
+
+
+@pytest.mark.parametrize(
+    "slots, heads, kv, dim, window",
+    [(1, 9, 3, 64, 0), (1, 2, 1, 12, 30), (2, 4, 2, 64, 0), (2, 3, 3, 16, 20)],
+)
+def test_attention_of_many_rows(
+    draw, triton_device, poisoned, monkeypatch, slots, heads, kv, dim, window
+):
+    """One program for all query heads of a key-value head."""
+    kernels = importlib.import_module("molcli.kernels.step_attention.triton_kernels")
+    monkeypatch.setattr(kernels, "_PROGRAMS", 1)
+    count = 1 if slots == 1 else BLOCKS
+    blocks = torch.tensor([0, 3, 1, 2][: 2 * slots], device=triton_device) % count
+    shape = 2, 90, slots
+    cache_blocks = torch.arange(180 * slots, device=triton_device) * 7 % (count + 1) - 1
+    cache_blocks = cache_blocks.view(shape).int()
+    q, keys, values = draw(2 * slots, heads, dim), draw(*shape, kv, dim), draw(*shape, kv, dim)
+    for filled in (80, 5):
+        time = cache_blocks.new_tensor([filled])
+        cache_blocks[:, filled] = blocks.view(2, slots).int()
+        if filled == 5:  # the second sequence has ended: its cache is not read
+            cache_blocks[1, filled] = -1
+        inputs = (q, keys, values, cache_blocks, time, blocks)
+        found = step_attend(*inputs, count, window)
+        eager = step_attend_reference(*inputs, window)
+        truth = step_attend_reference(*map(exact, inputs), window)
+        padding = cache_blocks[:, filled].flatten() < 0
+        assert (found[padding] == 0).all()
+        check(found[~padding], eager[~padding], truth[~padding])
+    blind = step_attend(q, keys, values, torch.full_like(cache_blocks, -1), time, blocks, count)
+    assert (blind == 0).all()
 
 
 def test_every_operator_describes_itself_correctly_to_torch_compile():

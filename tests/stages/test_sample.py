@@ -24,7 +24,8 @@ from molcli.config.sections import SampleConfig
 from molcli.data.mixture import load_rows
 from molcli.errors import MolError
 from molcli.families.parent import open_parent
-from molcli.stages.sample import _draw, _largest_batch, _sample_batch, sample
+from molcli.stages import sample as stage
+from molcli.stages.sample import _largest_batch, _sample_batch, _wanted, sample
 
 CONFIG = SampleConfig(tokens=600, length=48, batch_size=5, seed=3)
 
@@ -241,13 +242,39 @@ def test_predictions_that_are_not_finite_are_refused() -> None:
         _sample_batch(model, [[1]] * 4, SampleConfig(length=9), generator, lambda drawn: None)
 
 
-def test_draws_follow_the_probabilities() -> None:
-    odds = torch.tensor([0.0, 0.2, 0.0, 0.5, 0.3, 0.0])
-    drawn = _draw(odds.expand(20_000, -1), torch.Generator().manual_seed(0))
-    shares = drawn.bincount(minlength=6) / 20_000
-    assert shares[[0, 2, 5]].sum() == 0
-    deviation = (odds * (1 - odds) / 20_000).sqrt()
-    assert ((shares - odds).abs() <= 4 * deviation).all()
+def with_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sample from a model of ours, as on a GPU, with the kernels' references."""
+    monkeypatch.setattr(stage, "backend", SimpleNamespace(use_triton=lambda x: True))
+
+
+def test_a_model_of_ours_samples_with_the_kernels(
+    tiny_parent: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_kernels(monkeypatch)
+    monkeypatch.setattr(stage, "_sample_batch", None)
+    test_documents_fill_the_budget_and_stop_at_eos(tiny_parent, tmp_path)
+    (tmp_path / "prompts").mkdir()
+    test_prompts_are_used_in_rotation(tiny_parent, tmp_path / "prompts")
+    (tmp_path / "seeds").mkdir()
+    test_the_seed_decides(tiny_parent, tmp_path / "seeds")
+
+
+def test_documents_longer_than_a_sliding_window_are_those_of_transformers(
+    tiny_parent: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = open_parent(tiny_parent("mistral", sliding_window=8, tokenizer=False))
+    config = SampleConfig(tokens=60, length=20, batch_size=3)
+    sample(parent, config, tmp_path / "a.jsonl")
+    with_kernels(monkeypatch)
+    sample(parent, config, tmp_path / "b.jsonl")
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+
+
+def test_a_later_batch_asks_for_a_few_more_documents() -> None:
+    """So that a last batch of a few documents, as slow as a full one, is unlikely."""
+    config = SampleConfig(tokens=1_000_000, length=500)
+    assert _wanted(config, 0, 0) == 2000
+    assert _wanted(config, 600_000, 2000) == pytest.approx(400_000 / 300 * 1.046, rel=0.001)
 
 
 def test_batch_size_follows_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from molcli.kernels import backend
 from molcli.kernels.decode_rows import DecodeRows
+from molcli.kernels.indexed_linear.dense import dense_linear, suits_dense
 from molcli.kernels.indexed_linear.reference import activate, indexed_linear_reference
 
 __all__ = ["indexed_linear", "indexed_linear_reference"]
@@ -24,7 +25,8 @@ def indexed_linear(
 ) -> Tensor:
     """Return residual + act(W[block] h + bias[block]), with h = RMSNorm(x + delta).
 
-    On CUDA one Triton kernel for all of it; elsewhere the reference. Whatever is None is left out.
+    On CUDA one Triton kernel for all of it; elsewhere the reference. Many rows of a single block
+    take ordinary matrix products. Whatever is None is left out.
 
     Args:
         x: (R / d, in), a value for every d neighbouring rows; d is 1, or a token's number of rows.
@@ -62,6 +64,8 @@ def _indexed_linear(
     bias: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
+    if suits_dense(weights, blocks.shape[0]) and len(x) == len(blocks):
+        return dense_linear(x, weights, delta, norm, eps, activation, bias, residual)
     if backend.use_triton(x):
         from molcli.kernels.indexed_linear.triton_kernels import ACTIVATIONS, launch
 

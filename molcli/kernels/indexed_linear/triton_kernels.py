@@ -205,6 +205,31 @@ def _blocks_kernel(
         top += BLOCK_M
 
 
+@triton.jit
+def _activation_kernel(
+    y, out, SIZE: tl.constexpr, PAIR: tl.constexpr, ACT: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = n < SIZE
+    source = y + row * (SIZE * (1 + PAIR)) + n
+    x = _activate(tl.load(source, mask=inside, other=0.0).to(tl.float32), ACT)
+    if PAIR:
+        x *= tl.load(source + SIZE, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * SIZE + n, x.to(out.dtype.element_ty), mask=inside)
+
+
+def launch_activation(y: Tensor, name: str, size: int) -> Tensor:
+    """Apply an activation of ACTIVATIONS. Arguments and returns are those of `activate`."""
+    rows, width = y.shape
+    out = y.new_empty(rows, size)
+    block = min(1024, triton.next_power_of_2(size))
+    _activation_kernel[(rows, triton.cdiv(size, block))](
+        y, out, SIZE=size, PAIR=width > size, ACT=ACTIVATIONS[name], BLOCK=block, num_warps=4
+    )
+    return out
+
+
 def launch(
     x: Tensor,
     weights: list[Tensor],

@@ -98,7 +98,8 @@ def step_attend(
         window: how many of the latest times a row sees; 0 for all of them.
 
     Returns:
-        (R, H * D), zeros for a row that sees no entry. Scores are scaled by D^-1/2.
+        (R, H * D), zeros for a row that sees no entry; a row whose own new token is padding may get
+        zeros too. Scores are scaled by D^-1/2.
     """
     if backend.use_triton(q):
         from molcli.kernels.step_attention.triton_kernels import launch_attend

@@ -1,4 +1,8 @@
-"""Triton kernels: rotate and append; attend to pieces of the cache; merge the pieces."""
+"""Triton kernels: rotate and append; attend to pieces of the cache; merge the pieces.
+
+With few rows, a program has a query head and a piece of the cache, so that a GPU is filled. With
+many, it has all query heads of a key-value head and the whole cache, which is then read once.
+"""
 
 import torch
 import triton
@@ -7,19 +11,8 @@ from torch import Tensor
 
 _PROGRAMS = 512  # enough for a few on each of a GPU's multiprocessors
 _PIECE = 64  # entries of the cache that a program reads at a time
-
-
-@triton.jit
-def _channels(
-    source, bias, norm, d, mask, D: tl.constexpr, eps, HAS_BIAS: tl.constexpr, NORM: tl.constexpr
-):
-    x = tl.load(source + d, mask=mask, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        x += tl.load(bias + d, mask=mask, other=0.0).to(tl.float32)
-    if NORM:
-        x = x * tl.rsqrt(tl.sum(x * x, 0) / D + eps)
-        x *= tl.load(norm + d, mask=mask, other=0.0).to(tl.float32)
-    return x
+_CHANNELS = 1024  # that a program rotates at a time, with many rows
+_PIECE_BYTES = 16_384  # at most, of their keys: they pass through shared memory
 
 
 @triton.jit
@@ -27,15 +20,17 @@ def _append_kernel(
     projected, q_bias, k_bias, v_bias, q_norm, k_norm, cos, sin, keys, values, owners, filled,
     blocks, active, out, length, slots, eps,
     H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, TURN: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HEADS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    row, head = tl.program_id(0), tl.program_id(1)
+    row = tl.program_id(0).to(tl.int64)
     token, block = row // slots, tl.load(blocks + row)
-    d = tl.arange(0, BLOCK_D)
-    mask = d < D
-    source = projected + row.to(tl.int64) * ((H + 2 * KV) * D) + head * D
-    time = tl.load(filled)
-    entry = (token.to(tl.int64) * length + time) * slots + row % slots
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    d = tl.arange(0, BLOCK_D)[None, :]
+    is_q, is_k = head < H, (head >= H) & (head < H + KV)
+    is_v = (head >= H + KV) & (head < H + 2 * KV)
+    real = d < D
+    mask = (head < H + 2 * KV) & real
+    entry = (token * length + tl.load(filled)) * slots + row % slots
     # Channel d rotates with its partner, which is half of the rotary channels away.
     half: tl.constexpr = TURN // 2
     turning = d < TURN
@@ -43,30 +38,31 @@ def _append_kernel(
     sign = tl.where(d < half, -1.0, 1.0)
     c = tl.load(cos + token * TURN + d, mask=turning, other=1.0).to(tl.float32)
     s = tl.load(sin + token * TURN + d, mask=turning, other=0.0).to(tl.float32) * sign
-    if head < H:
-        bias = q_bias + block * (H * D) + head * D
-        norm = q_norm + block * D
-        x = _channels(source, bias, norm, d, mask, D, eps, HAS_BIAS, HAS_NORM)
-        y = _channels(source, bias, norm, partner, mask, D, eps, HAS_BIAS, HAS_NORM)
-        tl.store(
-            out + (row * H + head) * D + d, (x * c + y * s).to(out.dtype.element_ty), mask=mask
-        )
-    elif head < H + KV:
-        kv = head - H
-        bias = k_bias + block * (KV * D) + kv * D
-        norm = k_norm + block * D
-        x = _channels(source, bias, norm, d, mask, D, eps, HAS_BIAS, HAS_NORM)
-        y = _channels(source, bias, norm, partner, mask, D, eps, HAS_BIAS, HAS_NORM)
-        rotated = (x * c + y * s).to(keys.dtype.element_ty)
-        tl.store(keys + (entry * KV + kv) * D + d, rotated, mask=mask)
-        if kv == 0:
-            live = tl.load(active + token) != 0
-            tl.store(owners + entry, tl.where(live, block, -1).to(owners.dtype.element_ty))
-    else:
-        kv = head - H - KV
-        bias = v_bias + block * (KV * D) + kv * D
-        x = _channels(source, bias, bias, d, mask, D, eps, HAS_BIAS, False)
-        tl.store(values + (entry * KV + kv) * D + d, x.to(values.dtype.element_ty), mask=mask)
+    source = projected + row * ((H + 2 * KV) * D) + head * D
+    x = tl.load(source + d, mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(source + partner, mask=mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        q = q_bias + block * (H * D) + head * D
+        k = k_bias + block * (KV * D) + (head - H) * D
+        v = v_bias + block * (KV * D) + (head - H - KV) * D
+        bias = tl.where(is_q, q, tl.where(is_k, k, v))
+        x += tl.load(bias + d, mask=mask, other=0.0).to(tl.float32)
+        y += tl.load(bias + partner, mask=mask, other=0.0).to(tl.float32)
+    if HAS_NORM:
+        scale = tl.rsqrt(tl.sum(x * x, 1)[:, None] / D + eps)
+        norm = tl.where(is_q, q_norm, k_norm) + block * D
+        x_scale = scale * tl.load(norm + d, mask=mask, other=0.0).to(tl.float32)
+        y_scale = scale * tl.load(norm + partner, mask=mask, other=0.0).to(tl.float32)
+        x = tl.where(is_v, x, x * x_scale)
+        y = y * y_scale
+    turned = x * c + y * s
+    tl.store(out + (row * H + head) * D + d, turned.to(out.dtype.element_ty), mask=is_q & real)
+    place = entry * (KV * D) + (head - H) * D + d
+    tl.store(keys + place, turned.to(keys.dtype.element_ty), mask=is_k & real)
+    tl.store(values + (place - KV * D), x.to(values.dtype.element_ty), mask=is_v & real)
+    if tl.program_id(1) == 0:
+        live = tl.load(active + token) != 0
+        tl.store(owners + entry, tl.where(live, block, -1).to(owners.dtype.element_ty))
 
 
 @triton.jit
@@ -139,6 +135,57 @@ def _merge_kernel(
     tl.store(out + program * D + d, read.to(out.dtype.element_ty), mask=d < D)
 
 
+@triton.jit
+def _attend_group_kernel(
+    q, keys, values, owners, filled, blocks, out, length, slots, scale, window,
+    GROUP: tl.constexpr, KV: tl.constexpr, D: tl.constexpr,
+    PIECE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, EVERY: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    row, kv = program // KV, program % KV
+    block = tl.load(blocks + row)
+    first = (row // slots).to(tl.int64) * length * slots
+    time = tl.load(filled)
+    # Nothing is read for a sequence that has ended: its new token is padding.
+    padding = tl.load(owners + first + time * slots + row % slots) < 0
+    end = tl.where(padding, 0, (time + 1) * slots)
+    begin = 0  # the first entry inside the window
+    if window > 0:
+        begin = tl.maximum(end - window * slots, 0)
+    head, d = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
+    real = d < D
+    # Heads are padded to what matrix units multiply.
+    place = program.to(tl.int64) * (GROUP * D) + head[:, None] * D + d[None, :]
+    mine = (head < GROUP)[:, None] & real[None, :]
+    query = tl.load(q + place, mask=mine, other=0.0)
+    peak = tl.full((BLOCK_H,), -float("inf"), tl.float32)
+    mass = tl.zeros((BLOCK_H,), tl.float32)
+    acc = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
+    for start in range(begin, end, PIECE):
+        index = start + tl.arange(0, PIECE)
+        owner = tl.load(owners + first + index, mask=index < end, other=-1)
+        seen = owner.to(tl.int64) == block
+        wanted = seen
+        if EVERY:  # start loading before the entries' blocks are known
+            wanted = index < end
+        mask = wanted[:, None] & real[None, :]
+        entry = ((first + index) * KV + kv)[:, None] * D + d[None, :]
+        key = tl.load(keys + entry, mask=mask, other=0.0)
+        value = tl.load(values + entry, mask=mask, other=0.0)
+        score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+        score = tl.where(seen[None, :], score, -float("inf"))
+        higher = tl.maximum(peak, tl.max(score, 1))
+        level = tl.where(higher == -float("inf"), 0.0, higher)
+        weight = tl.exp(score - level[:, None])
+        keep = tl.exp(peak - level)
+        mass = mass * keep + tl.sum(weight, 1)
+        more = tl.dot(weight.to(value.dtype), value, input_precision="ieee")
+        acc = acc * keep[:, None] + more
+        peak = higher
+    read = acc / tl.where(mass > 0, mass, 1.0)[:, None]
+    tl.store(out + place, read.to(out.dtype.element_ty), mask=mine)
+
+
 def launch_append(
     projected: Tensor,
     biases: list[Tensor],
@@ -156,12 +203,16 @@ def launch_append(
 ) -> Tensor:
     """Append. Arguments and returns are those of `step_append`."""
     _, length, slots, kv, dim = keys.shape
-    out = projected.new_empty(blocks.shape[0], num_heads, dim)
-    _append_kernel[(blocks.shape[0], num_heads + 2 * kv)](
+    rows, total, block_d = blocks.shape[0], num_heads + 2 * kv, triton.next_power_of_2(dim)
+    out = projected.new_empty(rows, num_heads, dim)
+    heads = 1  # of a program: enough programs, or enough work for each
+    if rows >= _PROGRAMS:
+        heads = max(1, min(triton.next_power_of_2(total), _CHANNELS // block_d))
+    _append_kernel[(rows, triton.cdiv(total, heads))](
         projected, *(biases or [projected] * 3), *(norms or [projected] * 2), cos, sin,
         keys, values, cache_blocks, filled, blocks, active, out, length, slots, eps,
         H=num_heads, KV=kv, D=dim, TURN=cos.shape[-1], HAS_BIAS=bool(biases), HAS_NORM=bool(norms),
-        BLOCK_D=triton.next_power_of_2(dim), num_warps=1,
+        HEADS=heads, BLOCK_D=block_d, num_warps=1 if heads == 1 else 4,
     )  # fmt: skip
     return out
 
@@ -179,6 +230,17 @@ def launch_attend(
     """Attend. Arguments and returns are those of `step_attend`."""
     _, length, slots, kv, dim = keys.shape
     rows, heads = q.shape[:2]
+    if rows * kv >= _PROGRAMS:
+        out = q.new_empty(rows, heads * dim)
+        block_d = max(16, triton.next_power_of_2(dim))
+        _attend_group_kernel[(rows * kv,)](
+            q, keys, values, cache_blocks, filled, blocks, out, length, slots, dim**-0.5, window,
+            GROUP=heads // kv, KV=kv, D=dim,
+            PIECE=max(16, min(_PIECE, _PIECE_BYTES // (block_d * keys.element_size()))),
+            BLOCK_H=max(16, triton.next_power_of_2(heads // kv)), BLOCK_D=block_d,
+            EVERY=num_blocks == 1, num_warps=4, num_stages=2,
+        )  # fmt: skip
+        return out
     wanted = triton.next_power_of_2(triton.cdiv(_PROGRAMS, rows * heads))
     splits = min(64, wanted, triton.next_power_of_2(triton.cdiv(length * slots, _PIECE)))
     partial = q.new_empty(rows * heads, splits, dim, dtype=torch.float32)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.cache_utils import Cache
 
 from molcli.families.rotary import reads_positions_back
@@ -51,6 +52,20 @@ class StaticStore:
         self.capturable = served and not reads_positions_back(config)
         self.warm = False
         self.graph: Any = None
+
+    def narrow(self, indices: Tensor) -> None:
+        """Keep some sequences alone, in the same memory, and forget the graph.
+
+        Args:
+            indices: (n,) int64, those that become the n sequences of the store.
+        """
+        for layer in self.layers:
+            for state in layer.states():
+                state.narrow(indices)
+        self.length.narrow(indices)
+        count, device = len(indices), indices.device
+        self.always = {blocks: all_decode_rows(count, blocks, device) for blocks in self.always}
+        self.warm, self.graph = False, None
 
 
 class MoLStaticCache(MoLCache):

@@ -308,6 +308,12 @@ class StaticAttentionState(StaticState, AttentionState):
         for name, tensor in new.items():
             self.tensors[name][:, start : self.end] = tensor
 
+    def narrow(self, indices: Tensor) -> None:
+        """Keep sequences `indices` alone; of them, copy what is filled."""
+        for name, tensor in self.tensors.items():
+            kept = self.tensors[name] = tensor[: len(indices)]
+            kept[:, : self.length.seen] = tensor[:, : self.length.seen][indices]
+
     def reset(self) -> None:
         """Do nothing: entries past the cache's length are never read."""
 

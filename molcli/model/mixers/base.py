@@ -60,6 +60,11 @@ class StaticState(State):
         for tensor in self.tensors.values():
             tensor.copy_(tensor[indices.to(tensor.device)])
 
+    def narrow(self, indices: Tensor) -> None:
+        """Keep sequences `indices` alone, as the first ones in the same memory."""
+        for name, tensor in self.tensors.items():
+            self.tensors[name] = tensor[: len(indices)].copy_(tensor[indices])
+
     def repeat(self, repeats: int) -> NoReturn:
         """Refuse: the batch of a static cache cannot grow."""
         raise NotImplementedError("a static cache's batch cannot grow")
@@ -85,6 +90,10 @@ class CacheLength:
         self.seen = 0
         self.filled.zero_()
         self.counts.zero_()
+
+    def narrow(self, indices: Tensor) -> None:
+        """Keep sequences `indices` alone."""
+        self.counts = self.counts[indices]
 
     def check_room(self, batch_size: int, tokens: int) -> None:
         """Refuse a call that the cache has no room for.
