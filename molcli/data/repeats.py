@@ -21,14 +21,15 @@ from molcli.config.stages import SHORTEST_REPEATS
 from molcli.data.order import MixtureSchedule
 from molcli.data.packing import RowSource, TokenRows
 
-_FORMAT = 1  # of the rows: another number where the same seed gives other rows
+_FORMAT = 2  # of the rows: another number where the same seed gives other rows
 # Tokens, fewer where the row is short.
 _PASSAGE = (16, 128)
 _DISTANCE = (64, 1024)  # from the end of a passage to the start of its copy
 _KEY = (1, 3)  # the same for all keys of a row: then no key begins another one
-_VALUE = (2, 4)
+_LINK = (0, 2)  # between key and value; of a row, always the same
+_VALUE = (1, 4)
 _PAIRS = (4, 64)  # of a list
-_LONGEST_PAIR = _KEY[1] + _VALUE[1] + 1  # with its separator
+_LONGEST_PAIR = _KEY[1] + _LINK[1] + _VALUE[1] + 1  # with its separator
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,10 @@ def pairs_row(
 ) -> np.ndarray | None:
     """Build a row of lists that come back: pairs, other text, the same pairs in another order.
 
-    A pair is a key of 1 to 3 tokens, a value of 2 to 4, and the separator. Keys differ, and have
-    one length. There are as many lists as fit, then the rest of the other text.
+    A pair is a key of 1 to 3 tokens, a link of up to 2, a value of 1 to 4, and the separator. Keys
+    differ, and have one length. The link is taken from the text, a new one in each row, so that a
+    model learns to look up whatever stands between. There are as many lists as fit, then the rest
+    of the other text.
 
     Args:
         text: (T,) int32, from which keys and values are taken.
@@ -280,19 +283,20 @@ def _passage(documents: np.ndarray, at: int, size: int, shortest: int) -> tuple[
 def _pairs(
     text: np.ndarray, separator: int, avoided: tuple[int, ...], generator: torch.Generator
 ) -> list[np.ndarray]:
-    """Return key, value and separator of each pair; no key comes twice."""
+    """Return key, link, value and separator of each pair; no key comes twice."""
     width = max(_KEY[1], _VALUE[1])
     spans = text[: len(text) // width * width].reshape(-1, width)
     spans = spans[~np.isin(spans, [*avoided, separator]).any(axis=1)]
     spans = spans[torch.randperm(len(spans), generator=generator).numpy()]
-    size = _uniform(*_KEY, generator)
+    size, link = _uniform(*_KEY, generator), _uniform(*_LINK, generator)
     values = iter(spans[len(spans) // 2 :])
+    between = next(values, spans[:0].reshape(-1))[:link]
     pairs: dict[bytes, np.ndarray] = {}
     end = np.array([separator], dtype=text.dtype)
-    for key in spans[: len(spans) // 2, :size]:
+    for key in spans[: (len(spans) - 1) // 2, :size]:
         if key.tobytes() not in pairs:
             value = next(values)[: _uniform(*_VALUE, generator)]
-            pairs[key.tobytes()] = np.concatenate([key, value, end])
+            pairs[key.tobytes()] = np.concatenate([key, between, value, end])
     return list(pairs.values())
 
 

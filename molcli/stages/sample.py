@@ -95,6 +95,8 @@ def _write(parent: Parent, config: SampleConfig, file: TextIO, progress: Progres
             progress(before + new * min(wanted, most) // most, config.tokens)
 
         for ids in repeats.among(sample_batch(starts, report=report)):
+            if tokens >= config.tokens:  # a batch has a few documents too many
+                break
             row: dict[str, object] = {"input_ids": ids}
             if tokenizer is not None:
                 with refuse_tokenizer_errors("the parent's tokenizer fails on sampled tokens"):

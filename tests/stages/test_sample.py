@@ -272,9 +272,8 @@ def test_documents_longer_than_a_sliding_window_are_those_of_transformers(
 
 def test_a_later_batch_asks_for_a_few_more_documents() -> None:
     """So that a last batch of a few documents, as slow as a full one, is unlikely."""
-    config = SampleConfig(tokens=1_000_000, length=500)
-    assert _wanted(config, 0, 0) == 2000
-    assert _wanted(config, 600_000, 2000) == pytest.approx(400_000 / 300 * 1.046, rel=0.001)
+    assert _wanted(1_000_000, 500, 0, 0) == 2000
+    assert _wanted(400_000, 500, 600_000, 2000) == pytest.approx(400_000 / 300 * 1.046, rel=0.001)
 
 
 def test_batch_size_follows_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -238,7 +238,7 @@ def launch_attend(
             GROUP=heads // kv, KV=kv, D=dim,
             PIECE=max(16, min(_PIECE, _PIECE_BYTES // (block_d * keys.element_size()))),
             BLOCK_H=max(16, triton.next_power_of_2(heads // kv)), BLOCK_D=block_d,
-            EVERY=num_blocks == 1, num_warps=4, num_stages=2,
+            EVERY=num_blocks == 1, num_warps=4, num_stages=3,
         )  # fmt: skip
         return out
     wanted = triton.next_power_of_2(triton.cdiv(_PROGRAMS, rows * heads))
