@@ -49,8 +49,14 @@ def _check_upcycle(c: UpcycleConfig) -> None:
                 allowed="null where upcycle.num_shared_blocks is 0",
                 hint=f"upcycle.{key}=null",
             )
-    if c.blocks == "slices":
+    if c.has_slices:
         _check_slices(c)
+    elif c.active is not None:
+        raise MolError(
+            f"`upcycle.active` is {c.active}, and the blocks are thin",
+            allowed="null for thin blocks, whose shape is set by preset or numbers",
+            hint="upcycle.blocks=slices",
+        )
     if not isinstance(c.skipped_layers, str):
         _check_layers("upcycle.skipped_layers", c.skipped_layers, "upcycle.skipped_layers=auto")
     if not isinstance(c.layers, str):
@@ -89,6 +95,7 @@ def _check_upcycle(c: UpcycleConfig) -> None:
 def _check_slices(c: UpcycleConfig) -> None:
     """Refuse what slices do not have."""
     only: dict[str, tuple[Any, ...]] = {
+        "preset": ("quality", "balanced", "fast"),
         "num_shared_blocks": (1,),
         "top_k": (None, min(1, c.num_blocks - 1)),
         "method": ("fitted",),

@@ -26,7 +26,7 @@ Data = str | dict[str, float]
 """A source of text, or a mapping from sources to weights. A source's weight is its part of the
 tokens, in any unit. A source is a .txt, .jsonl or .parquet file, a folder of `molcli data
 tokenize`, or a data set on the Hub as hf://org/name[:config[:split]]."""
-Preset = Literal["quality", "balanced", "fast"]
+Preset = Literal["quality", "balanced", "fast", "paper"]
 SHAPE_KEYS = (
     *("d_thin", "d_ff_thin", "num_heads_thin"),
     *("d_thin_shared", "d_ff_thin_shared", "num_heads_shared"),
@@ -39,29 +39,31 @@ PRESETS: tuple[Preset, ...] = get_args(Preset)
 class UpcycleConfig:
     """How a dense parent becomes a Mixture of Layers model.
 
-    blocks: "thin": blocks of their own width behind projections (arXiv 2605.09516). "slices": the
-        layer keeps its width and its attention. Its FFN neurons are divided: a shared slice runs on
-        every token, of the routed slices one on each token. Needs top_k null or 1, and one shared
-        block.
+    blocks: "slices": the layer keeps its width and its attention. Its FFN neurons are divided: a
+        shared slice runs on every token, of the routed slices one on each token. "thin": blocks of
+        their own width behind projections (arXiv 2605.09516). "auto": slices, unless the preset is
+        "paper" or a key is set that only thin blocks have: d_thin, num_heads_thin, d_thin_shared,
+        num_heads_shared, a top_k or num_shared_blocks other than 1, gated_deltanet, a method other
+        than fitted, or layers "auto".
+    preset: the fraction of the parent layers' weights that run on a token. For slices "quality"
+        75%, "balanced" 50%, "fast" 37.5%, of which attention comes first, and a third of the rest
+        is the shared slice. "paper": thin blocks of one shape, d_model / A wide where A = S + K of
+        them run on a token, with heads and FFN neurons in proportion to the width, or a few heads
+        more where whole groups that share a key-value head need fewer weights. With `blocks: thin`
+        the others are 75%, 52.5% and 37.5%: if none of the six numbers below is set, the shared
+        blocks get seven tenths of it and all of the parent's heads, and the K routed blocks the
+        rest; else all blocks have one shape, "balanced" that of "paper", and "quality" and "fast"
+        the width and neurons that have their fraction, with the fewest heads that hold all of the
+        parent's.
+    active: the fraction for slices, in place of the preset's.
     skipped_layers: parent layers that are left out, among those of `layers`: "none", a list, or
         "auto", which is none for thin blocks. For slices it is the layers that change the residual
-        least (arXiv 2403.03853), two fifths of the fraction that the preset saves: six of thirty
-        layers for 50%. The other converted layers get the weights of those that are left out.
-    preset: the shape of the blocks, by the fraction of the parent layer's weights that run on a
-        token: "quality" 75%, "balanced" 52.5%, "fast" 37.5%. If none of the six numbers below is
-        set, the shared blocks get seven tenths of it and all of the parent's heads, and the K
-        routed blocks get the rest. If one is set, or no block is shared or routed, all blocks have
-        one shape, and A = S + K of them run on a token. "balanced" then follows the paper: blocks
-        are d_model / A wide, with heads and FFN neurons in proportion to the width, or a few heads
-        more where whole groups that share a key-value head need fewer weights. "quality" and "fast"
-        choose width and neurons so that the A blocks have their fraction of the weights, with the
-        fewest heads that hold all of the parent's.
-        For slices the fractions are 75%, 50% and 37.5%, of which attention comes first, and a third
-        of the rest is the shared slice.
+        least (arXiv 2403.03853), two fifths of the fraction that is saved: six of thirty layers for
+        50%. The other converted layers get the weights of those that are left out.
     num_blocks: thin blocks or slices in a layer, shared ones included (N).
     num_shared_blocks: blocks that run on every token (S).
-    top_k: routed blocks that run on a token, of the N - S (K). null is 1, or 2 where all blocks
-        have one shape, and at most N - S.
+    top_k: routed blocks that run on a token, of the N - S (K). null is 1, or 2 where all thin
+        blocks have one shape, and at most N - S.
     d_thin, d_ff_thin, num_heads_thin: shape of a thin block: width, a multiple of head_dim; FFN
         neurons; query heads, at most the parent's. null leaves them to the preset.
     d_thin_shared, d_ff_thin_shared, num_heads_shared: the same for shared blocks. If another of the
@@ -87,9 +89,10 @@ class UpcycleConfig:
         continuations loads the parent and the model, one after the other.
     """
 
-    blocks: Literal["thin", "slices"] = "thin"
-    skipped_layers: Literal["auto", "none"] | list[int] = "auto"
+    blocks: Literal["auto", "slices", "thin"] = "auto"
     preset: Preset = "balanced"
+    active: Fraction | None = None
+    skipped_layers: Literal["auto", "none"] | list[int] = "auto"
     num_blocks: Blocks = 9
     num_shared_blocks: int = 1
     top_k: int | None = None
@@ -109,12 +112,24 @@ class UpcycleConfig:
     receipt: Literal["short", "full"] = "short"
 
     @property
+    def has_slices(self) -> bool:
+        """Whether the blocks are slices: `blocks`, with what "auto" means."""
+        if self.blocks != "auto":
+            return self.blocks == "slices"
+        thin = (self.d_thin, self.num_heads_thin, self.d_thin_shared, self.num_heads_shared)
+        routed = self.num_blocks - self.num_shared_blocks
+        usual = self.num_shared_blocks == 1 and self.top_k in (None, min(1, routed))
+        fitted = self.method == "fitted" and self.gated_deltanet == "none"
+        plain = fitted and self.layers != "auto" and self.preset != "paper"
+        return usual and plain and all(number is None for number in thin)
+
+    @property
     def splits_shapes(self) -> bool:
         """Whether the preset gives shared and routed blocks different shapes."""
         routed = (self.d_thin, self.d_ff_thin, self.num_heads_thin)
         shared = (self.d_thin_shared, self.d_ff_thin_shared, self.num_heads_shared)
         mixed = 0 < self.num_shared_blocks < self.num_blocks and self.top_k != 0
-        if self.blocks == "slices":
+        if self.has_slices or self.preset == "paper":
             return False
         return mixed and all(number is None for number in routed + shared)
 
@@ -123,7 +138,7 @@ class UpcycleConfig:
         """top_k, or the number that null means."""
         if self.top_k is not None:
             return self.top_k
-        one = self.splits_shapes or self.blocks == "slices"
+        one = self.splits_shapes or self.has_slices
         return min(1 if one else 2, self.num_blocks - self.num_shared_blocks)
 
 

@@ -65,6 +65,8 @@ def conversion_cost(config: MoLConfig, tokens: int, heldout: int, gpu: Gpu) -> C
         heldout: further tokens that the result is measured on.
         gpu: the GPU that it runs on.
     """
+    if config.has_slices:
+        return _slices_cost(config, tokens, heldout, gpu)
     converted = len(config.converted_layers)
     # Of shared and of routed blocks: the shape, the number of families and the number of blocks.
     kinds = (
@@ -87,6 +89,21 @@ def conversion_cost(config: MoLConfig, tokens: int, heldout: int, gpu: Gpu) -> C
     columns = (ranks + bases) * d
     seconds = products / (FP32_EFFICIENCY * gpu.fp32)
     seconds += converted * (operations / DECOMPOSITION_RATE + columns * COLUMN_SECONDS)
+    return Cost(seconds, conversion_memory(config, tokens, heldout))
+
+
+def _slices_cost(config: MoLConfig, tokens: int, heldout: int, gpu: Gpu) -> Cost:
+    """As `conversion_cost`: of a layer, the neurons of a token's slices are regressed together."""
+    d, dense = config.hidden_size, parent_config(config)
+    forward = count_flops(dense, 1).active - 2.0 * config.vocab_size * d
+    # The parent in calibration; in the fit the parent, its neurons, and those of slices twice.
+    products = 5.0 * (tokens + heldout) * forward + 4.0 * heldout * config.vocab_size * d
+    products += tokens * config.num_hidden_layers * 4.0 * d**2  # calibration's second moments
+    joint = config.sliced_spec().d_ff + (config.d_ff_thin if config.num_routed_blocks else 0)
+    layers = len(config.converted_layers)
+    products += 2.0 * tokens * layers * joint * (joint + d)
+    factors = layers * config.num_blocks * (joint**3 / 3 + 4.0 * d * joint**2)
+    seconds = products / (FP32_EFFICIENCY * gpu.fp32) + factors / DECOMPOSITION_RATE
     return Cost(seconds, conversion_memory(config, tokens, heldout))
 
 

@@ -56,7 +56,7 @@ def converted_config(dense: dict[str, Any], options: UpcycleConfig) -> MoLConfig
     layers = dense["num_hidden_layers"]
     top_k, parent = options.chosen_top_k, parent_shape(dense)
     choices = _layer_choices(options, layers)
-    if options.blocks == "slices":
+    if options.has_slices:
         routed, options = _slices(options, parent, choices["layer_structures"])
     elif options.splits_shapes:
         fraction = ACTIVE_FRACTION[options.preset]
@@ -143,7 +143,7 @@ def _layer_choices(options: UpcycleConfig, layers: int) -> dict[str, list[str]]:
         refuse_beyond("upcycle.gated_deltanet", options.gated_deltanet, layers)
     deltanet = chosen_layers(options.gated_deltanet, sorted(converted))
     skipped = _skipped_layers(options, sorted(converted), layers)
-    kind = "sliced" if options.blocks == "slices" else "mixture"
+    kind = "sliced" if options.has_slices else "mixture"
     structures = [kind if i in converted else "dense" for i in range(layers)]
     return {
         "layer_structures": ["skipped" if i in skipped else s for i, s in enumerate(structures)],
@@ -156,9 +156,9 @@ def _skipped_layers(options: UpcycleConfig, converted: list[int], layers: int) -
     if options.skipped_layers == "none":
         return set()
     if isinstance(options.skipped_layers, str):
-        if options.blocks == "thin":
+        if not options.has_slices:
             return set()
-        saved = (1 - SLICED_FRACTION[options.preset]) * len(converted)
+        saved = (1 - _sliced_fraction(options)) * len(converted)
         few = min(round(SKIPPED_FRACTION * saved), len(converted) - 1)
         first = (len(converted) - few + 1) // 2
         return set(converted[first : first + few])
@@ -176,12 +176,17 @@ def _skipped_layers(options: UpcycleConfig, converted: list[int], layers: int) -
     return set(options.skipped_layers)
 
 
+def _sliced_fraction(options: UpcycleConfig) -> float:
+    """The fraction of the parent layers' weights that run on a token."""
+    return SLICED_FRACTION[options.preset] if options.active is None else options.active
+
+
 def _slices(
     options: UpcycleConfig, parent: BlockShape, structures: list[str]
 ) -> tuple[BlockShape, UpcycleConfig]:
     """Return the shape of a routed slice, and the options with that of the shared slice."""
     sliced = structures.count("sliced")
-    fraction = SLICED_FRACTION[options.preset] * (1 + structures.count("skipped") / sliced)
+    fraction = _sliced_fraction(options) * (1 + structures.count("skipped") / sliced)
     routed = options.num_blocks > options.num_shared_blocks
     shared, own = slice_neurons(fraction, routed, parent)
     shared = options.d_ff_thin_shared or shared
@@ -189,10 +194,10 @@ def _slices(
     if min(shared, own if routed else 1) < 1 or shared + own * routed > parent.d_ff:
         raise MolError(
             f"slices of {shared} shared and {own} routed neurons do not fit a layer of "
-            f"{parent.d_ff}, with `upcycle.preset` {options.preset}",
+            f"{parent.d_ff}, with {_sliced_fraction(options):.1%} of its weights active",
             allowed=f"at least 1 of each, and {parent.d_ff} together, beside all of the parent's "
             "heads",
-            hint="--set upcycle.preset=quality",
+            hint="--set upcycle.active=0.75",
         )
     options = replace(
         options,
@@ -216,7 +221,7 @@ def _routed_shape(options: UpcycleConfig, parent: BlockShape, active: int) -> Bl
     """The shape that the options set; where they are null, the preset's."""
     _check_heads_and_widths(options, parent, active)
     num_heads = options.num_heads_thin
-    if options.preset == "balanced":
+    if options.preset in ("balanced", "paper"):
         width = _paper_width(parent, active) if options.d_thin is None else options.d_thin
         found = _scaled_shape(width, parent)
     else:

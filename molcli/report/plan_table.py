@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
-
-from molcli.config.sections import PRESETS
 
 if TYPE_CHECKING:  # stages import this package
     from molcli.stages.plan import Plan
@@ -20,22 +18,22 @@ def plan_table(found: Plan) -> Table:
     table = Table(
         title=f"Parent: {found.parent_total / 1e6:,.1f}M parameters, "
         f"{found.parent_flops / 1e6:,.0f}M operations a token",
-        caption="Shape: width×neurons, first of the shared block where it has its own. Share: "
+        caption="Slices keep a layer's width; S+KofN are thin blocks of width×neurons, first of the "
+        "shared block where it has its own. Share: "
         "active parameters without embeddings, of the parent's. Time and memory (GB) are estimates "
         f"for one {gpu.name} of {gpu.memory / 1e9:.0f} GB, training for {found.tokens:,} tokens.",
         box=SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,
     )
-    forecast = found.candidates[0].kl is not None
+    forecast = any(c.kl is not None for c in found.candidates)
     table.add_column("shape", no_wrap=True)
     names = ["total", "active", "share", "FLOPs", "convert", "train"]
     for name in (["KL"] if forecast else []) + names:
         table.add_column(name, justify="right", no_wrap=True)
     for c in found.candidates:
-        name = f"{c.name}, {_shapes(c.settings)}" if c.name in PRESETS else c.name
         cells: list[str | Text] = [
-            Text(name, style="bold" if c.name == found.recommended else ""),
+            Text(c.name, style="bold" if c.name == found.recommended else ""),
             _count_of(c.total),
             _count_of(c.active),
             f"{c.share:.0%}",
@@ -43,16 +41,10 @@ def plan_table(found: Plan) -> Table:
             _cost(c.conversion.seconds, c.conversion.memory, gpu.memory),
             _cost(c.training.seconds, c.training.memory, gpu.memory),
         ]
-        if c.kl is not None:
-            cells.insert(1, f"{c.kl:.2f}")
+        if forecast:
+            cells.insert(1, "–" if c.kl is None else f"{c.kl:.2f}")
         table.add_row(*cells)
     return table
-
-
-def _shapes(settings: dict[str, Any]) -> str:
-    wide = settings.get("d_thin_shared"), settings.get("d_ff_thin_shared")
-    thin = settings["d_thin"], settings["d_ff_thin"]
-    return ", ".join(f"{width}×{neurons}" for width, neurons in (wide, thin) if width)
 
 
 def _cost(seconds: float, memory: float, available: float) -> Text:

@@ -6,7 +6,6 @@ too, from calibration statistics and the parent's weights.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from math import ceil
 from typing import Any, Literal
 
 import torch
@@ -19,20 +18,20 @@ from molcli.estimate.flops import count_flops
 from molcli.estimate.forecast import FORECAST, compute_predictors
 from molcli.estimate.gpus import Gpu
 from molcli.estimate.parameters import count_parameters
-from molcli.fitting.converted_config import ACTIVE_FRACTION, converted_config, parent_shape
+from molcli.fitting.converted_config import converted_config, parent_shape
 from molcli.fitting.shapes import split_shapes, thin_shape, widths_near
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.shapes import BlockShape
 
 PRESETS: tuple[Literal["quality", "balanced", "fast"], ...] = ("quality", "balanced", "fast")
+# (num_blocks, skipped_layers) of candidates with slices.
+SLICES: tuple[tuple[int, Literal["auto", "none"]], ...] = ((9, "auto"), (9, "none"), (17, "auto"))
 # (num_blocks, num_shared_blocks, top_k) of candidates whose shared blocks differ from the routed
 # ones, and of candidates whose blocks all have one shape.
 SPLIT_BLOCKS = ((9, 1, 1), (17, 1, 1))
 UNIFORM_BLOCKS = ((9, 1, 2), (17, 1, 2), (15, 1, 3))
 # Widths per entry of UNIFORM_BLOCKS: those nearest to equal fractions of d_model and d_ff.
 WIDTHS = 2
-# Relative difference of forecasts that counts as equal; then the model with fewer parameters wins.
-FORECAST_TOLERANCE = 0.05
 # Smallest d_ff of all active blocks together, relative to the parent's. Wider blocks have fewer
 # neurons.
 FEWEST_NEURONS = 0.1
@@ -77,9 +76,8 @@ class Plan:
         tokens: training tokens that costs are estimated for.
         gpu: GPU that costs are estimated for.
         candidates: presets first.
-        recommended: name of the candidate to choose at about the requested share. With forecasts,
-            the smallest model among those with about the lowest KL; else the first candidate after
-            the presets.
+        recommended: name of the candidate to choose at about the requested share, the first one
+            after the presets: slices, which lose least after training.
     """
 
     parent_total: int
@@ -129,7 +127,7 @@ def plan(
         count, parent = count_parameters(config), count_parameters(parent_config(config))
         calibration = recipe.calibrate
         kl = None
-        if spectra is not None:
+        if spectra is not None and not options.has_slices:
             kl = FORECAST.kl(compute_predictors(config, spectra, calibration.tokens))
         candidates.append(
             Candidate(
@@ -154,7 +152,7 @@ def plan(
         tokens,
         gpu,
         candidates,
-        _recommended(candidates),
+        next(c.name for c in candidates if c.name not in PRESETS),
     )
 
 
@@ -164,6 +162,9 @@ def _shapes(
     """Yield presets first, then candidates, with the best guess without a forecast first."""
     free = replace(
         options,
+        blocks="auto",
+        active=None,
+        skipped_layers="auto",
         d_thin=None,
         d_ff_thin=None,
         num_heads_thin=None,
@@ -171,12 +172,16 @@ def _shapes(
         d_ff_thin_shared=None,
         num_heads_shared=None,
     )
+    slices = replace(free, top_k=None, num_shared_blocks=1, num_blocks=9, gated_deltanet="none")
     for preset in PRESETS:
-        yield preset, replace(free, preset=preset)
+        yield preset, replace(slices, preset=preset)
+    free = replace(free, blocks="thin")
     shape = parent_shape(dense)
-    found = [*_split_candidates(free, shape, share), *_uniform_candidates(free, shape, share)]
-    if options.layers == "all":
-        found = [*_partial_candidates(free, dense["num_hidden_layers"], share), *found]
+    found = [
+        *_sliced_candidates(slices, dense, share),
+        *_split_candidates(free, shape, share),
+        *_uniform_candidates(free, shape, share),
+    ]
     if not found:
         raise MolError(
             f"--active is {share:.1%}, which leaves no room for neurons beside the parent's heads",
@@ -186,21 +191,20 @@ def _shapes(
     yield from found
 
 
-def _partial_candidates(
-    free: UpcycleConfig, layers: int, share: float
+def _sliced_candidates(
+    slices: UpcycleConfig, dense: dict[str, Any], share: float
 ) -> Iterator[tuple[str, UpcycleConfig]]:
-    """Yield presets with a smaller share in only some of the layers; the others stay dense.
-
-    As many middle layers are converted as bring the model down to `share`. Of SmolLM2-135M, thinner
-    blocks in fewer layers lose less right after conversion (tests/bench/results/shared-shape.md).
-    """
-    for preset in reversed(PRESETS):
-        saved = 1 - ACTIVE_FRACTION[preset]
-        few = ceil(layers * (1 - share) / saved)
-        if 0 < few < layers:
-            budget = round(few / layers, 4)
-            options = replace(free, preset=preset, layers="middle", layers_budget=budget)
-            yield f"{preset} in {few} of {layers} layers", options
+    """Yield slices, with and without layers that are left out, where attention leaves room."""
+    for blocks, skipped in SLICES:
+        options = replace(slices, num_blocks=blocks, skipped_layers=skipped, active=share)
+        try:
+            config = converted_config(dense, options)
+        except MolError:  # no room for neurons
+            continue
+        few = config.layer_structures.count("skipped")
+        without = f", {few} layers left out" if few else ""
+        if few or skipped == "none":
+            yield f"{blocks - 1} slices{without}", options
 
 
 def _split_candidates(
@@ -255,6 +259,9 @@ def _with_blocks(
 
 
 def _settings(config: MoLConfig, options: UpcycleConfig) -> dict[str, Any]:
+    if options.has_slices:
+        keys, usual = ("preset", "active", "skipped_layers", "num_blocks"), UpcycleConfig()
+        return {key: getattr(options, key) for key in keys if _differs(options, usual, key)}
     middle = {"layers": "middle", "layers_budget": options.layers_budget}
     own = {
         "d_thin_shared": config.d_thin_shared,
@@ -273,6 +280,10 @@ def _settings(config: MoLConfig, options: UpcycleConfig) -> dict[str, Any]:
     }
 
 
+def _differs(options: UpcycleConfig, usual: UpcycleConfig, key: str) -> bool:
+    return bool(getattr(options, key) != getattr(usual, key))
+
+
 def _with_length_for(recipe: Recipe, parent: MoLConfig) -> Recipe:
     """Check that the parent has positions for `train.context_length`.
 
@@ -288,17 +299,3 @@ def _with_length_for(recipe: Recipe, parent: MoLConfig) -> Recipe:
 
 def _with_tokens(recipe: Recipe, tokens: int) -> Recipe:
     return replace(recipe, calibrate=replace(recipe.calibrate, tokens=tokens))
-
-
-def _recommended(candidates: list[Candidate]) -> str:
-    """Choose by forecast, among candidates and presets that are no larger; without one, the first.
-
-    Presets are considered with a forecast only: their share is not the requested one.
-    """
-    shapes = [c for c in candidates if c.name not in PRESETS]
-    most = max(c.share for c in shapes)
-    forecast = [(c.kl, c.total, c.name) for c in candidates if c.kl is not None and c.share <= most]
-    if not forecast:
-        return shapes[0].name
-    enough = min(forecast)[0] * (1 + FORECAST_TOLERANCE)
-    return min((total, kl, name) for kl, total, name in forecast if kl <= enough)[2]
