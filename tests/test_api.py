@@ -188,7 +188,7 @@ def test_text_may_be_sampled_from_the_parent_and_a_calibration_used_again(
         parent, active=0.7, tokens=10_000, calibration=folder, settings=settings, progress=False
     )
     assert found.tokens == 10_000
-    assert all(c.kl is not None and c.kl > 0 for c in found.candidates)
+    assert any(c.kl is not None and c.kl > 0 for c in found.candidates)
 
 
 def test_an_opened_model_computes_and_is_known_to_transformers(

@@ -59,7 +59,8 @@ class UpcycleConfig:
     skipped_layers: parent layers that are left out, among those of `layers`: "none", a list, or
         "auto", which is none for thin blocks. For slices it is the layers that change the residual
         least (arXiv 2403.03853), two fifths of the fraction that is saved: six of thirty layers for
-        50%. The other converted layers get the weights of those that are left out.
+        50%; more where all heads would leave room for less than an eighth of the neurons. The other
+        converted layers get the weights of those that are left out.
     num_blocks: thin blocks or slices in a layer, shared ones included (N).
     num_shared_blocks: blocks that run on every token (S).
     top_k: routed blocks that run on a token, of the N - S (K). null is 1, or 2 where all thin

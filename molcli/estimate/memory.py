@@ -228,10 +228,11 @@ def _sliced_fit_bytes(config: MoLConfig, tokens: int, heldout: int, device: str)
     the shared ones, and the largest of a solution and a chunk."""
     d, blocks = config.hidden_size, max(1, config.num_routed_blocks)
     spec = config.sliced_spec()
-    joint = spec.d_ff + (config.d_ff_thin if config.num_routed_blocks else 0)
+    own = config.d_ff_thin if config.num_routed_blocks else 0
+    joint = spec.d_ff + own
     most = CHUNK_BYTES[device] // bytes_per_token(config)
-    chunk = _FP32 * min(max(tokens, heldout), most) * (4 * config.intermediate_size + 6 * d)
-    solving = _FP64 * (3 * joint * joint + joint * (2 * d + spec.d_ff))
+    chunk = _FP32 * min(max(tokens, heldout), most) * (7 * config.intermediate_size // 2 + 4 * d)
+    solving = _FP64 * (3 * joint * joint + blocks * own * (spec.d_ff + 2 * d))
     sums = _FP64 * blocks * joint * (joint + d)
     return 2 * _FP32 * tokens * d + sums + max(chunk, solving) + _FP32 * _layer_weights(config)
 

@@ -5,6 +5,7 @@ Output: a MoLConfig with the structure and the mixer of every layer and the shap
 """
 
 from dataclasses import replace
+from math import ceil
 from typing import Any
 
 from molcli.config.layer_choice import chosen_layers, refuse_beyond
@@ -32,6 +33,9 @@ SLICED_FRACTION = {"quality": 0.75, "balanced": 0.5, "fast": 0.375}
 # 0.4 and 0.67, tried on SmolLM2-135M at 50% active after 7M tokens, the best
 # (tests/bench/results/slices.md).
 SKIPPED_FRACTION = 0.4
+# Fraction of the parent's neurons that a token's slices have at least: more layers are left out
+# where attention leaves less room than that.
+FEWEST_NEURONS = 1 / 8
 
 
 def mol_config(parent: Parent, options: UpcycleConfig) -> MoLConfig:
@@ -55,7 +59,7 @@ def converted_config(dense: dict[str, Any], options: UpcycleConfig) -> MoLConfig
     """
     layers = dense["num_hidden_layers"]
     top_k, parent = options.chosen_top_k, parent_shape(dense)
-    choices = _layer_choices(options, layers)
+    choices = _layer_choices(options, layers, parent)
     if options.has_slices:
         routed, options = _slices(options, parent, choices["layer_structures"])
     elif options.splits_shapes:
@@ -131,7 +135,7 @@ def needs_text(config: MoLConfig, options: UpcycleConfig) -> bool:
     return choice or options.method in ("fitted", "pca")
 
 
-def _layer_choices(options: UpcycleConfig, layers: int) -> dict[str, list[str]]:
+def _layer_choices(options: UpcycleConfig, layers: int, parent: BlockShape) -> dict[str, list[str]]:
     """Return layer_structures and layer_mixers."""
     converted = set(range(layers))
     if options.layers in ("middle", "auto"):
@@ -142,7 +146,7 @@ def _layer_choices(options: UpcycleConfig, layers: int) -> dict[str, list[str]]:
     if not isinstance(options.gated_deltanet, str):
         refuse_beyond("upcycle.gated_deltanet", options.gated_deltanet, layers)
     deltanet = chosen_layers(options.gated_deltanet, sorted(converted))
-    skipped = _skipped_layers(options, sorted(converted), layers)
+    skipped = _skipped_layers(options, sorted(converted), layers, parent)
     kind = "sliced" if options.has_slices else "mixture"
     structures = [kind if i in converted else "dense" for i in range(layers)]
     return {
@@ -151,15 +155,21 @@ def _layer_choices(options: UpcycleConfig, layers: int) -> dict[str, list[str]]:
     }
 
 
-def _skipped_layers(options: UpcycleConfig, converted: list[int], layers: int) -> set[int]:
+def _skipped_layers(
+    options: UpcycleConfig, converted: list[int], layers: int, parent: BlockShape
+) -> set[int]:
     """Return the layers to leave out; where they are chosen later, as many in the middle."""
     if options.skipped_layers == "none":
         return set()
     if isinstance(options.skipped_layers, str):
         if not options.has_slices:
             return set()
-        saved = (1 - _sliced_fraction(options)) * len(converted)
-        few = min(round(SKIPPED_FRACTION * saved), len(converted) - 1)
+        fraction, count = _sliced_fraction(options), len(converted)
+        few = round(SKIPPED_FRACTION * (1 - fraction) * count)
+        # The other layers must have room for all heads and for some neurons.
+        least = replace(parent, d_ff=round(FEWEST_NEURONS * parent.d_ff)).num_weights
+        few = max(few, ceil(count * (1 - fraction * parent.num_weights / least)))
+        few = max(0, min(few, count - 1))
         first = (len(converted) - few + 1) // 2
         return set(converted[first : first + few])
     refuse_beyond("upcycle.skipped_layers", options.skipped_layers, layers)
@@ -185,7 +195,7 @@ def _slices(
     options: UpcycleConfig, parent: BlockShape, structures: list[str]
 ) -> tuple[BlockShape, UpcycleConfig]:
     """Return the shape of a routed slice, and the options with that of the shared slice."""
-    sliced = structures.count("sliced")
+    sliced = max(1, structures.count("sliced"))
     fraction = _sliced_fraction(options) * (1 + structures.count("skipped") / sliced)
     routed = options.num_blocks > options.num_shared_blocks
     shared, own = slice_neurons(fraction, routed, parent)

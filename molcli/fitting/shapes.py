@@ -88,15 +88,17 @@ def slice_neurons(fraction: float, routed: bool, dense: BlockShape) -> tuple[int
         dense: shape of the dense layer, whose heads are all kept.
 
     Returns:
-        Two multiples of D_FF_MULTIPLE, 0 or less where attention leaves no room, together at most
-        the dense layer's neurons.
+        Two numbers, multiples of D_FF_MULTIPLE unless they are few, together at most the dense
+        layer's neurons. The second one is 0 or less where attention leaves no room.
     """
     attention = replace(dense, d_ff=0).num_weights
     neurons = int((fraction * dense.num_weights - attention) / (3 * dense.width))
-    neurons = min(neurons, dense.d_ff) // D_FF_MULTIPLE * D_FF_MULTIPLE
+    neurons = min(neurons, dense.d_ff)
+    step = D_FF_MULTIPLE if neurons >= 8 * D_FF_MULTIPLE else 1
+    neurons = neurons // step * step
     if not routed:
         return neurons, 0
-    shared = max(1, round(SHARED_SLICE * neurons / D_FF_MULTIPLE)) * D_FF_MULTIPLE
+    shared = max(1, round(SHARED_SLICE * neurons / step)) * step
     return shared, neurons - shared
 
 

@@ -18,8 +18,8 @@ def plan_table(found: Plan) -> Table:
     table = Table(
         title=f"Parent: {found.parent_total / 1e6:,.1f}M parameters, "
         f"{found.parent_flops / 1e6:,.0f}M operations a token",
-        caption="Slices keep a layer's width; S+KofN are thin blocks of width×neurons, first of the "
-        "shared block where it has its own. Share: "
+        caption="Slices keep a layer's width; S+KofN are thin blocks of width×neurons, first of "
+        "the shared block where it has its own. Share: "
         "active parameters without embeddings, of the parent's. Time and memory (GB) are estimates "
         f"for one {gpu.name} of {gpu.memory / 1e9:.0f} GB, training for {found.tokens:,} tokens.",
         box=SIMPLE_HEAD,

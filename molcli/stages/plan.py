@@ -202,6 +202,8 @@ def _sliced_candidates(
         except MolError:  # no room for neurons
             continue
         few = config.layer_structures.count("skipped")
+        if few > len(config.layer_structures) / 2:
+            continue
         without = f", {few} layers left out" if few else ""
         if few or skipped == "none":
             yield f"{blocks - 1} slices{without}", options

@@ -30,7 +30,7 @@ def test_a_configuration_is_enough(tiny_parent: Callable[..., Path], tmp_path: P
     assert found["tokens"] == 30_000_000
     assert found["gpu"]["name"] == "A100 80 GB"
     assert all(c["kl"] is None for c in found["candidates"])
-    assert f"{found['recommended']}: molcli upcycle {folder} OUT --set upcycle.num_blocks" in text
+    assert f"{found['recommended']}: molcli upcycle {folder} OUT --set upcycle.active=0.6" in text
 
 
 def test_a_calibration_adds_forecasts(tiny_parent: Callable[..., Path], tmp_path: Path) -> None:
@@ -43,7 +43,8 @@ def test_a_calibration_adds_forecasts(tiny_parent: Callable[..., Path], tmp_path
     assert done.exit_code == 0
     run(parent, "--active", "0.7", "--calibration", folder, "--json", str(target))
     found = json.loads(target.read_text())
-    assert all(c["kl"] > 0 for c in found["candidates"])
+    thin = [c["kl"] for c in found["candidates"] if "d_thin" in c["settings"]]
+    assert thin and all(kl > 0 for kl in thin)
 
 
 @pytest.mark.parametrize(

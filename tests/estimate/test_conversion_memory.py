@@ -61,6 +61,9 @@ def test_storages_count_once_until_they_are_freed() -> None:
     assert (live.now, live.peak) == (0, 8000)
 
 
+SLICES = {"d_thin": None, "top_k": None, "blocks": "slices"}
+
+
 @pytest.mark.parametrize(
     "options, tokens, chunk_bytes, parent",
     [
@@ -70,7 +73,16 @@ def test_storages_count_once_until_they_are_freed() -> None:
         ({}, 512, 2**23, {"vocab_size": 6000}),
         ({}, 6144, 2**30, {}),
         # A shared block's heads, as wide as the residual, which are not held.
-        ({"d_thin": None}, 6144, 2**23, {"num_attention_heads": 8, "num_key_value_heads": 2}),
+        (
+            {"d_thin": None, "blocks": "thin"},
+            6144,
+            2**23,
+            {"num_attention_heads": 8, "num_key_value_heads": 2},
+        ),
+        # Slices: residuals of many tokens; the sums of many neurons; a chunk.
+        (SLICES, 6144, 2**23, {"intermediate_size": 384}),
+        (SLICES | {"preset": "quality"}, 1024, 2**23, {"intermediate_size": 512}),
+        (SLICES, 6144, 2**30, {"intermediate_size": 384}),
         # The sums of a shared block's neurons, more than the clones'.
         (
             {"d_thin": 32, "d_ff_thin": 16, "d_thin_shared": 96, "d_ff_thin_shared": 384},

@@ -62,7 +62,7 @@ def active_fraction(dense: dict[str, Any], config: MoLConfig) -> float:
 def test_a_preset_is_a_fraction_of_any_parent(
     name: str, blocks: dict[str, int], preset: Any, low: float, high: float
 ) -> None:
-    config = converted_config(PARENTS[name], UpcycleConfig(preset=preset, **blocks))
+    config = converted_config(PARENTS[name], UpcycleConfig(blocks="thin", preset=preset, **blocks))
     papers = preset == "balanced" and not config.num_shared_blocks
     if not papers:
         assert low <= active_fraction(PARENTS[name], config) <= high
@@ -71,7 +71,7 @@ def test_a_preset_is_a_fraction_of_any_parent(
 @pytest.mark.parametrize("name", PARENTS)
 @pytest.mark.parametrize("preset", ["quality", "balanced", "fast"])
 def test_shared_blocks_of_a_preset_hold_all_heads(name: str, preset: Any) -> None:
-    config = converted_config(PARENTS[name], UpcycleConfig(preset=preset))
+    config = converted_config(PARENTS[name], UpcycleConfig(blocks="thin", preset=preset))
     shared, routed = config.shared_spec(), config.routed_spec(config.layer_mixers[0])
     assert (shared.num_heads, shared.num_kv_heads) == (
         config.num_attention_heads,
@@ -108,7 +108,8 @@ def test_balanced_follows_the_papers_rule_and_is_between_the_other_presets(name:
 
 def test_smollm2s_presets() -> None:
     def shape(**options: Any) -> tuple[int, int, int]:
-        found = converted_config(PARENTS["SmolLM2-135M"], UpcycleConfig(**options))
+        thin = UpcycleConfig(blocks="thin", **options)
+        found = converted_config(PARENTS["SmolLM2-135M"], thin)
         return found.d_thin, found.num_heads_thin, found.d_ff_thin
 
     assert shape() == (192, 1, 496)
@@ -148,7 +149,8 @@ def test_shared_blocks_have_the_shape_that_is_set_for_them() -> None:
     """Others are the routed blocks'; if none is set, the preset splits the weights."""
 
     def shapes(**options: Any) -> list[tuple[int, ...]]:
-        config = converted_config(PARENTS["SmolLM2-135M"], UpcycleConfig(**options))
+        thin = UpcycleConfig(blocks="thin", **options)
+        config = converted_config(PARENTS["SmolLM2-135M"], thin)
         found = config.shared_spec(), config.routed_spec(config.layer_mixers[0])
         return [(s.width, s.d_ff, s.num_heads, s.num_kv_heads) for s in found]
 
@@ -159,6 +161,62 @@ def test_shared_blocks_have_the_shape_that_is_set_for_them() -> None:
     assert shapes(d_ff_thin_shared=64) == [(192, 64, 3, 1), routed]
     assert shapes(num_heads_shared=9) == [(192, 512, 9, 3), routed]
     assert shapes(num_heads_shared=9, num_heads_thin=1) == [(192, 512, 9, 3), (192, 512, 1, 1)]
+
+
+SLICED = {"quality": 0.75, "balanced": 0.5, "fast": 0.375}
+
+
+@pytest.mark.parametrize("name", PARENTS)
+@pytest.mark.parametrize("preset", SLICED)
+@pytest.mark.parametrize("num_blocks", [9, 1])
+def test_a_preset_of_slices_is_a_fraction_of_any_parent(
+    name: str, preset: Any, num_blocks: int
+) -> None:
+    options = UpcycleConfig(preset=preset, num_blocks=num_blocks)
+    config = converted_config(PARENTS[name], options)
+    layers = PARENTS[name]["num_hidden_layers"]
+    assert config.layer_structures.count("skipped") == round(0.4 * (1 - SLICED[preset]) * layers)
+    assert config.layer_structures.count("dense") == 0
+    found = active_fraction(PARENTS[name], config)
+    assert SLICED[preset] - 0.01 <= found <= SLICED[preset] + 0.003  # with routers
+    if num_blocks > 1:
+        assert config.d_ff_thin == pytest.approx(2 * config.sliced_spec().d_ff, abs=32)
+
+
+def test_active_replaces_the_fraction_of_a_preset() -> None:
+    same, other = (
+        converted_config(PARENTS["SmolLM2-135M"], UpcycleConfig(active=active))
+        for active in (0.5, 0.6)
+    )
+    preset = converted_config(PARENTS["SmolLM2-135M"], UpcycleConfig())
+    assert same.to_dict() == preset.to_dict()
+    assert active_fraction(PARENTS["SmolLM2-135M"], other) == pytest.approx(0.6, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"preset": "paper"},
+        {"d_thin": 192},
+        {"num_heads_shared": 9},
+        {"top_k": 2},
+        {"num_shared_blocks": 2},
+        {"method": "svd"},
+        {"gated_deltanet": "all"},
+        {"layers": "auto"},
+    ],
+)
+def test_what_only_thin_blocks_have_makes_them(options: dict[str, Any]) -> None:
+    config = converted_config(PARENTS["SmolLM2-135M"], UpcycleConfig(**options))
+    assert "mixture" in config.layer_structures and not config.has_slices
+
+
+def test_the_papers_preset_is_its_form() -> None:
+    """1+2of9, and a width of a third of the model's (arXiv 2605.09516)."""
+    found = converted_config(PARENTS["SmolLM2-135M"], UpcycleConfig(preset="paper"))
+    assert (found.num_blocks, found.num_shared_blocks, found.num_blocks_per_tok) == (9, 1, 2)
+    assert (found.d_thin, found.num_heads_thin, found.d_ff_thin) == (192, 3, 512)
+    assert found.shared_spec().width == 192
 
 
 def test_an_unknown_preset_is_refused() -> None:
@@ -174,7 +232,8 @@ def test_auto_counts_as_middle_until_it_has_measured(
 ) -> None:
     """As many layers, adjacent ones, with as many above them as below, or one fewer."""
     dense = PARENTS["SmolLM2-135M"] | {"num_hidden_layers": count}
-    config = converted_config(dense, UpcycleConfig(layers=layers, layers_budget=budget))
+    options = UpcycleConfig(blocks="thin", layers=layers, layers_budget=budget)
+    config = converted_config(dense, options)
     chosen = [i for i in range(count) if not config.is_dense(i)]
     assert len(chosen) == len(cheapest(dict.fromkeys(range(count), 0.0), budget))
     if chosen:

@@ -179,18 +179,18 @@ def test_a_run_that_fails_half_way_leaves_no_files(
 ) -> None:
     """And the next run converts the parent from the start."""
     parent = tiny_parent("llama")
-    calibration, real = workshop.calibration(parent), run.fit_layer
+    calibration, real = workshop.calibration(parent), run.fit_sliced_layer
 
     def failing(config: Any, index: int, *rest: Any) -> Any:
         if index == 1:
             raise RuntimeError("the machine is on fire")
         return real(config, index, *rest)
 
-    monkeypatch.setattr(run, "fit_layer", failing)
+    monkeypatch.setattr(run, "fit_sliced_layer", failing)
     beside = set(tmp_path.iterdir())
     with pytest.raises(RuntimeError, match="on fire"):
         upcycle(open_parent(parent), calibration, Recipe(), tmp_path / "out")
     assert set(tmp_path.iterdir()) == beside
-    monkeypatch.setattr(run, "fit_layer", real)
+    monkeypatch.setattr(run, "fit_sliced_layer", real)
     upcycle(open_parent(parent), calibration, Recipe(), tmp_path / "out")
     assert (tmp_path / "out" / "receipt.json").is_file()

@@ -101,7 +101,7 @@ def test_the_default_width_of_equal_blocks_is_d_model_over_the_active_blocks(
     convert: Callable[..., Any],
 ) -> None:
     parent = tiny_parent("qwen3", head_dim=head_dim, num_hidden_layers=1)
-    equal = {"d_thin": None, "d_ff_thin": 24}
+    equal = {"d_thin": None, "d_ff_thin": 24, "blocks": "thin"}
     config = convert(parent, **options | equal).model().config
     assert (config.d_thin, config.d_ff_thin) == (d_thin, 24)
     assert config.num_blocks_per_tok == min(2, config.num_routed_blocks)
@@ -112,7 +112,7 @@ def test_a_preset_alone_gives_shared_blocks_another_shape(
     tiny_parent: Callable[..., Path], convert: Callable[..., Any]
 ) -> None:
     parent = tiny_parent("llama", intermediate_size=512, num_hidden_layers=2)
-    converted = convert(parent, preset="quality", d_thin=None, tokens=2048)
+    converted = convert(parent, preset="quality", d_thin=None, blocks="thin", tokens=2048)
     model = converted.model()
     shared, routed = model.config.shared_spec(), model.config.routed_spec("attention")
     assert shared.num_heads == model.config.num_attention_heads > routed.num_heads
