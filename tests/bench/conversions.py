@@ -11,7 +11,16 @@ from typing import Any
 
 import torch
 from json_lines import measured
-from pruned import CUTS, Cut, influences, kept_layers, write_dense
+from pruned import (
+    CUTS,
+    Cut,
+    activations,
+    influences,
+    kept_layers,
+    kept_neurons,
+    write_dense,
+    write_narrow,
+)
 from torch import Tensor
 from transformers.utils import logging
 
@@ -81,16 +90,16 @@ class ConversionRunner:
 
     Attributes:
         parent: the dense model.
-        data: source of the text; all of it is read.
+        data: source of the text, or sources by weight; all of it is read.
         folder: for checkpoints and calibrations.
-        heldout: source of text that is not used for fitting or selection.
+        heldout: sources of text that is not used for fitting or selection, by name.
     """
 
     parent: Parent
-    data: str
+    data: Data
     folder: Path
-    heldout: str | None = None
-    _documents: list[Tensor] = field(default_factory=list)
+    heldout: dict[str, str] = field(default_factory=dict)
+    _documents: list[list[Tensor]] = field(default_factory=list)
     _calibrations: dict[Any, tuple[Calibration, float]] = field(default_factory=dict)
     _teachers: dict[torch.dtype, MoLForCausalLM] = field(default_factory=dict)
     _newest: tuple[Any, dict[str, Any]] | None = None
@@ -136,20 +145,39 @@ class ConversionRunner:
         self._newest = key, found | self.size(out) | _receipt(out)
         return out, self._newest[1]
 
-    def figures(self, checkpoint: Path, config: EvaluateConfig) -> dict[str, Any]:
+    def figures(
+        self, checkpoint: Path, config: EvaluateConfig, *, generate: bool = False
+    ) -> dict[str, Any]:
         """Return the figures of `molcli eval` on held-out text.
 
-        gap: cross-entropy minus the parent's, in nats a token.
+        gap: cross-entropy minus the parent's, in nats a token; gap, kl and the like are those of
+        the first text. texts: the same of every text. With `generate`, also recall, the share of
+        right answers of model and parent by distance, and greedy, the mean number of tokens before
+        the greedy continuation differs from the parent's.
         """
-        if self.heldout is None:
+        if not self.heldout:
             return {}
         model = open_checkpoint(checkpoint, default_device())
         models = Models(model, self.teacher(model.dtype), self.parent.tokenizer())
-        only = replace(config, num_prompts=0, recall_sequences=0)
-        result = measure(models, self.heldout, only).heldout
-        assert result is not None and result.parent_ce is not None
-        names = "ce", "parent_ce", "kl", "agreement", "tokens"
-        return {"gap": result.ce - result.parent_ce} | {n: getattr(result, n) for n in names}
+        quick = replace(config, num_prompts=0, recall_sequences=0)
+        texts: dict[str, dict[str, Any]] = {}
+        about: dict[str, Any] = {}
+        for name, source in self.heldout.items():
+            first = generate and not texts
+            report = measure(models, source, config if first else quick)
+            result = report.heldout
+            assert result is not None and result.parent_ce is not None
+            names = "ce", "parent_ce", "kl", "agreement", "tokens"
+            own = {"gap": result.ce - result.parent_ce} | {n: getattr(result, n) for n in names}
+            texts[name] = own
+            if first and report.generation is not None:
+                about["greedy"] = report.generation.matching_tokens
+            if first:
+                about["recall"] = {
+                    str(r.distance): [x.accuracy for x in (r.model, r.parent) if x is not None]
+                    for r in report.recall
+                }
+        return next(iter(texts.values())) | about | {"texts": texts}
 
     def train(self, checkpoint: Path, data: Data, recipe: Recipe) -> tuple[Path, dict[str, Any]]:
         """Train. Return the trained model, which the next training overwrites, and figures."""
@@ -174,18 +202,25 @@ class ConversionRunner:
         return self._teachers[dtype]
 
     def _draw(self, out: Path, seed: int, tokens: int) -> None:
-        """Write documents in an order drawn by the seed, until they have enough tokens."""
+        """Write documents in an order drawn by the seed, until they have enough tokens. Of several
+        sources, the next document is of the one that is furthest behind its weight."""
+        weights = {self.data: 1.0} if isinstance(self.data, str) else self.data
         if not self._documents:
             size, tokenizer = self.parent.config.vocab_size, self.parent.tokenizer()
-            found = load_documents(self.data, tokenizer, vocab_size=size, limit=None)
-            self._documents = list(found)
-        order = random.Random(seed).sample(self._documents, len(self._documents))
+            for source in weights:
+                found = load_documents(source, tokenizer, vocab_size=size, limit=None)
+                self._documents.append(list(found))
+        draw = random.Random(seed)
+        orders = [iter(draw.sample(own, len(own))) for own in self._documents]
+        written, shares = [0] * len(orders), list(weights.values())
         with out.open("w", encoding="utf-8") as file:
-            for document in order:
-                file.write(json.dumps({"input_ids": document.tolist()}) + "\n")
-                tokens -= len(document)
-                if tokens <= 0:
+            while sum(written) < tokens:
+                behind = min(range(len(orders)), key=lambda i: written[i] / shares[i])
+                document = next(orders[behind], None)
+                if document is None:
                     break
+                file.write(json.dumps({"input_ids": document.tolist()}) + "\n")
+                written[behind] += len(document)
 
     def _tokenised(self, data: Data) -> Data:
         if isinstance(data, str):
@@ -208,6 +243,10 @@ class ConversionRunner:
         shape = mol_config(self.parent, recipe.upcycle)
         # Conversions on a CPU compute in fp32; the checkpoint has the parent's dtype.
         dtype = self.parent.embedding().dtype if torch.cuda.is_available() else torch.float32
+        if cut == "width_pruned":
+            scores = activations(self.teacher(dtype), calibration.fit)
+            write_narrow(self.parent, scores, kept_neurons(shape), out)
+            return
         layers = kept_layers(cut, shape, lambda: influences(self.teacher(dtype), calibration.fit))
         write_dense(self.parent, layers, out)
 

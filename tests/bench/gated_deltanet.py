@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 sys.path.insert(0, str(Path(__file__).parent))
 from conversions import Case, ConversionRunner
 from json_lines import JsonLines, measured
-from upcycle import add_common, chosen, table
+from upcycle import add_common, chosen, parse_heldout, parse_sources, table
 
 from molcli.config.layer_choice import parse_choice
 from molcli.config.sections import Recipe
@@ -104,7 +104,9 @@ def main(words: list[str] | None = None) -> None:
     for seed in map(int, args.seeds.split(",")):
         recipe = Case("", ()).recipe(args.recipe, args.set, seed)
         with TemporaryDirectory(prefix="molcli-bench-", dir=args.work) as folder:
-            runner = ConversionRunner(parent, args.data, Path(folder), args.heldout)
+            runner = ConversionRunner(
+                parent, parse_sources(args.data), Path(folder), parse_heldout(args.heldout)
+            )
             checkpoints = Checkpoints(runner, recipe, Path(folder))
             for name in names:
                 settings = [f"recipe={args.recipe}", *args.set]
@@ -133,7 +135,9 @@ def trained(
     checkpoints: Checkpoints, name: str, recipe: Recipe, args: argparse.Namespace
 ) -> dict[str, Any]:
     checkpoint, about = checkpoints.get(name)
-    out, found = checkpoints.runner.train(checkpoint, args.train_data or args.data, recipe)
+    out, found = checkpoints.runner.train(
+        checkpoint, parse_sources(args.train_data or args.data), recipe
+    )
     size = {figure: about[figure] for figure in ("total", "active", "share")}
     return size | found | checkpoints.runner.figures(out, recipe.evaluate)
 

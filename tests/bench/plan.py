@@ -119,7 +119,7 @@ def main(words: list[str] | None = None) -> None:
     names = chosen([case.name for case in cases], args.only)
     runs = [(c, c.recipe(None, args.set, args.seed)) for c in cases if c.name in names]
     with TemporaryDirectory(prefix="molcli-bench-", dir=args.work) as folder:
-        runner = ConversionRunner(parent, args.data, Path(folder), args.heldout)
+        runner = ConversionRunner(parent, args.data, Path(folder), {"heldout": args.heldout})
         spectra: dict[int, torch.Tensor] = {}
         for case, recipe in runs:
             settings = [*args.set, *case.overrides]

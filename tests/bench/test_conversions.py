@@ -9,12 +9,20 @@ import torch
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent))  # the benchmarks are scripts
+import corpus
 import gated_deltanet
 import plan
 import upcycle
 from conversions import Case, ConversionRunner
 from json_lines import JsonLines
-from pruned import influences, kept_layers, write_dense
+from pruned import (
+    activations,
+    influences,
+    kept_layers,
+    kept_neurons,
+    write_dense,
+    write_narrow,
+)
 
 from molcli.errors import Interrupted
 from molcli.estimate.parameters import count_parameters
@@ -56,7 +64,7 @@ def texts(tmp_path):
 @pytest.fixture
 def runner(parent, texts, tmp_path):
     (tmp_path / "work").mkdir()
-    return ConversionRunner(open_parent(parent), texts[1], tmp_path / "work", texts[3])
+    return ConversionRunner(open_parent(parent), texts[1], tmp_path / "work", {"heldout": texts[3]})
 
 
 def recipe(*settings, seed=0):
@@ -88,6 +96,72 @@ def test_a_baseline_with_all_layers_equals_the_parent(runner):
     assert found["gap"] == 0 and found["agreement"] == 1
     assert found["kl"] == pytest.approx(0, abs=1e-6)
     assert runner.size(runner.folder / "whole")["share"] == 1
+
+
+def test_a_width_pruned_parent_keeps_its_largest_neurons(runner):
+    settings = recipe("upcycle.preset=quality")
+    calibration, _ = runner.calibration(settings)
+    teacher = runner.teacher(torch.float32)
+    scores = activations(teacher, calibration.fit)
+    write_narrow(runner.parent, scores, 96, runner.folder / "all")
+    assert runner.figures(runner.folder / "all", settings.evaluate)["kl"] == pytest.approx(0)
+    write_narrow(runner.parent, scores, 40, runner.folder / "narrow")
+    tensors = load_file(runner.folder / "narrow" / "model.safetensors")
+    mlp = teacher.model.layers[2].block.mlp
+    kept = scores[2].topk(40).indices.sort().values
+    assert torch.equal(tensors["model.layers.2.block.mlp.up_proj"], mlp.up_proj[:, kept])
+    assert torch.equal(tensors["model.layers.2.block.mlp.down_proj"], mlp.down_proj[..., kept])
+
+
+def test_a_width_pruned_parent_has_as_many_active_parameters(runner):
+    settings = recipe("upcycle.layers=[0, 3]")
+    found, about = runner.convert(settings, "width_pruned")
+    most = count_parameters(mol_config(runner.parent, settings.upcycle)).active
+    one = 4 * 3 * 64  # a neuron in each layer
+    assert most - one < about["active"] <= most
+    assert MoLConfig.from_pretrained(found).intermediate_size == kept_neurons(
+        mol_config(runner.parent, settings.upcycle)
+    )
+
+
+def test_every_heldout_text_has_figures_and_sources_are_mixed(parent, texts, tmp_path, capsys):
+    out, other = tmp_path / "lines.jsonl", tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"input_ids": [*range(3, 60)]}) + "\n")
+    words = [str(parent), *texts[2:], "--heldout", f"second={other}", *SET]
+    words += ["--data", f"{texts[1]}=2", "--data", f"{other}=1", "--only", "skipped"]
+    words += ["--train-tokens", "64", "--out", str(out)]
+    upcycle.main(words)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    for row in rows:
+        assert list(row["texts"]) == ["heldout", "second"]
+        assert row["kl"] == row["texts"]["heldout"]["kl"] != row["texts"]["second"]["kl"]
+    assert "recall" not in rows[0] and "recall" in rows[1]
+    printed = capsys.readouterr().out
+    upcycle.main(["--table", str(out)])
+    assert capsys.readouterr().out == printed[printed.index("| case") :]
+    assert "KL second" in printed
+
+
+def test_a_corpus_is_divided_and_the_unseen_source_is_in_no_other_text(tmp_path):
+    rows = [
+        {"source": source, "split": split, "text": f"{source} {split}"}
+        for source in ("a:wiki", "b:guide", "c:essays")
+        for split in ("train", "heldout")
+    ]
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    corpus.main([str(path), str(tmp_path / "out"), "--unseen", "c:essays"])
+    found = {
+        file.stem: [json.loads(line)["text"] for line in file.read_text().splitlines()]
+        for file in (tmp_path / "out").iterdir()
+    }
+    assert found == {
+        "wiki": ["a:wiki train"],
+        "docs": ["b:guide train"],
+        "heldout-wiki": ["a:wiki heldout"],
+        "heldout-docs": ["b:guide heldout"],
+        "unseen": ["c:essays heldout"],
+    }
 
 
 def test_the_least_influential_layers_are_dropped_first(runner):
