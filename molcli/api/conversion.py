@@ -48,11 +48,12 @@ def upcycle(
     Args:
         parent: The dense model: a folder with safetensors, a Hub id, or a .gguf file.
         out: The folder to write; must not exist.
-        data: Text to fit the thin blocks to, several sources mixed by weight. Without it, that of
+        data: Text to fit the blocks to, several sources mixed by weight. Without it, that of
             calibrate.data in the recipe, else of train.data, so that the blocks are fitted to what
             they are trained on, else text sampled from the parent. A part of it repeats itself
             (calibrate.repeats).
-        preset: The active part of a layer's weights: "quality" 75%, "balanced" 52.5%, "fast" 37.5%.
+        preset: The active part of the layers' weights: "quality" 75%, "balanced" 50%, "fast" 37.5%.
+            "paper" makes thin blocks in the form of the paper.
         calibration: A folder that `calibrate` wrote for this parent, in place of `data`.
         recipe: A .yaml file, the name of a bundled recipe, or a loaded recipe.
         settings: Values that replace those of the recipe, such as {"upcycle.d_thin": 192}.

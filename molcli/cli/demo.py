@@ -130,7 +130,9 @@ def _run_stages(dense: "DenseParent", settings: "Recipe", state: DemoState) -> N
     def inspect() -> None:
         write_object(routing, api.inspect(trained, heldout, recipe=settings).to_json())
 
-    state.run("upcycle", "Layers become thin blocks, fitted to the parent's activations", upcycle)
+    state.run(
+        "upcycle", "Layers are divided into slices, fitted to the parent's activations", upcycle
+    )
     sentence = "On the held-out text, right after upcycling"
     before = state.run("evaluate_upcycled", sentence, lambda: evaluate(upcycled))
     sentence = f"{settings.train.tokens:,} training tokens, towards the parent"

@@ -69,7 +69,7 @@ Preset = Annotated[
     str | None,
     typer.Option(
         "--preset",
-        metavar="quality|balanced|fast",
+        metavar="quality|balanced|fast|paper",
         help="The same as --set upcycle.preset=...; values of --set replace the preset's.",
         autocompletion=_complete_preset,
     ),

@@ -26,9 +26,9 @@ def upcycle(
 ) -> None:
     """Turn a dense model into a Mixture of Layers model.
 
-    The thin blocks are fitted to --calibration, else to the text of --data, of calibrate.data or of
-    train.data in the recipe, else to text sampled from the parent. Several --data are mixed by
-    weight, and a part of the text repeats itself (calibrate.repeats).
+    Slices or thin blocks are fitted to --calibration, else to the text of --data, of calibrate.data
+    or of train.data in the recipe, else to text sampled from the parent. Several --data are mixed
+    by weight, and a part of the text repeats itself (calibrate.repeats).
     """
     api.upcycle(
         parent,
