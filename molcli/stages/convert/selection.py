@@ -33,13 +33,14 @@ class LayerSelection:
 def select_layers(config: MoLConfig, choice: LayerChoice) -> LayerSelection:
     """Apply the user's choice to a model. Raises MolError where the model has no such layers."""
     routed = config.num_routed_blocks > 0
-    with_attention = [i for i, mixer in enumerate(config.layer_mixers) if mixer == "attention"]
+    layers = [i for i in range(config.num_hidden_layers) if not config.is_skipped(i)]
+    with_attention = [i for i in layers if config.layer_mixers[i] == "attention"]
     candidates = [i for i in with_attention if routed and config.layer_structures[i] == "mixture"]
     if isinstance(choice, str):
         if choice != "none" and not candidates:
             raise MolError(
                 f"`{KEY}` is {choice}, but no layer has routed blocks with softmax attention",
-                allowed="dense layers by their numbers, such as [0, 2]",
+                allowed="dense or sliced layers by their numbers, such as [0, 2]",
             )
         layers = None if choice == "auto" else chosen_layers(choice, candidates)
         return LayerSelection(layers, candidates)
@@ -47,9 +48,12 @@ def select_layers(config: MoLConfig, choice: LayerChoice) -> LayerSelection:
     dense = [i for i in with_attention if config.layer_structures[i] in ("dense", "sliced")]
     for i in choice:
         if i not in candidates and i not in dense:
-            why = (
-                "has shared blocks alone" if i in with_attention else "uses Gated DeltaNet already"
-            )
+            if config.is_skipped(i):
+                why = "is left out of this model"
+            elif i in with_attention:
+                why = "has shared blocks alone"
+            else:
+                why = "uses Gated DeltaNet already"
             raise MolError(
                 f"`{KEY}` names layer {i}, which {why}",
                 allowed=f"layers {sorted(candidates + dense)}",

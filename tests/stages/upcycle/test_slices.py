@@ -178,3 +178,35 @@ def test_training_keeps_the_routers_of_slices_unless_told_otherwise(
         assert same == (routers == "auto")
     name = "model.layers.0.slices.down_proj"
     assert not torch.equal(before[name], after[name])
+
+
+def test_attention_of_a_sliced_layer_becomes_gated_deltanet(
+    tiny_parent: Callable[..., Path], slices: Callable[..., Any], tmp_path: Path
+) -> None:
+    converted = slices(tiny_parent("llama", num_hidden_layers=3), skipped_layers=[2])
+    text = tmp_path / "text.jsonl"
+    ids = torch.randint(3, 120, (64, 32), generator=torch.Generator().manual_seed(5))
+    text.write_text("".join(json.dumps({"input_ids": row.tolist()}) + "\n" for row in ids))
+    small = ["calibrate.tokens=1024", "calibrate.heldout_tokens=256", "calibrate.context_length=32"]
+
+    def convert_layer(layer: int, out: Path) -> Path:
+        return molcli.convert(
+            converted.folder,
+            out,
+            gated_deltanet=[layer],
+            data=str(text),
+            settings=small,
+            progress=False,
+        ).folder
+
+    out = convert_layer(1, tmp_path / "deltanet")
+    model = molcli.open_model(out)
+    labels = ["sliced, attention", "sliced, gated_deltanet", "skipped, attention"]
+    assert model.config.layer_labels == labels
+    before, after = converted.tensors, load_file(out / "model.safetensors")
+    assert torch.equal(
+        before["model.layers.1.slices.up_proj"], after["model.layers.1.slices.up_proj"]
+    )
+    assert model.generate(ids[:1], max_new_tokens=3, min_new_tokens=3).shape == (1, 35)
+    with pytest.raises(MolError, match="names layer 2, which is left out of this model"):
+        convert_layer(2, tmp_path / "never")
