@@ -15,9 +15,10 @@ from pruned import (
     CUTS,
     Cut,
     activations,
+    group_outputs,
     influences,
     kept_layers,
-    kept_neurons,
+    kept_width,
     write_dense,
     write_narrow,
 )
@@ -244,8 +245,10 @@ class ConversionRunner:
         # Conversions on a CPU compute in fp32; the checkpoint has the parent's dtype.
         dtype = self.parent.embedding().dtype if torch.cuda.is_available() else torch.float32
         if cut == "width_pruned":
-            scores = activations(self.teacher(dtype), calibration.fit)
-            write_narrow(self.parent, scores, kept_neurons(shape), out)
+            teacher, (groups, neurons) = self.teacher(dtype), kept_width(shape)
+            scores = activations(teacher, calibration.fit), neurons
+            outputs = group_outputs(teacher, calibration.fit), groups
+            write_narrow(self.parent, out, scores, outputs)
             return
         layers = kept_layers(cut, shape, lambda: influences(self.teacher(dtype), calibration.fit))
         write_dense(self.parent, layers, out)

@@ -13,62 +13,14 @@ import corpus
 import gated_deltanet
 import plan
 import upcycle
-from conversions import Case, ConversionRunner
 from json_lines import JsonLines
-from pruned import (
-    activations,
-    influences,
-    kept_layers,
-    kept_neurons,
-    write_dense,
-    write_narrow,
-)
+from pruned import influences, kept_layers, write_dense
+from tiny import SET, SMALL, recipe
 
 from molcli.errors import Interrupted
 from molcli.estimate.parameters import count_parameters
-from molcli.families.parent import open_parent
 from molcli.fitting.converted_config import mol_config
 from molcli.model import MoLConfig
-
-SMALL = [
-    "upcycle.num_blocks=3",
-    "upcycle.top_k=1",
-    "upcycle.d_thin=32",
-    "calibrate.tokens=256",
-    "calibrate.heldout_tokens=64",
-    "calibrate.context_length=32",
-    "train.context_length=32",
-    "train.batch_size=4",
-    "evaluate.context_length=32",
-]
-SET = [word for setting in SMALL for word in ("--set", setting)]
-
-
-@pytest.fixture
-def parent(tiny_parent):
-    return tiny_parent("llama", num_hidden_layers=4)
-
-
-@pytest.fixture
-def texts(tmp_path):
-    """--data and --heldout."""
-    found = []
-    for name, count in (("data", 40), ("heldout", 6)):
-        rows = [[1, *((7 * i + j * j) % 100 + 3 for j in range(20))] for i in range(count)]
-        lines = [json.dumps({"input_ids": row}) for row in rows]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-        found += [f"--{name}", str(tmp_path / f"{name}.jsonl")]
-    return found
-
-
-@pytest.fixture
-def runner(parent, texts, tmp_path):
-    (tmp_path / "work").mkdir()
-    return ConversionRunner(open_parent(parent), texts[1], tmp_path / "work", {"heldout": texts[3]})
-
-
-def recipe(*settings, seed=0):
-    return Case("", settings).recipe(None, SMALL, seed)
 
 
 def test_the_matrix_runs_each_row_once(parent, texts, tmp_path, capsys):
@@ -96,32 +48,6 @@ def test_a_baseline_with_all_layers_equals_the_parent(runner):
     assert found["gap"] == 0 and found["agreement"] == 1
     assert found["kl"] == pytest.approx(0, abs=1e-6)
     assert runner.size(runner.folder / "whole")["share"] == 1
-
-
-def test_a_width_pruned_parent_keeps_its_largest_neurons(runner):
-    settings = recipe("upcycle.preset=quality")
-    calibration, _ = runner.calibration(settings)
-    teacher = runner.teacher(torch.float32)
-    scores = activations(teacher, calibration.fit)
-    write_narrow(runner.parent, scores, 96, runner.folder / "all")
-    assert runner.figures(runner.folder / "all", settings.evaluate)["kl"] == pytest.approx(0)
-    write_narrow(runner.parent, scores, 40, runner.folder / "narrow")
-    tensors = load_file(runner.folder / "narrow" / "model.safetensors")
-    mlp = teacher.model.layers[2].block.mlp
-    kept = scores[2].topk(40).indices.sort().values
-    assert torch.equal(tensors["model.layers.2.block.mlp.up_proj"], mlp.up_proj[:, kept])
-    assert torch.equal(tensors["model.layers.2.block.mlp.down_proj"], mlp.down_proj[..., kept])
-
-
-def test_a_width_pruned_parent_has_as_many_active_parameters(runner):
-    settings = recipe("upcycle.layers=[0, 3]")
-    found, about = runner.convert(settings, "width_pruned")
-    most = count_parameters(mol_config(runner.parent, settings.upcycle)).active
-    one = 4 * 3 * 64  # a neuron in each layer
-    assert most - one < about["active"] <= most
-    assert MoLConfig.from_pretrained(found).intermediate_size == kept_neurons(
-        mol_config(runner.parent, settings.upcycle)
-    )
 
 
 def test_every_heldout_text_has_figures_and_sources_are_mixed(parent, texts, tmp_path, capsys):
