@@ -22,6 +22,7 @@ from pruned import (
     write_dense,
     write_narrow,
 )
+from speed import speeds
 from torch import Tensor
 from transformers.utils import logging
 
@@ -184,6 +185,7 @@ class ConversionRunner:
         """Train. Return the trained model, which the next training overwrites, and figures."""
         out, tokens = self.folder / "trained", self._tokenised(data)
         shutil.rmtree(out, ignore_errors=True)
+        torch.compiler.reset()  # each training compiles anew, as a command would
         quiet = replace(recipe, train=replace(recipe.train, checkpoint_every=0))
         result, seconds, peak = measured(lambda: train(checkpoint, out, tokens, quiet, self.parent))
         speed = {"tokens_per_second": round(result.tokens_per_second), "skipped": result.skipped}
@@ -195,6 +197,14 @@ class ConversionRunner:
         parent = count_parameters(MoLConfig(**self.parent.mol_config_kwargs()))
         share = (count.active - count.embedding) / parent.non_embedding
         return {"total": count.total, "active": count.active, "share": round(share, 4)}
+
+    def dense(self) -> dict[str, Any]:
+        """Return size and speed of the parent, as a checkpoint of ours and by transformers."""
+        out = self.folder / "parent"
+        write_dense(self.parent, list(range(self.parent.config.num_hidden_layers)), out)
+        found = self.size(out) | {"speed": speeds(out, self.parent.config)}
+        shutil.rmtree(out)
+        return found
 
     def teacher(self, dtype: torch.dtype) -> MoLForCausalLM:
         """Return the parent as a model."""

@@ -30,7 +30,8 @@ from safetensors.torch import load_file, save_file
 sys.path.insert(0, str(Path(__file__).parent))
 from conversions import Case, ConversionRunner
 from json_lines import JsonLines, measured
-from upcycle import add_common, chosen, parse_heldout, parse_sources, table
+from table import table
+from upcycle import add_common, chosen, parse_heldout, parse_sources
 
 from molcli.config.layer_choice import parse_choice
 from molcli.config.sections import Recipe

@@ -42,15 +42,20 @@ class JsonLines:
                 rows.append(row)
         return rows
 
-    def row(self, key: dict[str, Any], work: Callable[[], dict[str, Any]]) -> None:
+    def row(
+        self,
+        key: dict[str, Any],
+        work: Callable[[], dict[str, Any]],
+        complete: Callable[[dict[str, Any]], bool] = lambda _: True,
+    ) -> None:
         """Add a row with the key, the figures of `work` or "error", the command and the machine.
 
         An error, such as a lack of memory, does not stop the other cases. If the file has the row,
-        `work` does not run.
+        and `complete` says that all figures are there, `work` does not run.
         """
-        done = [row for row in self.known() if key.items() <= row.items()]
+        done = [row for row in self.known() if key.items() <= row.items() and complete(row)]
         if done:
-            self.rows.append(done[0])
+            self.rows.append(done[-1])
             return
         row = key | _attempt(work) | {"command": " ".join(sys.argv)} | machine()
         self.add(row)

@@ -1,6 +1,7 @@
 """The conversion benchmarks measure what they claim to, on a tiny parent."""
 
 import json
+import lzma
 import sys
 from pathlib import Path
 
@@ -68,14 +69,16 @@ def test_every_heldout_text_has_figures_and_sources_are_mixed(parent, texts, tmp
     assert "KL second" in printed
 
 
-def test_a_corpus_is_divided_and_the_unseen_source_is_in_no_other_text(tmp_path):
+@pytest.mark.parametrize(("name", "opened"), [("corpus.jsonl", open), ("c.jsonl.xz", lzma.open)])
+def test_a_corpus_is_divided_and_the_unseen_source_is_in_no_other_text(tmp_path, name, opened):
     rows = [
         {"source": source, "split": split, "text": f"{source} {split}"}
         for source in ("a:wiki", "b:guide", "c:essays")
         for split in ("train", "heldout")
     ]
-    path = tmp_path / "corpus.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = tmp_path / name
+    with opened(path, "wt", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
     corpus.main([str(path), str(tmp_path / "out"), "--unseen", "c:essays"])
     found = {
         file.stem: [json.loads(line)["text"] for line in file.read_text().splitlines()]

@@ -3,7 +3,7 @@
     python tests/bench/upcycle.py PARENT --recipe smollm2-135m --data wiki.jsonl=1 \\
         --data docs.jsonl=2 --heldout wiki=heldout-wiki.jsonl --heldout unseen=unseen.jsonl \\
         --only fitted,unrouted,depth_pruned,width_pruned --train-tokens 30M --seeds 0,1,2 \\
-        --learning-rate depth_pruned=6e-4,1e-3 --out lines.jsonl
+        --learning-rate depth_pruned=6e-4,1e-3 --speed --out lines.jsonl
     python tests/bench/upcycle.py --table lines.jsonl other.jsonl
 
 Without --case, the cases are: `fitted`, the recipe's shape in all layers; `unrouted`, as many
@@ -14,14 +14,19 @@ two presets; and, as thin blocks, the baselines `pca`, `svd`, `random` and `skip
 Prints one JSON line per conversion and per training, and at the end a markdown table with means
 over seeds and half of their range. KL(parent || model) on each --heldout text, in nats a token, as
 in `molcli eval`; recall and greedy continuations on the first one. s: seconds of training, or of
-conversion. receipt: figures on the rows that calibration held out. With --out, lines are appended
-to a file, and rows that it already has are not run again. Processes with different --out may share
-a GPU.
+conversion. receipt: figures on the rows that calibration held out. With --speed, tokens a second of
+prefill and decoding, of trained models (without --train-tokens, of conversions) and, in a row of
+its own, of the parent: as a model of ours, and as transformers runs it.
+
+With --out, lines are appended to a file, and rows that it already has, with all texts and with
+speeds where they are asked for, are not run again. Processes with different --out may share a GPU,
+but seconds and speeds then say little.
 """
 
 import argparse
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -29,6 +34,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 from conversions import Case, ConversionRunner
 from json_lines import JsonLines
+from speed import speeds
+from table import table
 
 from molcli.cli.plan import parse_count
 from molcli.config.sections import Recipe
@@ -99,6 +106,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
         metavar="CASE=RATE[/NEW],...",
         help="to train this case with, one after another, else the recipe's; NEW: of what is new",
     )
+    parser.add_argument("--speed", action="store_true", help="measure prefill and decoding")
     return parser.parse_args(words)
 
 
@@ -144,70 +152,42 @@ def main(words: list[str] | None = None) -> None:
         for c in cases
         if c.name in wanted
     ]
+    heldout, timed = parse_heldout(args.heldout), args.speed and not args.train_tokens
+
+    def complete(row: dict[str, Any], *, timed: bool) -> bool:
+        return heldout.keys() <= row.get("texts", {}).keys() and ("speed" in row or not timed)
+
     with TemporaryDirectory(prefix="molcli-bench-", dir=args.work) as folder:
-        runner = ConversionRunner(parent, data, Path(folder), parse_heldout(args.heldout))
+        runner = ConversionRunner(parent, data, Path(folder), heldout)
+        if args.speed:
+            lines.row({"parent": args.parent, "case": "parent", "train_tokens": 0}, runner.dense)
         for case, seed, recipe in runs:
             settings = [f"recipe={args.recipe}", *args.set, *case.overrides]
             key = {"parent": args.parent, "case": case.name, "seed": seed, "settings": settings}
 
             def converted(case: Case = case, recipe: Recipe = recipe) -> dict[str, Any]:
                 checkpoint, found = runner.convert(recipe, case.cut)
-                return found | runner.figures(checkpoint, recipe.evaluate)
+                speed = {"speed": speeds(checkpoint)} if timed else {}
+                return found | runner.figures(checkpoint, recipe.evaluate) | speed
 
             def trained(recipe: Recipe, case: Case = case) -> dict[str, Any]:
                 checkpoint, found = runner.convert(recipe, case.cut)
                 text = recipe.train.data or train_data
                 out, about = runner.train(checkpoint, text, recipe)
                 size = {name: found[name] for name in ("total", "active", "share")}
-                return size | about | runner.figures(out, recipe.evaluate, generate=True)
+                speed = {"speed": speeds(out)} if args.speed else {}
+                figures = runner.figures(out, recipe.evaluate, generate=True)
+                return size | about | figures | speed
 
-            lines.row(key | {"train_tokens": 0}, converted)
+            lines.row(key | {"train_tokens": 0}, converted, partial(complete, timed=timed))
             if not args.train_tokens:
                 continue
             for one in training(recipe, case.name, args.learning_rate, args.train_tokens):
                 rates = f"{one.train.learning_rate:g}/{one.train.new_learning_rate:g}"
                 about = {"train_tokens": args.train_tokens, "rates": rates}
-                lines.row(key | about, lambda one=one: trained(one))
+                known = partial(complete, timed=args.speed)
+                lines.row(key | about, partial(trained, one), known)
     print(table(lines.rows))
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Return a markdown table with a line per case, training tokens and learning rates."""
-    texts = list(dict.fromkeys(name for row in rows for name in row.get("texts", {})))
-    heads = ["case", "trained on", "rates", "seeds", "total", "share"]
-    heads += [f"KL {name}" for name in texts] + ["gap", "same", "recall", "greedy", "s", "GB"]
-    lines = [heads, ["---"] * len(heads)]
-    groups: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["case"], row["train_tokens"], row.get("rates", "–")), []).append(row)
-    for (case, tokens, rates), own in groups.items():
-        peaks = [row["peak_gb"] for row in own if row["peak_gb"] is not None]
-        share, seeds = f"{own[0]['share']:.1%}", str(len({row["seed"] for row in own}))
-        lines.append(
-            [case, f"{tokens:,}", rates, seeds, f"{own[0]['total'] / 1e6:.0f}M", share]
-            + [spread([row["texts"][name]["kl"] for row in own]) for name in texts]
-            + [spread([row[name] for row in own]) for name in ("gap", "agreement")]
-            + [recall(own), spread([r["greedy"] for r in own if r.get("greedy")], digits=1)]
-            + [spread([row["seconds"] for row in own], digits=0), spread(peaks, digits=1)]
-        )
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def recall(rows: list[dict[str, Any]]) -> str:
-    """Format the model's recall in percent, by distance, as the mean over rows."""
-    found = [row["recall"] for row in rows if row.get("recall")]
-    if not found:
-        return "–"
-    means = (sum(r[distance][0] for r in found) / len(found) for distance in found[0])
-    return " / ".join(f"{100 * mean:.0f}" for mean in means)
-
-
-def spread(values: list[float], digits: int = 3) -> str:
-    """Format the mean, and half the range of several values."""
-    if not values:
-        return "–"
-    mean, half = sum(values) / len(values), (max(values) - min(values)) / 2
-    return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if len(values) > 1 else "")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ from molcli.stages.bench.routing import forced_routing
 
 
 @torch.no_grad()
-def time_prefill(pair: BenchmarkPair, sizes: Sizes, compiled: bool) -> Iterator[Row]:
+def time_prefill(
+    pair: BenchmarkPair, sizes: Sizes, compiled: bool, *, with_peer: bool = True
+) -> Iterator[Row]:
     """Measure tokens per second to the logits of the last token, without a cache."""
 
     def rate(model: Any, length: int, kind: str) -> float:
@@ -24,23 +26,25 @@ def time_prefill(pair: BenchmarkPair, sizes: Sizes, compiled: bool) -> Iterator[
     def timed(model: Any, length: int, kind: str = "") -> float | None:
         return unless_out_of_memory(partial(rate, model, length, kind), pair.device)
 
-    peer = pair.peer(pair.dtype)
-    if compiled:
-        for layer in peer.model.layers:  # like our model: each kind of layer is compiled once
-            layer.compile()
-    dense = {length: timed(peer, length) for length in sizes.prefill}
-    del peer
+    dense: dict[int, float | None] = {}
+    if with_peer:
+        peer = pair.peer(pair.dtype)
+        if compiled:
+            for layer in peer.model.layers:  # like our model: each kind of layer is compiled once
+                layer.compile()
+        dense = {length: timed(peer, length) for length in sizes.prefill}
+        del peer
     model = pair.mol(pair.dtype)
     if compiled:
         model.compile()
     for length in sizes.prefill:
         for kind in pair.routings:
             work = f"prefill, {length:,} tokens, {kind}"
-            yield Row(work, "tokens/s", timed(model, length, kind), dense[length])
+            yield Row(work, "tokens/s", timed(model, length, kind), dense.get(length))
 
 
 @torch.no_grad()
-def time_decoding(pair: BenchmarkPair, sizes: Sizes) -> Iterator[Row]:
+def time_decoding(pair: BenchmarkPair, sizes: Sizes, *, with_peer: bool = True) -> Iterator[Row]:
     """Measure milliseconds per decoding step of all sequences, by `generate` with a static cache.
 
     It is the difference between the time for many new tokens and the time for one.
@@ -50,15 +54,17 @@ def time_decoding(pair: BenchmarkPair, sizes: Sizes) -> Iterator[Row]:
         step = partial(_step_milliseconds, pair, sizes, model, shape, kind)
         return unless_out_of_memory(step, pair.device)
 
-    peer = pair.peer(pair.dtype)
-    dense = {shape: timed(peer, shape) for shape in sizes.decode}
-    del peer
+    dense: dict[tuple[int, int], float | None] = {}
+    if with_peer:
+        peer = pair.peer(pair.dtype)
+        dense = {shape: timed(peer, shape) for shape in sizes.decode}
+        del peer
     model = pair.mol(pair.dtype)
     for batch, context in sizes.decode:
         for kind in pair.routings:
             work = f"decode, {batch} at {context:,} tokens, {kind}"
             shape = batch, context
-            yield Row(work, "ms a token", timed(model, shape, kind), dense[shape])
+            yield Row(work, "ms a token", timed(model, shape, kind), dense.get(shape))
 
 
 def _step_milliseconds(
