@@ -20,11 +20,13 @@ def table(rows: Rows) -> str:
     keys = _distinct(groups)
     timed = any("speed" in row for row in rows)
     lines: list[list[str]] = []
-    for (parent, case, settings, tokens, rates), own in groups.items():
+    for (parent, case, settings, tokens, text, rates), own in groups.items():
         line = {"parent": parent} if "parent" in keys else {}
         line |= {"case": case}
         line |= {"settings": " ".join(settings)} if "settings" in keys else {}
-        line |= {"trained on": f"{tokens:,}", "rates": rates}
+        line["trained on"] = f"{tokens:,}"
+        line |= {"text": text} if "text" in keys else {}
+        line["rates"] = rates
         line["seeds"] = str(len({row.get("seed") for row in own}))
         line["total"] = f"{own[0]['total'] / 1e6:.0f}M"
         line["share"] = f"{own[0]['share']:.1%}"
@@ -47,9 +49,11 @@ def table(rows: Rows) -> str:
 
 
 def _group(row: dict[str, Any]) -> tuple[Any, ...]:
-    settings = tuple(row.get("settings", ()))
-    rates = row.get("rates", "–")
-    return row.get("parent", ""), row["case"], settings, row["train_tokens"], rates
+    settings, text = tuple(row.get("settings", ())), row.get("train_data", row.get("data", ""))
+    if not isinstance(text, str):
+        text = ", ".join(f"{source}={weight:g}" for source, weight in text.items())
+    key = row.get("parent", ""), row["case"], settings, row["train_tokens"], text
+    return *key, row.get("rates", "–")
 
 
 def _with_peer(row: dict[str, Any]) -> Rows:
@@ -60,12 +64,14 @@ def _with_peer(row: dict[str, Any]) -> Rows:
     return [row, row | {"case": f"{row['case']}, transformers", "speed": peer}]
 
 
-def _distinct(groups: dict[tuple[Any, ...], Rows]) -> list[str]:
-    """Return which of parent and settings tell lines apart."""
-    keys = ["parent"] if len({group[0] for group in groups}) > 1 else []
-    with_settings = {group[:3] for group in groups}
-    same = len(with_settings) == len({group[:2] for group in with_settings})
-    return keys if same else [*keys, "settings"]
+def _distinct(groups: dict[tuple[Any, ...], Rows]) -> set[str]:
+    """Return which of parent, settings and text tell lines apart."""
+    parts = {"parent": 0, "settings": 2, "text": 4}  # in a group; what is before it is the same
+    return {
+        name
+        for name, i in parts.items()
+        if len({group[: i + 1] for group in groups}) > len({group[:i] for group in groups})
+    }
 
 
 def _captions(rows: Rows, texts: list[str]) -> list[str]:

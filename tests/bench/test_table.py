@@ -47,6 +47,13 @@ def test_rows_with_other_settings_have_lines_of_their_own():
     lines = table([row("a", 0, 0.1), row("a", 0, 0.2, settings=["b=2"])]).splitlines()
     assert "settings" in lines[0] and "parent" not in lines[0]
     assert "| a=1 |" in lines[2] and "| b=2 |" in lines[3]
+    lines = table([row("a", 0, 0.1), row("a", 1, 0.2, train_data={"wiki": 1.0})]).splitlines()
+    assert "text" in lines[0] and "| wiki=1 |" in lines[3] and "settings" not in lines[0]
+
+
+def test_two_texts_of_one_name_are_refused():
+    with pytest.raises(SystemExit, match="2 texts have the names heldout"):
+        upcycle.parse_heldout(["a/heldout.jsonl", "b/heldout.jsonl"])
 
 
 @pytest.fixture
@@ -81,6 +88,8 @@ def test_rows_with_two_texts_resume(words, texts, tmp_path, capsys):
     upcycle.main(both)
     assert len(rows_of(out)) == 4
     assert capsys.readouterr().out == table(rows) + "\n"
+    upcycle.main([*both, "--train-data", f"{texts[1]}=1"])
+    assert len(rows_of(out)) == 5, "other text is trained on again"
 
 
 def test_speeds_are_of_trained_models_and_once_of_the_parent(words, tmp_path):

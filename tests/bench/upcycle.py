@@ -18,9 +18,9 @@ conversion. receipt: figures on the rows that calibration held out. With --speed
 prefill and decoding, of trained models (without --train-tokens, of conversions) and, in a row of
 its own, of the parent: as a model of ours, and as transformers runs it.
 
-With --out, lines are appended to a file, and rows that it already has, with all texts and with
-speeds where they are asked for, are not run again. Processes with different --out may share a GPU,
-but seconds and speeds then say little.
+With --out, lines are appended to a file, and rows that it already has, of the same --data and with
+all texts and speeds that are asked for, are not run again. Processes with different --out may
+share a GPU, but seconds and speeds then say little.
 """
 
 import argparse
@@ -69,7 +69,10 @@ def parse_sources(texts: list[str]) -> str | dict[str, float]:
 def parse_heldout(texts: list[str]) -> dict[str, str]:
     """Return the texts by name of `--heldout name=path`; without a name, that of the file."""
     pairs = (text.partition("=") if "=" in text else (Path(text).stem, "", text) for text in texts)
-    return {name: path for name, _, path in pairs}
+    found = {name: path for name, _, path in pairs}
+    if len(found) < len(texts):
+        sys.exit(f"--heldout: {len(texts)} texts have the names {', '.join(found)}; NAME=PATH")
+    return found
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
@@ -154,8 +157,10 @@ def main(words: list[str] | None = None) -> None:
     ]
     heldout, timed = parse_heldout(args.heldout), args.speed and not args.train_tokens
 
-    def complete(row: dict[str, Any], *, timed: bool) -> bool:
-        return heldout.keys() <= row.get("texts", {}).keys() and ("speed" in row or not timed)
+    def complete(row: dict[str, Any], *, text: dict[str, Any], timed: bool) -> bool:
+        same = all(row.get(name, source) == source for name, source in text.items())
+        known = heldout.keys() <= row.get("texts", {}).keys()
+        return same and known and ("speed" in row or not timed)
 
     with TemporaryDirectory(prefix="molcli-bench-", dir=args.work) as folder:
         runner = ConversionRunner(parent, data, Path(folder), heldout)
@@ -168,24 +173,26 @@ def main(words: list[str] | None = None) -> None:
             def converted(case: Case = case, recipe: Recipe = recipe) -> dict[str, Any]:
                 checkpoint, found = runner.convert(recipe, case.cut)
                 speed = {"speed": speeds(checkpoint)} if timed else {}
-                return found | runner.figures(checkpoint, recipe.evaluate) | speed
+                return found | runner.figures(checkpoint, recipe.evaluate) | speed | {"data": data}
 
             def trained(recipe: Recipe, case: Case = case) -> dict[str, Any]:
                 checkpoint, found = runner.convert(recipe, case.cut)
-                text = recipe.train.data or train_data
-                out, about = runner.train(checkpoint, text, recipe)
+                text = {"data": data, "train_data": recipe.train.data or train_data}
+                out, about = runner.train(checkpoint, text["train_data"], recipe)
                 size = {name: found[name] for name in ("total", "active", "share")}
                 speed = {"speed": speeds(out)} if args.speed else {}
                 figures = runner.figures(out, recipe.evaluate, generate=True)
-                return size | about | figures | speed
+                return size | about | figures | speed | text
 
-            lines.row(key | {"train_tokens": 0}, converted, partial(complete, timed=timed))
+            known = partial(complete, text={"data": data}, timed=timed)
+            lines.row(key | {"train_tokens": 0}, converted, known)
             if not args.train_tokens:
                 continue
             for one in training(recipe, case.name, args.learning_rate, args.train_tokens):
                 rates = f"{one.train.learning_rate:g}/{one.train.new_learning_rate:g}"
                 about = {"train_tokens": args.train_tokens, "rates": rates}
-                known = partial(complete, timed=args.speed)
+                text = {"data": data, "train_data": one.train.data or train_data}
+                known = partial(complete, text=text, timed=args.speed)
                 lines.row(key | about, partial(trained, one), known)
     print(table(lines.rows))
 
