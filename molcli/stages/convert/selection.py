@@ -33,8 +33,8 @@ class LayerSelection:
 def select_layers(config: MoLConfig, choice: LayerChoice) -> LayerSelection:
     """Apply the user's choice to a model. Raises MolError where the model has no such layers."""
     routed = config.num_routed_blocks > 0
-    layers = [i for i in range(config.num_hidden_layers) if not config.is_skipped(i)]
-    with_attention = [i for i in layers if config.layer_mixers[i] == "attention"]
+    present = [i for i in range(config.num_hidden_layers) if not config.is_skipped(i)]
+    with_attention = [i for i in present if config.layer_mixers[i] == "attention"]
     candidates = [i for i in with_attention if routed and config.layer_structures[i] == "mixture"]
     if isinstance(choice, str):
         if choice != "none" and not candidates:
