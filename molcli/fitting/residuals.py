@@ -88,6 +88,14 @@ def relative_errors(found: Tensor, wanted: Tensor) -> Tensor:
     return torch.where(energy > 0, error / energy, (error > 0).to(error))
 
 
+def influence(before: Tensor, after: Tensor) -> float:
+    """Return how much a layer changes the residual: 1 - the mean cosine of its input and output
+    (arXiv 2403.03853). Both: (n, d_model)."""
+    pairs = zip(before.split(CHUNK_ROWS), after.split(CHUNK_ROWS), strict=True)
+    cosines = torch.cat([F.cosine_similarity(a, b, dim=-1) for a, b in pairs])
+    return 1 - cosines.mean().item()
+
+
 @dataclass(frozen=True)
 class OutputHead:
     """The parent's final norm (d_model,), its head (V, d_model), and the norm's epsilon."""

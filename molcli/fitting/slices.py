@@ -17,7 +17,8 @@ from torch import Tensor
 from molcli.fitting.chunks import Chunk
 from molcli.fitting.layer import LEAST_ENERGY, ROUTER_SCALE, FittedLayer
 from molcli.fitting.residuals import Residuals
-from molcli.kernels.packed_rows import PackedRows, routed_rows
+from molcli.kernels.grouped_linear import grouped_linear
+from molcli.kernels.packed_rows import PackedRows
 from molcli.maths.clusters import even_kmeans
 from molcli.maths.least_squares import arrow_ridge, ridge
 from molcli.maths.moments import Sample, regression_moments, unit_rms
@@ -100,8 +101,7 @@ class _SliceFit:
         for chunk in self.residuals.chunks:
             rows = self._rows(chunk)
             hidden = mlp.hidden(self._read(chunk), chunk.context.dense_rows)
-            hidden = (hidden * self._token_weight(chunk)).square()
-            of_rows = hidden[rows.tokens]
+            of_rows = rows.gather((hidden * self._target(chunk)[1]).square())
             begin = 0
             for block, end in enumerate(rows.offsets.tolist()):
                 energy[block] += of_rows[begin:end].sum(0, dtype=torch.float64)
@@ -133,57 +133,48 @@ class _SliceFit:
         layer = self.layer
         for chunk in self.residuals.chunks:
             read, rows, dense_rows = self._read(chunk), self._rows(chunk), chunk.context.dense_rows
-            weight = self._token_weight(chunk)
+            target, weight = self._target(chunk)
             features = layer.block.mlp.hidden(read, dense_rows)
-            error = self._target(chunk) - features @ layer.block.mlp.down_proj[0].mT
-            features, error = features[rows.tokens], error[rows.tokens]
+            error = target - features @ layer.block.mlp.down_proj[0].mT
+            features, error, weight = (rows.gather(x) for x in (features, error, weight))
             if layer.slices is not None:
                 own = layer.slices.hidden(rows.gather(read), rows)
-                error = error - _down(own, layer.slices.down_proj, rows)
+                error = error - grouped_linear(own, layer.slices.down_proj, rows)
                 features = torch.cat([features, own], dim=1)
-            yield features * weight[rows.tokens], error * weight[rows.tokens], rows.offsets
+            yield features * weight, error * weight, rows.offsets
 
     def _rows(self, chunk: Chunk) -> PackedRows:
         """The chunk's tokens by slice; all of them in one where nothing is routed."""
         if self.layer.router is None:
             return chunk.context.dense_rows
-        routing, stream = self.layer.router(self.middle[chunk.tokens]), chunk.context.stream
-        sizes = stream.document, stream.num_documents, routing.logits.shape[1], stream.length
-        return routed_rows(routing.blocks, *sizes)
+        routing = self.layer.router(self.middle[chunk.tokens])
+        return self.layer.rows_of_slices(routing, chunk.context.stream)
 
     def _read(self, chunk: Chunk) -> Tensor:
         """What the student's FFN reads, (tokens, d_model)."""
         block = self.layer.block
         return block.norm(self.middle[chunk.tokens], block.post_norm, chunk.context.dense_rows)
 
-    def _target(self, chunk: Chunk) -> Tensor:
-        """What the slices should write, (tokens, d_model): all that the student's residual lacks;
-        where a norm follows, which no sum can be taken through, what the parent's FFN writes."""
-        block, rows = self.dense.block, chunk.context.dense_rows
-        if block.mlp_out_norm is None:
-            return self.parent_after[chunk.tokens] - self.middle[chunk.tokens]
-        middle = _after_mixer(self.dense, self.residuals.parent, chunk)
-        return block.mlp(block.norm(middle, block.post_norm, rows), rows)
+    def _target(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """Return what the slices should write, (tokens, d_model), and the weight of each token.
 
-    def _token_weight(self, chunk: Chunk) -> Tensor:
-        """(tokens, 1): the model normalises its last residual, so that an error matters relative to
-        its token's size."""
-        of = self.parent_after[chunk.tokens]
-        if self.dense.block.mlp_out_norm is not None:
-            of = self._target(chunk)
-        return of.square().mean(-1, keepdim=True).clamp(min=LEAST_ENERGY).rsqrt()
+        They should write all that the student's residual lacks; where a norm follows, which no sum
+        can be taken through, what the parent's FFN writes. The model normalises its last residual,
+        so that an error matters relative to its token's size.
+        """
+        block, rows = self.dense.block, chunk.context.dense_rows
+        size = self.parent_after[chunk.tokens]
+        target = size - self.middle[chunk.tokens]
+        if block.mlp_out_norm is not None:
+            middle = _after_mixer(self.dense, self.residuals.parent, chunk)
+            size = target = block.mlp(block.norm(middle, block.post_norm, rows), rows)
+        return target, size.square().mean(-1, keepdim=True).clamp(min=LEAST_ENERGY).rsqrt()
 
 
 def _after_mixer(layer: DenseLayer | SlicedLayer, x: Tensor, chunk: Chunk) -> Tensor:
     """The residual of a chunk after attention, (tokens, d_model). x: (n, d_model)."""
     before = x[chunk.tokens]
     return before + layer.block.mix(before, chunk.context.blocks(chunk.context.dense_rows))
-
-
-def _down(hidden: Tensor, weight: Tensor, rows: PackedRows) -> Tensor:
-    """hidden: (M, d_ff), weight: (B, d_model, d_ff) -> (M, d_model)."""
-    parts = hidden.tensor_split(rows.offsets[:-1].tolist())
-    return torch.cat([part @ own.mT for part, own in zip(parts, weight, strict=True)])
 
 
 def _largest(values: Tensor, count: int) -> Tensor:

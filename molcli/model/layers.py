@@ -274,13 +274,15 @@ class SlicedLayer(GradientCheckpointingLayer):
             added = added + self.run_slices(read, routing, context.stream)
         return x + block.norm(added, block.mlp_out_norm, rows), routing
 
+    def rows_of_slices(self, routing: Routing, stream: TokenStream) -> PackedRows:
+        """Lay out the rows of the routed slices."""
+        sizes = stream.document, stream.num_documents, routing.logits.shape[1], stream.length
+        return routed_rows(routing.blocks, *sizes)
+
     def run_slices(self, read: Tensor, routing: Routing, stream: TokenStream) -> Tensor:
         """Sum the chosen slices of each token. read: (n, d_model) -> (n, d_model)."""
         assert self.slices is not None
-        count = routing.logits.shape[1]
-        rows = routed_rows(
-            routing.blocks, stream.document, stream.num_documents, count, stream.length
-        )
+        rows = self.rows_of_slices(routing, stream)
         hidden = self.slices.hidden(rows.gather(read), rows)
         if routing.weights.requires_grad:
             gate = rows.gather_per_slot(routing.weights / routing.weights.detach())

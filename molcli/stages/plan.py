@@ -263,7 +263,8 @@ def _with_blocks(
 def _settings(config: MoLConfig, options: UpcycleConfig) -> dict[str, Any]:
     if options.has_slices:
         keys, usual = ("preset", "active", "skipped_layers", "num_blocks"), UpcycleConfig()
-        return {key: getattr(options, key) for key in keys if _differs(options, usual, key)}
+        own, defaults = ({key: getattr(c, key) for key in keys} for c in (options, usual))
+        return {key: value for key, value in own.items() if value != defaults[key]}
     middle = {"layers": "middle", "layers_budget": options.layers_budget}
     own = {
         "d_thin_shared": config.d_thin_shared,
@@ -280,10 +281,6 @@ def _settings(config: MoLConfig, options: UpcycleConfig) -> dict[str, Any]:
         **{key: number for key, number in own.items() if number is not None},
         **(middle if options.layers == "middle" else {}),
     }
-
-
-def _differs(options: UpcycleConfig, usual: UpcycleConfig, key: str) -> bool:
-    return bool(getattr(options, key) != getattr(usual, key))
 
 
 def _with_length_for(recipe: Recipe, parent: MoLConfig) -> Recipe:

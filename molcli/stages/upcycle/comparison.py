@@ -4,16 +4,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from molcli.data.packing import TokenRows
 from molcli.estimate.parameters import count_parameters
 from molcli.families.parent import Parent
 from molcli.fitting.baselines import BaselineInputs, baseline_layer, methods_for
-from molcli.fitting.residuals import LayerSensitivity, OutputHead, Residuals
-from molcli.maths.moments import CHUNK_ROWS
+from molcli.fitting.residuals import LayerSensitivity, OutputHead, Residuals, influence
 from molcli.model.checkpoint import default_device, open_checkpoint
 from molcli.model.configuration_mol import MoLConfig
 from molcli.model.layers import DenseLayer, Layer
@@ -109,9 +106,7 @@ class Comparison:
         """
         assert inputs.dense is not None
         self.sensitivity.advance(inputs.index, inputs.dense, converted)
-        pairs = zip(inputs.x.split(CHUNK_ROWS), fit_after.split(CHUNK_ROWS), strict=True)
-        cosines = torch.cat([F.cosine_similarity(a, b, dim=-1) for a, b in pairs])
-        self._influence.append(1 - cosines.mean().item())
+        self._influence.append(influence(inputs.x, fit_after))
         if self._config.is_dense(inputs.index):
             self._residuals = self._run_dense(inputs.dense, before)
             return

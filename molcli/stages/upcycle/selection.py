@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 
 from molcli.config.layer_choice import cheapest
 from molcli.config.sections import Recipe
@@ -21,6 +20,7 @@ from molcli.fitting.layer import fit_layer
 from molcli.fitting.partition import block_parts
 from molcli.fitting.residuals import (
     LayerSensitivity,
+    influence,
     open_output_head,
     open_residuals,
     split_rows,
@@ -59,12 +59,12 @@ def select_layers(
     options = recipe.upcycle
     alone_kl: dict[int, float] = {}
     gated_deltanet_kl: dict[int, float] = {}
-    influence: dict[int, float] = {}
+    measured: dict[int, float] = {}
     skipped = config.layer_structures.count("skipped")
     if text is not None and skipped and options.skipped_layers == "auto":
-        influence = influences(parent, config, text, progress)
-        candidates = [i for i in influence if not config.is_dense(i)]
-        layers = sorted(sorted(candidates, key=lambda i: influence[i])[:skipped])
+        measured = influences(parent, config, text, progress)
+        candidates = [i for i in measured if not config.is_dense(i)]
+        layers = sorted(sorted(candidates, key=lambda i: measured[i])[:skipped])
         dtype, config = config.dtype, mol_config(parent, replace(options, skipped_layers=layers))
         config.dtype = dtype
     if text is not None and options.layers == "auto" and needs_text(config, options):
@@ -76,7 +76,7 @@ def select_layers(
         gated_deltanet_kl = deltanet_costs(parent, config, text, recipe, progress)
         for i in cheapest(gated_deltanet_kl, options.gated_deltanet_budget):
             config.layer_mixers[i] = "gated_deltanet"
-    return Selection(config, alone_kl, gated_deltanet_kl, influence)
+    return Selection(config, alone_kl, gated_deltanet_kl, measured)
 
 
 def attention_costs(
@@ -94,8 +94,7 @@ def attention_costs(
 def influences(
     parent: Parent, config: MoLConfig, text: Calibration, progress: Progress
 ) -> dict[int, float]:
-    """Measure for each layer 1 - the mean cosine of its input and output (arXiv 2403.03853), on the
-    first INFLUENCE_TOKENS of the text to fit on."""
+    """Measure the `influence` of each layer, on INFLUENCE_TOKENS of the text to fit on."""
     device, rows = default_device(), text.fit
     rows = rows.select(slice(0, max(1, INFLUENCE_TOKENS // rows.input_ids.shape[1])))
     residuals = open_residuals(rows, config, parent.embedding(), device)
@@ -103,7 +102,7 @@ def influences(
     for i in range(config.num_hidden_layers):
         dense, before = dense_layer(parent, config, i, device), residuals.parent
         residuals.advance(dense, dense)
-        found[i] = 1 - F.cosine_similarity(before, residuals.parent, dim=-1).mean().item()
+        found[i] = influence(before, residuals.parent)
         measuring(i + 1, config.num_hidden_layers)
     return found
 
